@@ -1,0 +1,7 @@
+"""``python -m mxfp4np``."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

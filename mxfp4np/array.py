@@ -1,0 +1,337 @@
+"""MXFP4Array: packed blocks and scales that index and decode like one array of values.
+
+Indexing makes smaller views and reads nothing; `MXFP4Array.decode` hands the bytes to a backend. It knows no file and
+no tensor name.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import operator
+from collections.abc import Iterator
+from types import EllipsisType
+from typing import Any, SupportsIndex
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from .backends import get_backend
+from .errors import LayoutError
+from .format import BLOCK_SIZE, BYTES_PER_BLOCK, DTYPES, blocks_in, decoded_dtype
+
+BasicIndex = SupportsIndex | slice | EllipsisType
+Index = BasicIndex | tuple[BasicIndex, ...]
+
+
+class MXFP4Array:
+    """An array of MXFP4 values, still packed.
+
+    Parameters
+    ----------
+    blocks : (..., G, 16) uint8
+        Codes: element ``2j`` of a block is the low nibble of byte ``j``, element ``2j + 1`` the high one.
+    scales : (..., G) uint8 or float8_e8m0fnu
+        The block's factor is ``2**(scale - 127)``; 255 makes it NaN. A float8_e8m0fnu array is taken by its bits.
+
+    Attributes
+    ----------
+    blocks, scales : numpy.ndarray of uint8
+        Views of the arguments, never copies.
+    shape : tuple of int
+        Of the values: ``(..., 32 * G)``.
+    start : int
+        Elements of each row's first block that do not belong to the array: 0 unless a range began inside a block.
+
+    Raises
+    ------
+    LayoutError
+        If dtypes or shapes do not fit each other.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> packed = MXFP4Array(np.full((2, 1, 16), 0x21, np.uint8), np.array([[127], [128]], np.uint8))
+    >>> packed
+    MXFP4Array(shape=(2, 32), nbytes=34)
+    >>> packed[1, :4].decode("float32")
+    array([1., 2., 1., 2.], dtype=float32)
+    """
+
+    __slots__ = ("blocks", "scales", "shape", "start")
+
+    blocks: NDArray[np.uint8]
+    scales: NDArray[np.uint8]
+    shape: tuple[int, ...]
+    start: int
+
+    def __init__(self, blocks: ArrayLike, scales: ArrayLike) -> None:
+        blocks, scales = np.asarray(blocks), np.asarray(scales)
+        if scales.dtype.name == "float8_e8m0fnu":
+            scales = scales.view(np.uint8)
+        for what, array in (("blocks", blocks), ("scales", scales)):
+            if array.dtype != np.uint8:
+                raise LayoutError(
+                    f"{what} must be uint8, found {array.dtype}: view other bytes as uint8, do not convert"
+                )
+        if not scales.ndim or blocks.shape != (*scales.shape, BYTES_PER_BLOCK):
+            raise LayoutError(
+                f"blocks must be [..., G, {BYTES_PER_BLOCK}] and scales [..., G], "
+                f"found {list(blocks.shape)} and {list(scales.shape)}"
+            )
+        self.blocks, self.scales, self.start = blocks, scales, 0
+        self.shape = (*scales.shape[:-1], scales.shape[-1] * BLOCK_SIZE)
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed blocks and scales."""
+        return self.blocks.nbytes + self.scales.nbytes
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __iter__(self) -> Iterator[MXFP4Array]:
+        return (self[i] for i in range(len(self)))
+
+    def __repr__(self) -> str:
+        return f"MXFP4Array(shape={self.shape}, nbytes={self.nbytes})"
+
+    def __getitem__(self, index: Index) -> MXFP4Array:
+        """Return a view: nothing is read or decoded.
+
+        Parameters
+        ----------
+        index : int, slice, Ellipsis, or a tuple of them
+            As in NumPy for the leading axes. The last axis, along which values share scales, takes a range: a slice
+            of step 1 from any element to any other.
+
+        Raises
+        ------
+        IndexError
+            If out of range, or of another kind.
+        """
+        lead, (begin, end) = self._resolve(index)
+        begin, end = begin + self.start, end + self.start
+        first, last = begin // BLOCK_SIZE, blocks_in(end)
+        if begin == end:
+            last = first
+        span = (*lead, slice(first, last))
+        part = MXFP4Array(self.blocks[span], self.scales[span])
+        part.start, part.shape = begin % BLOCK_SIZE, (*part.shape[:-1], end - begin)
+        return part
+
+    def replace(self, blocks: NDArray[np.uint8], scales: NDArray[np.uint8]) -> MXFP4Array:
+        """Return the same view of other bytes: arrays of the same shapes."""
+        part = MXFP4Array(blocks, scales)
+        part.start, part.shape = self.start, self.shape
+        return part
+
+    def _resolve(self, index: Index) -> tuple[tuple[SupportsIndex | slice, ...], tuple[int, int]]:
+        """Split an index into one item for each leading axis and the range of the last."""
+        items = index if isinstance(index, tuple) else (index,)
+        for item in items:
+            is_integer = hasattr(item, "__index__") and not isinstance(item, bool | np.bool_ | np.ndarray)
+            if not (is_integer or item is Ellipsis or isinstance(item, slice)):
+                raise IndexError(f"packed arrays take integers, slices and one '...' as an index, found {item!r}")
+        dots = [i for i, item in enumerate(items) if item is Ellipsis] or [len(items)]
+        if len(dots) > 1:
+            raise IndexError("an index can have one '...' only")
+        head, tail = items[: dots[0]], items[dots[0] + 1 :]
+        missing = self.ndim - len(head) - len(tail)
+        if missing < 0:
+            raise IndexError(f"{self.ndim} axes, but {len(head) + len(tail)} were indexed")
+        full: list[Any] = [*head, *[slice(None)] * missing, *tail]
+        last = full.pop()
+        if not isinstance(last, slice):
+            raise IndexError(f"the last axis takes a slice, found {last!r}: use [{last}:{last} + 1], or decode first")
+        begin, end, step = last.indices(self.shape[-1])
+        if step != 1:
+            raise IndexError(f"the last axis takes slices of step 1, found step {step}: decode first, then index")
+        return tuple(full), (begin, max(begin, end))
+
+    def decode(
+        self,
+        dtype: DTypeLike | None = None,
+        *,
+        out: NDArray[Any] | None = None,
+        backend: str | None = None,
+        num_threads: int | None = None,
+    ) -> NDArray[Any]:
+        """Return the values.
+
+        Parameters
+        ----------
+        dtype : str, type or numpy.dtype, optional
+            bfloat16, float16 or float32; that of ``out``, or bfloat16, by default.
+        out : numpy.ndarray, optional
+            Where to write: any writable array of the right shape and dtype, of any strides and alignment, that does
+            not overlap the packed data.
+        backend : {"cpu", "numpy"}, optional
+            Who decodes; see `mxfp4np.backends.get_backend`.
+        num_threads : int, optional
+            At most this many threads. By default ``MXFP4NP_NUM_THREADS``, or as many as the process has CPUs.
+
+        Returns
+        -------
+        numpy.ndarray
+            ``out``, or a new C-contiguous array aligned to 64 bytes. Exact in bfloat16 and float32; float16 rounds to
+            nearest even. Beyond the largest finite value it is infinity; where the scale is 255 it is NaN.
+
+        Raises
+        ------
+        ValueError
+            If ``dtype``, ``out`` or ``num_threads`` does not fit.
+
+        Notes
+        -----
+        ``value = E2M1[code] * 2**(scale - 127)``: OCP Microscaling Formats (MX) v1.0, section 6.3.
+        """
+        chosen = get_backend(backend)
+        if num_threads is not None and operator.index(num_threads) < 1:
+            raise ValueError(f"num_threads must be at least 1, found {num_threads}")
+        if out is None:
+            out = chosen.empty(self.shape, decoded_dtype("bfloat16" if dtype is None else dtype))
+        else:
+            self.check_out(out, dtype)
+        chosen.decode(self.blocks, self.scales, out, start=self.start, num_threads=num_threads)
+        return out
+
+    def check_out(self, out: NDArray[Any], dtype: DTypeLike | None = None) -> None:
+        """Raise if ``out`` cannot take the values, or is not of ``dtype``."""
+        if not isinstance(out, np.ndarray):
+            raise TypeError(f"out must be a numpy.ndarray, found {type(out).__name__}")
+        expected = decoded_dtype(out.dtype if dtype is None else dtype)
+        if out.dtype != expected:
+            raise ValueError(f"out must have dtype {expected}, found {out.dtype}")
+        if out.shape != self.shape:
+            raise ValueError(f"out must have shape {self.shape}, found {out.shape}")
+        if not out.flags.writeable:
+            raise ValueError("out must be writable, found a read-only array")
+        if np.may_share_memory(out, self.blocks) or np.may_share_memory(out, self.scales):
+            raise ValueError("out must not overlap the packed blocks and scales")
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
+        """Decode for NumPy: to bfloat16, or through float32 to any other dtype."""
+        if copy is False:
+            raise ValueError("packed MXFP4 values cannot become an array without a copy")
+        if dtype is None or np.dtype(dtype).name in DTYPES:
+            return self.decode(dtype)
+        return self.decode("float32").astype(dtype)
+
+    def chunks(
+        self, max_bytes: int, dtype: DTypeLike = "bfloat16"
+    ) -> Iterator[tuple[tuple[int | slice, ...], MXFP4Array]]:
+        """Split the array into views that each decode to at most ``max_bytes``.
+
+        Parameters
+        ----------
+        max_bytes : int
+            At least one block of the decoded dtype.
+        dtype : str, type or numpy.dtype
+            What the bytes are counted in.
+
+        Yields
+        ------
+        index : tuple of int and slice
+            The view is ``self[index]``; in C order, together they are the whole array.
+        part : MXFP4Array
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> packed = MXFP4Array(np.zeros((3, 2, 16), np.uint8), np.zeros((3, 2), np.uint8))
+        >>> [index for index, part in packed.chunks(256)]
+        [(slice(0, 2, None), slice(0, 64, None)), (slice(2, 3, None), slice(0, 64, None))]
+        """
+        for index in split(self.shape, decoded_dtype(dtype).itemsize, max_bytes, BLOCK_SIZE):
+            yield index, self[index]
+
+
+def split(shape: tuple[int, ...], itemsize: int, max_bytes: int, unit: int = 1) -> Iterator[tuple[int | slice, ...]]:
+    """Yield indices, in C order, that cut an array into parts of at most ``max_bytes``.
+
+    Parameters
+    ----------
+    shape, itemsize
+        Of the array.
+    max_bytes : int
+        Of one part; at least ``unit`` elements.
+    unit : int
+        The last axis is cut at multiples of this many elements.
+
+    Yields
+    ------
+    tuple of int and slice
+        Integers for the axes that are walked through, one cut slice, whole slices for the rest.
+
+    Raises
+    ------
+    ValueError
+        If not even ``unit`` elements fit.
+    """
+    if max_bytes < unit * itemsize:
+        raise ValueError(f"max_bytes must be at least {unit * itemsize}, found {max_bytes}")
+    if 0 in shape:
+        return
+    axis, inner = len(shape), itemsize  # `inner`: bytes of one step along the axis before
+    while axis and inner * shape[axis - 1] <= max_bytes:
+        axis -= 1
+        inner *= shape[axis]
+    whole = tuple(slice(0, size) for size in shape)
+    if axis == 0:
+        yield whole
+        return
+    step = max_bytes // inner
+    if axis == len(shape):
+        step -= step % unit
+    for outer in itertools.product(*(range(size) for size in shape[: axis - 1])):
+        for begin in range(0, shape[axis - 1], step):
+            yield (*outer, slice(begin, min(begin + step, shape[axis - 1])), *whole[axis:])
+
+
+def decode(
+    blocks: ArrayLike,
+    scales: ArrayLike,
+    dtype: DTypeLike | None = None,
+    out: NDArray[Any] | None = None,
+    backend: str | None = None,
+    num_threads: int | None = None,
+) -> NDArray[Any]:
+    """Decode packed blocks and scales to an array of values.
+
+    Parameters
+    ----------
+    blocks : (..., G, 16) uint8
+    scales : (..., G) uint8 or float8_e8m0fnu
+    dtype, out, backend, num_threads
+        As for `MXFP4Array.decode`.
+
+    Returns
+    -------
+    (..., 32 * G) numpy.ndarray
+        bfloat16 by default.
+
+    Raises
+    ------
+    LayoutError
+        If blocks and scales do not fit each other.
+    ValueError
+        If another argument does not fit.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> decode(np.full((1, 16), 0xF2, np.uint8), np.array([126], np.uint8), "float32")[:4]
+    array([ 0.5, -3. ,  0.5, -3. ], dtype=float32)
+    """
+    return MXFP4Array(blocks, scales).decode(dtype, out=out, backend=backend, num_threads=num_threads)

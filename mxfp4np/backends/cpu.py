@@ -1,0 +1,138 @@
+"""The CPU backend: drives the range kernels of `mxfp4np.backends.cpu_kernels` with Numba.
+
+Decides what the kernels must not: how strided arrays become rows, when several threads pay, which compiled form to
+use, and what happens where Numba cannot compile or keep its cache. Numba is imported on the first decode.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, decoded_dtype
+from .memory import address_of, aligned_empty
+from .reference import ReferenceBackend
+from .threads import default_num_threads, parallel_for
+
+CHUNK_BLOCKS = 1 << 15
+"""Blocks that a thread claims at a time: 2 MiB of bfloat16, a fraction of a millisecond."""
+
+SERIAL_BLOCKS = 1 << 14
+"""Up to this many blocks one thread is as fast as several."""
+
+Kernel = Callable[[NDArray[np.int64], NDArray[Any], int, int], None]
+
+
+class CPUBackend:
+    """Numba on all cores."""
+
+    name = "cpu"
+
+    def available(self) -> bool:
+        return True
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+        return aligned_empty(shape, dtype)
+
+    def decode(
+        self,
+        blocks: NDArray[np.uint8],
+        scales: NDArray[np.uint8],
+        out: NDArray[Any],
+        *,
+        start: int = 0,
+        num_threads: int | None = None,
+    ) -> None:
+        if out.size == 0:
+            return
+        kernel = decode_kernel(out.dtype.itemsize)
+        if kernel is None:
+            return ReferenceBackend().decode(blocks, scales, out, start=start)
+        if blocks.strides[-1] != 1:  # the bytes of a block lie apart: gather them, at most half the size of `out`
+            blocks = np.ascontiguousarray(blocks)
+        geometry = _geometry(blocks, scales, out, start)
+        table = decode_table(out.dtype.name)
+        if scales.size <= SERIAL_BLOCKS:
+            kernel(geometry, table, 0, scales.size)
+        else:
+            threads = num_threads or default_num_threads()
+            parallel_for(lambda i, j: kernel(geometry, table, i, j), scales.size, CHUNK_BLOCKS, threads)
+
+
+def _geometry(blocks: NDArray[np.uint8], scales: NDArray[np.uint8], out: NDArray[Any], start: int) -> NDArray[np.int64]:
+    """Describe the arrays to a kernel, in the order that `cpu_kernels` names, with as few row axes as strides allow."""
+    rows: list[tuple[int, int, int, int]] = []
+    *outer, per_row = scales.shape
+    *block_strides, block_step, _ = blocks.strides
+    *scale_strides, scale_step = scales.strides
+    *out_strides, out_step = out.strides
+    length = out.shape[-1]
+    if length == 1:
+        out_step = out.itemsize
+    for size, *strides in zip(outer, block_strides, scale_strides, out_strides, strict=True):
+        if rows and all(a == size * b for a, b in zip(rows[-1][1:], strides, strict=True)):
+            rows[-1] = (rows[-1][0] * size, *strides)
+        elif size != 1:
+            rows.append((size, *strides))
+    whole = start == 0 and length == BLOCK_SIZE * per_row
+    if rows and whole and rows[-1][1:] == (per_row * block_step, per_row * scale_step, length * out_step):
+        per_row *= rows.pop()[0]
+        length = BLOCK_SIZE * per_row
+    return np.array(
+        [address_of(blocks), address_of(scales), address_of(out), block_step, scale_step, out_step]
+        + [per_row, start, length]
+        + [number for row in rows for number in row],
+        np.int64,
+    )
+
+
+@functools.cache
+def decode_table(name: str) -> NDArray[Any]:
+    """Return the word of every (scale, code), flat, as the reference decodes it to the dtype called ``name``."""
+    dtype = decoded_dtype(name)
+    codes = np.arange(0, 16, 2, dtype=np.uint8) | (np.arange(1, 16, 2, dtype=np.uint8) << 4)
+    blocks = np.broadcast_to(np.tile(codes, 2), (256, 1, BYTES_PER_BLOCK))
+    values = np.empty((256, BLOCK_SIZE), dtype)
+    ReferenceBackend().decode(blocks, np.arange(256, dtype=np.uint8)[:, None], values)
+    return values[:, :16].copy().view(f"u{dtype.itemsize}").reshape(-1)
+
+
+_compiling = threading.Lock()
+_kernels: dict[int, Kernel | None] = {}
+
+
+def decode_kernel(itemsize: int) -> Kernel | None:
+    """Return the compiled kernel for words of this size, or None where Numba's compiler is switched off."""
+    try:
+        return _kernels[itemsize]
+    except KeyError:
+        with _compiling:
+            if itemsize not in _kernels:
+                _kernels[itemsize] = _compile(itemsize)
+            return _kernels[itemsize]
+
+
+def _compile(itemsize: int) -> Kernel | None:
+    import numba
+
+    if numba.config.DISABLE_JIT:
+        return None
+    from .cpu_kernels import decode_range
+
+    word = getattr(numba.types, f"uint{8 * itemsize}")
+    signature = (numba.types.int64[::1], word[::1], numba.types.int64, numba.types.int64)
+    for cache in (True, False):
+        try:
+            kernel = numba.njit(nogil=True, cache=cache)(decode_range)
+            kernel.compile(signature)
+            kernel.disable_compile()
+            return kernel  # type: ignore[no-any-return, unused-ignore]
+        except Exception:
+            if not cache:  # no place for a cache, or a broken one, is no reason to fail; anything else is
+                raise
+    raise AssertionError("unreachable")

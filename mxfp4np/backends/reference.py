@@ -1,0 +1,64 @@
+"""The reference backend: NumPy, slow and obvious, the definition of correct.
+
+It follows the formula of `mxfp4np.format` in float64, where every product is exact, so that the only rounding is
+the one into the output dtype.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..format import BLOCK_SIZE, FP4_VALUES, SCALE_BIAS, SCALE_NAN
+from .memory import aligned_empty
+
+BLOCKS_AT_ONCE = 1 << 15
+"""Bounds the float64 temporaries to a few tens of MB."""
+
+
+class ReferenceBackend:
+    """The formula, spelled out."""
+
+    name = "numpy"
+
+    def available(self) -> bool:
+        return True
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+        return aligned_empty(shape, dtype)
+
+    def decode(
+        self,
+        blocks: NDArray[np.uint8],
+        scales: NDArray[np.uint8],
+        out: NDArray[Any],
+        *,
+        start: int = 0,
+        num_threads: int | None = None,  # noqa: ARG002
+    ) -> None:
+        # A group is as many blocks of one row as fit, or as many whole slabs of the first axis.
+        if scales.size <= BLOCKS_AT_ONCE:
+            _decode(blocks, scales, out, start)
+        elif scales.ndim > 1:
+            step = max(1, BLOCKS_AT_ONCE * len(scales) // scales.size)
+            for i in range(0, len(scales), step):
+                if step == 1:
+                    self.decode(blocks[i], scales[i], out[i], start=start)
+                else:
+                    _decode(blocks[i : i + step], scales[i : i + step], out[i : i + step], start)
+        else:
+            for g in range(0, len(scales), BLOCKS_AT_ONCE):
+                begin, skip = (BLOCK_SIZE * g - start, 0) if g else (0, start)
+                end = BLOCK_SIZE * (g + BLOCKS_AT_ONCE) - start
+                _decode(blocks[g : g + BLOCKS_AT_ONCE], scales[g : g + BLOCKS_AT_ONCE], out[begin:end], skip)
+
+
+def _decode(blocks: NDArray[np.uint8], scales: NDArray[np.uint8], out: NDArray[Any], start: int) -> None:
+    codes = np.stack([blocks & 0x0F, blocks >> 4], axis=-1).reshape(*scales.shape, BLOCK_SIZE)
+    values = np.ldexp(np.array(FP4_VALUES)[codes], scales[..., None].astype(np.intc) - SCALE_BIAS)
+    values[scales == SCALE_NAN] = np.nan
+    rows = values.reshape(*scales.shape[:-1], scales.shape[-1] * BLOCK_SIZE)
+    with np.errstate(over="ignore"):  # overflow to infinity is part of the definition
+        out[...] = rows[..., start : start + out.shape[-1]].astype(out.dtype)

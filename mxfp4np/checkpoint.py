@@ -1,0 +1,561 @@
+"""Checkpoint: a mapping from logical tensor name to array, over one file, a folder of shards, or an index.
+
+Finds the files, checks them against each other, and ties `container`, `layouts` and `array` together.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from typing import Any, Final, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from .array import MXFP4Array, split
+from .backends import get_backend
+from .container import (
+    DTYPES,
+    SAFETENSORS_DTYPES,
+    SafetensorsFile,
+    StoredTensor,
+    array_shape,
+    as_array,
+    write_safetensors,
+)
+from .errors import CheckpointError, LayoutError, TensorNotFoundError
+from .format import BLOCK_SIZE, as_dtype, decoded_dtype
+from .layouts import LAYOUTS, PackedTensor, find_tensors
+
+PathLike = str | os.PathLike[str]
+
+READ_BYTES: Final = 32 << 20
+"""Decoded bytes at a time where tensors are read instead of mapped."""
+
+WRITE_BYTES: Final = 16 << 20
+"""Bytes at a time that are gathered from an array to be saved."""
+
+JSON_LIMIT: Final = 100_000_000
+"""Bytes of an index or config that are read; the format's own limit for a header."""
+
+_REQUIRED: Final = object()
+
+
+class TensorInfo(NamedTuple):
+    """What is known of a logical tensor without reading it."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of the values."""
+    dtype: str
+    """``"MXFP4"``, or as the file's header spells it."""
+    layout: str | None
+    """Name of the layout of a packed tensor, None for a plain one."""
+    stored: tuple[StoredTensor, ...]
+    """The tensors in the files that hold it."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the files."""
+        return sum(tensor.nbytes for tensor in self.stored)
+
+    def decoded_nbytes(self, dtype: DTypeLike = "bfloat16") -> int:
+        """Return the bytes of the decoded array; those in the file for a plain tensor."""
+        return self.nbytes if self.layout is None else math.prod(self.shape) * decoded_dtype(dtype).itemsize
+
+
+class Checkpoint(Mapping[str, Any]):
+    """A checkpoint, opened: headers read, data mapped on demand.
+
+    Parameters
+    ----------
+    path : path, or sequence of paths
+        A folder of ``.safetensors`` files, one such file, a list of them, or a ``.index.json``. A folder that has an
+        index is opened by it.
+    device : str
+        Where arrays are wanted: ``"cpu"``, or ``"cuda"`` or ``"cuda:1"`` with the CUDA extra installed.
+    io : {"mmap", "pread"}
+        Map the files, or read what is asked for. A mapped file must not be truncated while it is in use, or the
+        operating system ends the process: use ``"pread"`` where that can happen, for instance on network shares.
+
+    Raises
+    ------
+    FileNotFoundError
+        If a file is missing, or a folder has none.
+    CheckpointError
+        If a file is malformed, or files contradict each other.
+    BackendUnavailableError
+        If the device needs a package that is not installed.
+
+    Examples
+    --------
+    >>> import tempfile, numpy as np, mxfp4np
+    >>> path = tempfile.mkdtemp() + "/model.safetensors"
+    >>> packed = mxfp4np.MXFP4Array(np.full((2, 1, 16), 0x21, np.uint8), np.array([[127], [128]], np.uint8))
+    >>> mxfp4np.save_file({"w": packed, "bias": np.zeros(2, np.float32)}, path)
+    >>> with mxfp4np.Checkpoint(path) as ckpt:
+    ...     sorted(ckpt), ckpt.get("w", dtype="float32", index=np.s_[1, :4])
+    (['bias', 'w'], array([1., 2., 1., 2.], dtype=float32))
+    """
+
+    def __init__(self, path: PathLike | Sequence[PathLike], device: str = "cpu", *, io: str = "mmap") -> None:
+        if io not in ("mmap", "pread"):
+            raise ValueError(f"io must be 'mmap' or 'pread', found {io!r}")
+        get_backend(device=device)
+        self._arguments = (path, device, io)
+        self.device = device
+        files, index = _find_files(path)
+        self._folder = files[0].parent
+        self._files: list[SafetensorsFile] = []
+        self._stored: dict[str, StoredTensor] = {}
+        for file in files:
+            self._add(SafetensorsFile(file, io))
+        if index is not None:
+            _check_index(index, self._stored)
+        self._tensors = find_tensors(self._stored)
+
+    def _add(self, file: SafetensorsFile) -> None:
+        for name in file.tensors.keys() & self._stored.keys():
+            raise CheckpointError(
+                f"tensor {name!r} is in both {self._stored[name].file.path} and {file.path}: open one of them, or the "
+                "index that says which"
+            )
+        self._files.append(file)
+        self._stored.update(file.tensors)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        path, device, io = self._arguments
+        return _reopen, (path, device, io)
+
+    # Mapping
+
+    def __getitem__(self, name: str) -> Any:
+        """Return the tensor: `get` without options."""
+        return self.get(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    # Context manager
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the files. Arrays that were handed out stay valid."""
+        for file in self._files:
+            file.close()
+
+    def __repr__(self) -> str:
+        return f"<Checkpoint of {len(self)} tensors in {len(self._files)} files at {str(self._folder)!r}>"
+
+    # What is there
+
+    @property
+    def files(self) -> list[Path]:
+        """The files it consists of."""
+        return [file.path for file in self._files]
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The ``__metadata__`` of all files, merged; where files differ, the first one's."""
+        merged: dict[str, str] = {}
+        for file in reversed(self._files):
+            merged.update(file.metadata)
+        return merged
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The ``config.json`` beside the files, empty if there is none.
+
+        Raises
+        ------
+        CheckpointError
+            If it is not a JSON object.
+        """
+        path = self._folder / "config.json"
+        return _read_json(path) if path.exists() else {}
+
+    @property
+    def stored(self) -> Mapping[str, NDArray[Any]]:
+        """The tensors as the files name them, raw: read-only views, packed halves as they are."""
+        return _Stored(self._stored)
+
+    def info(self, name: str) -> TensorInfo:
+        """Return shape, dtype, layout and place of a tensor, from the headers alone.
+
+        Raises
+        ------
+        TensorNotFoundError
+            If there is none of this name.
+        LayoutError
+            If it is a broken pair.
+        """
+        tensor = self._find(name)
+        if isinstance(tensor, PackedTensor):
+            return TensorInfo(name, tensor.shape, "MXFP4", tensor.layout.name, tensor.pair())
+        return TensorInfo(name, tensor.shape, tensor.dtype, None, (tensor,))
+
+    # Arrays
+
+    def get(
+        self,
+        name: str,
+        default: Any = _REQUIRED,
+        *,
+        dtype: DTypeLike | None = None,
+        out: NDArray[Any] | None = None,
+        index: Any = None,
+        backend: str | None = None,
+        num_threads: int | None = None,
+    ) -> Any:
+        """Return a tensor, packed ones decoded.
+
+        Parameters
+        ----------
+        name : str
+            Logical name, for instance ``"block.0.mlp.mlp1_weight"``.
+        default : optional
+            Returned for an unknown name; without it, that is an error.
+        dtype : str, type or numpy.dtype, optional
+            Of packed tensors bfloat16, float16 or float32, bfloat16 by default. A plain tensor comes in its stored
+            dtype, or as a converted copy if another is asked for.
+        out : numpy.ndarray, optional
+            Where to write; see `MXFP4Array.decode`.
+        index : optional
+            A basic index, as from ``numpy.s_``: nothing else is read or decoded. The last axis of a packed tensor
+            takes a slice of step 1.
+        backend, num_threads : optional
+            See `MXFP4Array.decode`.
+
+        Returns
+        -------
+        numpy.ndarray
+            A new array or ``out``. For a plain tensor with neither ``dtype`` nor ``out``, a read-only view of the file.
+
+        Raises
+        ------
+        TensorNotFoundError
+            If there is no such tensor and no default.
+        LayoutError
+            If the tensor is a broken pair.
+        CheckpointError
+            If the file changed after it was opened.
+        IndexError, ValueError
+            If an argument does not fit.
+        """
+        if default is not _REQUIRED and name not in self._tensors:
+            return default
+        tensor = self._find(name)
+        if isinstance(tensor, StoredTensor):
+            return _plain(_stored_array(tensor, index), dtype, out)
+        source = _PairSource(tensor)
+        array = source.array if index is None else source.array[index]
+        if not source.copies:
+            return array.decode(dtype, out=out, backend=backend, num_threads=num_threads)
+        if out is None:
+            out = get_backend(backend).empty(array.shape, decoded_dtype("bfloat16" if dtype is None else dtype))
+        else:
+            array.check_out(out, dtype)
+        for place, part in array.chunks(READ_BYTES, out.dtype):
+            source.load(part).decode(out=out[place], backend=backend, num_threads=num_threads)
+        return out
+
+    def packed(self, name: str) -> MXFP4Array:
+        """Return a packed tensor without decoding it: a view of the file.
+
+        Raises
+        ------
+        TensorNotFoundError
+            If there is no such tensor.
+        LayoutError
+            If it is not packed, or a broken pair.
+        """
+        tensor = self._find(name)
+        if isinstance(tensor, StoredTensor):
+            raise LayoutError(f"{tensor.file.path}: tensor {name!r} is plain {tensor.dtype}, not MXFP4: use get()")
+        source = _PairSource(tensor)
+        return source.load(source.array)
+
+    def chunks(
+        self,
+        name: str,
+        max_bytes: int = 256 << 20,
+        *,
+        dtype: DTypeLike | None = None,
+        backend: str | None = None,
+        num_threads: int | None = None,
+    ) -> Iterator[tuple[tuple[int | slice, ...], NDArray[Any]]]:
+        """Yield a tensor piece by piece, for outputs larger than memory.
+
+        Parameters
+        ----------
+        name : str
+        max_bytes : int
+            Of one piece, decoded.
+        dtype, backend, num_threads : optional
+            As for `get`.
+
+        Yields
+        ------
+        index : tuple of int and slice
+            Where the piece belongs: ``whole[index] = piece`` for every piece, in C order, fills the whole.
+        piece : numpy.ndarray
+        """
+        tensor = self._find(name)
+        if isinstance(tensor, StoredTensor):
+            itemsize = max(1, DTYPES[tensor.dtype][0] // 8) if dtype is None else as_dtype(dtype).itemsize
+            for index in split(array_shape(tensor), itemsize, max_bytes):
+                yield index, _plain(_stored_array(tensor, index), dtype, None)
+        else:
+            source = _PairSource(tensor)
+            wanted = decoded_dtype("bfloat16" if dtype is None else dtype)
+            for index, part in source.array.chunks(max_bytes, wanted):
+                yield index, source.load(part).decode(wanted, backend=backend, num_threads=num_threads)
+
+    def _find(self, name: str) -> StoredTensor | PackedTensor:
+        try:
+            return self._tensors[name]
+        except (KeyError, TypeError):
+            raise TensorNotFoundError(self._not_found(name)) from None
+
+    def _not_found(self, name: object) -> str:
+        where = f"no tensor {name!r} in {self._folder}"
+        if not isinstance(name, str):
+            return f"{where}: names are strings"
+        if name in self._stored:
+            stem = next(t.name for t in self._tensors.values() if isinstance(t, PackedTensor) and name in _names(t))
+            return f"{where}: it is the packed half of {stem!r}; raw halves are in .stored"
+        from difflib import get_close_matches
+
+        # Comparing is slow: of a large checkpoint, look at names that end alike.
+        names: Sequence[str] = list(self._tensors)
+        if len(names) > 5000:
+            ending = name.rpartition(".")[2]
+            names = list(islice((other for other in names if other.endswith(ending)), 5000))
+        close = get_close_matches(name, names, cutoff=0.5)
+        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"it has {len(self):,} tensors"
+        return f"{where}: {hint}"
+
+
+class _Stored(Mapping[str, Any]):
+    """Raw arrays by stored name."""
+
+    def __init__(self, tensors: dict[str, StoredTensor]) -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> Any:
+        return _stored_array(self._tensors[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+class _PairSource:
+    """The two halves of a packed tensor, to be indexed first and loaded after."""
+
+    def __init__(self, tensor: PackedTensor) -> None:
+        self._halves = tensor.pair()
+        self._bases = [half.file.view(half) for half in self._halves]
+        self.array = MXFP4Array(*(as_array(base, half) for base, half in zip(self._bases, self._halves, strict=True)))
+        self.copies = any(half.file.io == "pread" for half in self._halves)
+
+    def load(self, part: MXFP4Array) -> MXFP4Array:
+        """Return ``part``, any view of ``array``, with its bytes in reach."""
+        (blocks, scales), (blocks_base, scales_base) = self._halves, self._bases
+        return part.replace(
+            blocks.file.read(blocks, blocks_base, part.blocks), scales.file.read(scales, scales_base, part.scales)
+        )
+
+
+def _stored_array(tensor: StoredTensor, index: Any = None) -> Any:
+    base = tensor.file.view(tensor)
+    array = as_array(base, tensor)
+    if index is None:
+        return tensor.file.read(tensor, base, array)
+    part = array[index]
+    if isinstance(part, np.ndarray) and np.may_share_memory(part, base):
+        return tensor.file.read(tensor, base, part)
+    return tensor.file.read(tensor, base, array)[index]  # a scalar, or a copy by an advanced index
+
+
+def _plain(array: Any, dtype: DTypeLike | None, out: NDArray[Any] | None) -> Any:
+    if out is not None:
+        if out.shape != array.shape or (dtype is not None and out.dtype != as_dtype(dtype)):
+            expected = f"shape {array.shape}" + (f" and dtype {as_dtype(dtype)}" if dtype is not None else "")
+            raise ValueError(f"out must have {expected}, found {out.shape} and {out.dtype}")
+        np.copyto(out, array, casting="unsafe")
+        return out
+    return array if dtype is None else array.astype(as_dtype(dtype), copy=False)
+
+
+def _names(tensor: PackedTensor) -> list[str]:
+    return [half.name for half in tensor.halves]
+
+
+def _reopen(path: PathLike | Sequence[PathLike], device: str, io: str) -> Checkpoint:
+    return Checkpoint(path, device, io=io)
+
+
+# Finding files
+
+
+def _find_files(path: PathLike | Sequence[PathLike]) -> tuple[list[Path], Path | None]:
+    """Return the files of a checkpoint, and its index if it has one."""
+    if not isinstance(path, str | os.PathLike):
+        files = [Path(file) for file in path]
+        if not files:
+            raise FileNotFoundError("an empty list of files is no checkpoint")
+        return files, None
+    path = Path(path)
+    if path.is_dir():
+        index = _find_index(path)
+        if index is None:
+            files = sorted(path.glob("*.safetensors"))
+            if not files:
+                raise FileNotFoundError(f"{path}: no .safetensors files in this folder")
+            return files, None
+        path = index
+    if path.suffix == ".json":
+        return _index_files(path), path
+    return [path], None
+
+
+def _find_index(folder: Path) -> Path | None:
+    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    preferred = folder / "model.safetensors.index.json"
+    if len(indexes) > 1 and preferred not in indexes:
+        raise CheckpointError(f"{folder}: several indexes, open one of them: {', '.join(i.name for i in indexes)}")
+    return preferred if preferred in indexes else next(iter(indexes), None)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(
+            f"{index}: expected an object 'weight_map' of tensor names and files, found {weight_map!r}"
+        )
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not file or PurePosixPath(file).is_absolute() or ".." in Path(file).parts:
+            raise CheckpointError(f"{index}: tensor {name!r}: expected a file below this folder, found {file!r}")
+    return weight_map
+
+
+def _index_files(index: Path) -> list[Path]:
+    names = sorted(set(_weight_map(index).values()))
+    files = [index.parent / name for name in names]
+    missing = [name for name, file in zip(names, files, strict=True) if not file.exists()]
+    if missing:
+        listed = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
+        raise FileNotFoundError(f"{index}: {len(missing)} of the {len(files)} files it names are missing: {listed}")
+    return files
+
+
+def _check_index(index: Path, stored: Mapping[str, StoredTensor]) -> None:
+    for name, file in _weight_map(index).items():
+        if name not in stored:
+            raise CheckpointError(f"{index}: tensor {name!r}: expected in {file!r}, found in none of the files")
+        found = stored[name].file.path
+        if found != index.parent / file:
+            raise CheckpointError(f"{index}: tensor {name!r}: expected in {file!r}, found in {found.name!r}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > JSON_LIMIT:
+        raise CheckpointError(f"{path}: expected a JSON file of at most {JSON_LIMIT:,} bytes, found a larger one")
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+# Whole files
+
+
+def load_file(path: PathLike | Sequence[PathLike]) -> dict[str, NDArray[Any]]:
+    """Return all tensors of a checkpoint, packed ones decoded to bfloat16.
+
+    Parameters
+    ----------
+    path : path, or sequence of paths
+        As for `Checkpoint`.
+
+    Returns
+    -------
+    dict of str to numpy.ndarray
+        Plain tensors are read-only views of the files.
+
+    Examples
+    --------
+    >>> import tempfile, numpy as np, mxfp4np
+    >>> path = tempfile.mkdtemp() + "/model.safetensors"
+    >>> mxfp4np.save_file({"bias": np.arange(3, dtype=np.int16)}, path)
+    >>> mxfp4np.load_file(path)
+    {'bias': array([0, 1, 2], dtype=int16)}
+    """
+    with Checkpoint(path) as checkpoint:
+        return dict(checkpoint)
+
+
+def save_file(
+    tensors: Mapping[str, NDArray[Any] | MXFP4Array],
+    path: PathLike,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a safetensors file.
+
+    Parameters
+    ----------
+    tensors : mapping of str to numpy.ndarray or MXFP4Array
+        Arrays of any strides and byte order. An `MXFP4Array` becomes the pair ``name.blocks`` and ``name.scales``.
+    path : path
+        The file appears, or replaces an older one, only when it is complete.
+    metadata : mapping of str to str, optional
+
+    Raises
+    ------
+    ValueError
+        If the format has no name for a dtype, or a packed array begins or ends mid-block.
+    """
+    arrays: dict[str, NDArray[Any]] = {}
+    for name, tensor in tensors.items():
+        parts: dict[str, NDArray[Any]] = {name: tensor} if not isinstance(tensor, MXFP4Array) else {}
+        if isinstance(tensor, MXFP4Array):
+            if tensor.start or tensor.shape[-1] % BLOCK_SIZE:
+                raise ValueError(f"tensor {name!r}: packed arrays are saved in whole blocks, found {tensor!r}")
+            layout = LAYOUTS[0]
+            parts = {name + layout.blocks: tensor.blocks, name + layout.scales: tensor.scales}
+        if parts.keys() & arrays.keys():
+            raise ValueError(f"two tensors would both be called {(parts.keys() & arrays.keys()).pop()!r}")
+        arrays.update((key, np.asarray(value)) for key, value in parts.items())
+    for name, array in arrays.items():
+        if array.dtype.name not in SAFETENSORS_DTYPES:
+            raise ValueError(f"tensor {name!r}: safetensors has no dtype for {array.dtype}")
+    # Widest elements first, so that every tensor is aligned.
+    arrays = dict(sorted(arrays.items(), key=lambda item: (-item[1].itemsize, item[0])))
+    specs = {name: (SAFETENSORS_DTYPES[array.dtype.name], array.shape) for name, array in arrays.items()}
+    pieces = (
+        np.ascontiguousarray(array[index], dtype=array.dtype.newbyteorder("="))
+        for array in arrays.values()
+        for index in split(array.shape, array.itemsize, WRITE_BYTES)
+    )
+    write_safetensors(Path(path), specs, pieces, metadata)

@@ -1,0 +1,158 @@
+"""The command line: parse, call, print.
+
+Exit status: 0 done, 1 a check found a difference, 2 bad usage or bad input, 130 interrupted. Errors are one line on
+standard error; progress shows on a terminal only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import __version__
+from .errors import MXFP4Error
+from .format import DTYPES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_INDEX_ITEM = re.compile(r"\s*(?:(\.\.\.)|([+-]?\d+)|([+-]?\d+)?\s*:\s*([+-]?\d+)?\s*(?::\s*([+-]?\d+)?)?)\s*")
+
+
+def parse_index(text: str) -> tuple[Any, ...]:
+    """Return the NumPy index that a text such as ``"7, :128"`` spells."""
+    items: list[Any] = []
+    for item in text.strip().removeprefix("[").removesuffix("]").split(","):
+        match = _INDEX_ITEM.fullmatch(item)
+        if match is None:
+            raise argparse.ArgumentTypeError(f"{item.strip()!r} is not an integer, a slice or '...'")
+        dots, integer, *parts = match.groups()
+        slices = slice(*(None if part is None else int(part) for part in parts))
+        items.append(Ellipsis if dots else int(integer) if integer else slices)
+    return tuple(items)
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes that a text such as ``"200MB"`` spells, in decimal units."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?", text.strip())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size: expected for instance 200MB or 5GB")
+    return int(float(match[1]) * 1000 ** " kMGT".index(match[2] or " "))
+
+
+@contextmanager
+def progress_bar(total: int, what: str, *, quiet: bool) -> Iterator[Callable[[int], object]]:
+    """Show bytes, rate and time left on a terminal; the result is called with bytes done since the last call."""
+    from tqdm import tqdm
+
+    disable = quiet or not sys.stderr.isatty()
+    with tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=disable, leave=False) as bar:
+        yield bar.update
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from .checkpoint import Checkpoint
+    from .report import Stats, collapse, escape, rows, table_lines, to_json
+
+    with Checkpoint(args.path) as checkpoint:
+        table = rows(checkpoint, args.pattern)
+        packed = [row.info for row in table if args.stats and row.info is not None and row.info.layout is not None]
+        stats: dict[str, Stats] = {}
+        with progress_bar(sum(info.nbytes for info in packed), "reading", quiet=args.quiet) as progress:
+            for info in packed:
+                stats[info.name] = Stats()
+                stats[info.name].add(checkpoint.packed(info.name), progress)
+        if args.json:
+            print(json.dumps(to_json(checkpoint, table, stats)))
+            return 0
+        groups = collapse(table)
+        print("\n".join(table_lines(groups)))
+        for kind, group in groups.items():
+            members = [stats[row.name] for row in group if row.name in stats]
+            if members:
+                print(f"\n{escape(kind[0])}")
+                print("\n".join(f"  {line}" for line in Stats.merged(members).lines()))
+    return 0
+
+
+def _decode(args: argparse.Namespace) -> int:
+    from .checkpoint import Checkpoint
+    from .convert import Selection
+    from .report import escape, format_bytes
+
+    with Checkpoint(args.path) as checkpoint:
+        selection = Selection(checkpoint, args.names, dtype=args.dtype, index=args.index)
+        with progress_bar(selection.nbytes, "decoding", quiet=args.quiet) as progress:
+            selection.write(args.output, progress)
+        if not args.quiet:
+            print(f"wrote {escape(str(args.output))}: {format_bytes(selection.nbytes)} of tensor data")
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from . import demo
+
+    result = demo.run(demo.prepare(args.out), args.size, partial(progress_bar, quiet=args.quiet))
+    print(json.dumps(result.to_json()) if args.json else "\n".join(result.lines()))
+    return 1 if result.differences else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mxfp4np", description="Look into MXFP4 checkpoints and decode them.")
+    parser.add_argument("--version", action="version", version=f"mxfp4np {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        sub.add_argument("--quiet", action="store_true", help="print results and errors only")
+        return sub
+
+    demo = command("demo", _demo, "Write a small checkpoint shaped like gpt-oss, decode it and check every value.")
+    demo.add_argument("--out", type=Path, metavar="DIR", help="a new or empty folder (default: a temporary one)")
+    demo.add_argument("--size", type=parse_size, default=200_000_000, help="decoded size (default: 200MB)")
+    demo.add_argument("--json", action="store_true", help="print the figures as JSON")
+
+    inspect = command("inspect", _inspect, "Show what a checkpoint holds.")
+    inspect.add_argument("path", type=Path, metavar="PATH", help="a folder, a .safetensors file or a .index.json")
+    inspect.add_argument("pattern", nargs="?", default="*", metavar="PATTERN", help="names to show, as '*.mlp.*'")
+    inspect.add_argument("--stats", action="store_true", help="read the packed tensors and show histograms")
+    inspect.add_argument("--json", action="store_true", help="print everything as JSON, one object a tensor")
+
+    decode = command("decode", _decode, "Write tensors, decoded, to a file.")
+    decode.add_argument("path", type=Path, metavar="PATH", help="a folder, a .safetensors file or a .index.json")
+    decode.add_argument("names", nargs="+", metavar="NAME", help="as inspect shows them, with real layer numbers")
+    decode.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help=".safetensors or .npy")
+    decode.add_argument("--dtype", choices=DTYPES, help="default: bfloat16, and plain tensors as they are")
+    decode.add_argument("--index", type=parse_index, help="part of each tensor, for instance '7, :128'")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    args = _parser().parse_args(arguments)
+    try:
+        status: int = args.run(args)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        message, status = "interrupted", 130
+    except MemoryError as error:
+        message, status = f"out of memory: {error}", 2
+    except (MXFP4Error, OSError, ValueError, IndexError) as error:
+        message, status = str(error), 2
+    from .report import escape
+
+    print(f"mxfp4np: {escape(message)}", file=sys.stderr)
+    return status

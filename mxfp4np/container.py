@@ -1,0 +1,325 @@
+"""One safetensors file: a validated header in, stored tensors and views of their bytes out; and a writer.
+
+The header is checked by the Rust parser of the safetensors package, which refuses overlaps, gaps, wrong sizes and
+oversized headers. Tensor data is never read through that package: it is mapped, or read where the file system makes
+maps unsafe. This module knows nothing of MXFP4 or of how models name their tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import mmap
+import os
+import secrets
+import stat
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from .backends.memory import address_of, aligned_empty
+from .errors import CheckpointError
+from .format import dtype_named
+
+DTYPES: Final = {
+    "BOOL": (8, "bool"),
+    "U8": (8, "uint8"),
+    "I8": (8, "int8"),
+    "U16": (16, "uint16"),
+    "I16": (16, "int16"),
+    "U32": (32, "uint32"),
+    "I32": (32, "int32"),
+    "U64": (64, "uint64"),
+    "I64": (64, "int64"),
+    "F16": (16, "float16"),
+    "F32": (32, "float32"),
+    "F64": (64, "float64"),
+    "C64": (64, "complex64"),
+    "BF16": (16, "bfloat16"),
+    "F8_E4M3": (8, "float8_e4m3fn"),
+    "F8_E5M2": (8, "float8_e5m2"),
+    "F8_E4M3FNUZ": (8, "float8_e4m3fnuz"),
+    "F8_E5M2FNUZ": (8, "float8_e5m2fnuz"),
+    "F8_E8M0": (8, "float8_e8m0fnu"),
+    "F4": (4, "uint8"),
+    "F6_E2M3": (6, "uint8"),
+    "F6_E3M2": (6, "uint8"),
+}
+"""Bits of an element, and the NumPy or ml_dtypes type to view it as, for each dtype of the format.
+
+NumPy has no type for elements below a byte: their packed bytes are given as uint8.
+"""
+
+SAFETENSORS_DTYPES: Final = {numpy: name for name, (bits, numpy) in DTYPES.items() if bits >= 8}
+"""The format's name of each NumPy or ml_dtypes type."""
+
+
+class StoredTensor(NamedTuple):
+    """Where one tensor lies: its header entry, and its place in the file."""
+
+    name: str
+    dtype: str
+    """As the header spells it, for instance ``"BF16"``."""
+    shape: tuple[int, ...]
+    """As in the header; F4 and F6 dtypes count elements, not bytes."""
+    file: SafetensorsFile
+    offset: int
+    """Bytes from the beginning of the file."""
+    nbytes: int
+
+
+class SafetensorsFile:
+    """One safetensors file, header read and validated, data untouched.
+
+    Parameters
+    ----------
+    path : Path
+    io : {"mmap", "pread"}
+        Map the file, or read each tensor when it is asked for. A mapped file that someone truncates kills the process
+        that looks at it; a read one gives an error.
+
+    Attributes
+    ----------
+    tensors : dict of str to StoredTensor
+        In the order of their bytes.
+    metadata : dict of str to str
+
+    Raises
+    ------
+    CheckpointError
+        If this is not a valid safetensors file.
+    OSError
+        If it cannot be opened.
+    """
+
+    def __init__(self, path: Path, io: str = "mmap") -> None:
+        self.path, self.io = path, io
+        self.tensors: dict[str, StoredTensor] = {}
+        self.metadata: dict[str, str] = {}
+        self._map: NDArray[np.uint8] | None = None
+        self._file: BinaryIO | None = None
+        self._closed = False
+        self._lock = threading.Lock()
+        with _open_regular(path) as file:
+            self._stamp = _stamp(file)
+            self._read_header(file)
+
+    def _read_header(self, file: BinaryIO) -> None:
+        try:
+            with safe_open(self.path, framework="np") as handle:
+                offset = 8 + int.from_bytes(file.read(8), "little")
+                names = handle.offset_keys()
+                self.metadata = handle.metadata() or {}
+                self._refuse_duplicates(file.read(offset - 8), len(names))
+                for name in names:
+                    entry = handle.get_slice(name)
+                    dtype, shape = entry.get_dtype(), tuple(entry.get_shape())
+                    nbytes = math.prod(shape) * DTYPES[dtype][0] // 8
+                    self.tensors[name] = StoredTensor(name, dtype, shape, self, offset, nbytes)
+                    offset += nbytes
+        except SafetensorError as error:
+            reason = str(error).removeprefix("Error while deserializing header: ")
+            raise CheckpointError(f"{self.path}: not a valid safetensors file: {reason}") from error
+        if offset != os.fstat(file.fileno()).st_size:
+            raise CheckpointError(f"{self.path}: changed while it was being opened: open it again")
+
+    def _refuse_duplicates(self, header: bytes, tensors: int) -> None:
+        # The parser lets a later entry replace an earlier one. Each entry has one "data_offsets"; look closer only
+        # when there seem to be more of them than tensors.
+        if header.count(b'"data_offsets"') > tensors:
+            seen: set[str] = set()
+            for name, _ in json.loads(header, object_pairs_hook=list):
+                if name in seen:
+                    raise CheckpointError(f"{self.path}: the header has two tensors called {name!r}")
+                seen.add(name)
+
+    def close(self) -> None:
+        """Let go of the file. The map lives on as long as any view of it."""
+        with self._lock:
+            self._closed, self._map = True, None
+            if self._file is not None:
+                self._file.close()
+                self._file = None
+
+    def view(self, tensor: StoredTensor) -> NDArray[np.uint8]:
+        """Return the tensor's bytes, flat: a view of the map, or of memory that stands in for it (see `read`)."""
+        with self._lock:
+            if self._closed:
+                raise CheckpointError(f"{self.path}: this checkpoint is closed")
+            if self.io == "pread":
+                if self._file is None:
+                    self._file = self._reopen()
+                # Pages that are reserved and never touched: only their addresses matter.
+                reserved = np.frombuffer(mmap.mmap(-1, max(1, tensor.nbytes)), np.uint8)[: tensor.nbytes]
+                reserved.flags.writeable = False
+                return reserved
+            if self._map is None:
+                with self._reopen() as file:  # the map keeps the file open
+                    try:
+                        self._map = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+                    except (OSError, ValueError) as error:
+                        raise CheckpointError(f"{self.path}: cannot be mapped ({error}): try io='pread'") from error
+            return self._map[tensor.offset : tensor.offset + tensor.nbytes]
+
+    def _reopen(self) -> BinaryIO:
+        # A checkpoint may have more files than a process may keep open: each opens again when it is first needed.
+        file = _open_regular(self.path)
+        if _stamp(file) != self._stamp:
+            file.close()
+            raise CheckpointError(f"{self.path}: was replaced or changed after it was opened: open it again")
+        return file
+
+    def read(self, tensor: StoredTensor, base: NDArray[np.uint8], part: NDArray[Any]) -> NDArray[Any]:
+        """Return ``part``, which is any view of ``base``, with the bytes of the file in it.
+
+        ``base`` is what `view` returned. A view of a map holds its bytes already, and is returned as it is. In place
+        of a view of reserved memory, what lies at the same places of the file, and nothing else, is read into a new
+        array.
+        """
+        if self.io != "pread":
+            return part
+        out = aligned_empty(part.shape, part.dtype)
+        axis, run = part.ndim, part.itemsize
+        while axis and (part.shape[axis - 1] == 1 or part.strides[axis - 1] == run):
+            axis -= 1
+            run *= part.shape[axis]
+        if out.size:
+            begin = tensor.offset + address_of(part) - address_of(base)
+            target = bytes_of(out)
+            strides = part.strides[:axis]
+            for i, outer in enumerate(np.ndindex(part.shape[:axis])):
+                offset = begin + sum(map(int.__mul__, outer, strides))
+                self._read_into(target[i * run : (i + 1) * run], offset, tensor)
+        return out
+
+    def _read_into(self, target: memoryview, offset: int, tensor: StoredTensor) -> None:
+        while target:
+            count = self._pread(target, offset)
+            if not count:
+                raise CheckpointError(
+                    f"{self.path}: truncated after it was opened: tensor {tensor.name!r} goes on to byte "
+                    f"{tensor.offset + tensor.nbytes:,}, the file ends at {offset:,}"
+                )
+            target, offset = target[count:], offset + count
+
+    def _pread(self, target: memoryview, offset: int) -> int:
+        if self._file is None:
+            raise CheckpointError(f"{self.path}: this checkpoint is closed")
+        if hasattr(os, "preadv"):
+            return os.preadv(self._file.fileno(), [target], offset)
+        with self._lock:
+            self._file.seek(offset)
+            return self._file.readinto(target)  # type: ignore[attr-defined, no-any-return]
+
+
+def _open_regular(path: Path) -> BinaryIO:
+    # Without O_NONBLOCK, opening a pipe that nobody writes to would wait for ever.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise CheckpointError(f"{path}: not a regular file")
+    return os.fdopen(descriptor, "rb", buffering=0)
+
+
+def _stamp(file: BinaryIO) -> tuple[int, ...]:
+    found = os.fstat(file.fileno())
+    return found.st_size, found.st_mtime_ns
+
+
+def array_shape(tensor: StoredTensor) -> tuple[int, ...]:
+    """Return the shape of a tensor as an array.
+
+    Elements below a byte stay packed, as uint8: along the last axis where that is a whole number of bytes, flat
+    otherwise.
+    """
+    bits, _ = DTYPES[tensor.dtype]
+    if bits >= 8:
+        return tensor.shape
+    *rows, length = tensor.shape
+    return (*rows, length * bits // 8) if length * bits % 8 == 0 else (tensor.nbytes,)
+
+
+def as_array(flat: NDArray[np.uint8], tensor: StoredTensor) -> NDArray[Any]:
+    """View a tensor's flat bytes in its dtype and shape."""
+    return flat.view(dtype_named(DTYPES[tensor.dtype][1])).reshape(array_shape(tensor))
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that takes its name when it is complete and on disk, and leaves nothing behind if it never is."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def header_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None) -> bytes:
+    """Return the length and the header of a file that holds these tensors, in this order.
+
+    Parameters
+    ----------
+    tensors : mapping of name to (dtype, shape)
+        As the format spells them.
+    metadata : mapping of str to str, optional
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    begin = 0
+    for name, (dtype, shape) in tensors.items():
+        if name == "__metadata__":
+            raise ValueError("a tensor cannot be called '__metadata__': the format reserves the name")
+        end = begin + math.prod(shape) * DTYPES[dtype][0] // 8
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_safetensors(
+    path: Path,
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+    data: Iterable[NDArray[Any]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a safetensors file whose data arrives piece by piece.
+
+    Parameters
+    ----------
+    path : Path
+        Replaced only when the new file is complete, so that maps of an old file of this name stay valid.
+    tensors : mapping of name to (dtype, shape)
+        As the format spells them.
+    data : iterable of C-contiguous arrays
+        All bytes of all tensors, in the order of ``tensors``, cut anywhere.
+    metadata : mapping of str to str, optional
+
+    Raises
+    ------
+    ValueError
+        If the data is not as long as the tensors are.
+    """
+    expected = sum(math.prod(shape) * DTYPES[dtype][0] // 8 for dtype, shape in tensors.values())
+    written = 0
+    with atomic_file(path) as file:
+        file.write(header_bytes(tensors, metadata))
+        for piece in data:
+            written += file.write(bytes_of(piece))
+        if written != expected:
+            raise ValueError(f"{path}: expected {expected:,} bytes of tensor data, was given {written:,}")
+
+
+def bytes_of(array: NDArray[Any]) -> memoryview:
+    """Return the bytes of a C-contiguous array, without a copy."""
+    return array.reshape(-1).view(np.uint8).data

@@ -1,0 +1,232 @@
+"""The built-in example: a random checkpoint shaped like gpt-oss, written, inspected, decoded, and checked in full."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .array import split
+from .backends.memory import aligned_empty
+from .backends.threads import default_num_threads
+from .checkpoint import Checkpoint
+from .container import write_safetensors
+from .convert import Selection
+from .format import BLOCK_SIZE, BYTES_PER_BLOCK, dtype_named
+from .report import collapse, escape, format_bytes, rows, table_lines
+
+EXPERTS: Final = 8
+MAX_WIDTH: Final = 1440
+PIECE_BYTES: Final = 8 << 20
+REPEATS: Final = 5
+
+DECODED: Final = "decoded/model.safetensors"
+
+ProgressBar = Callable[[int, str], AbstractContextManager[Callable[[int], object]]]
+Specs = dict[str, tuple[str, tuple[int, ...]]]
+
+
+@dataclass
+class Result:
+    """What the demo found."""
+
+    folder: Path
+    table: list[str]
+    elements: int
+    """Values of all packed tensors."""
+    decode_seconds: float
+    """To decode them all once into memory that is in use already; the median of several runs."""
+    copy_seconds: float
+    """To copy as many bfloat16 bytes with NumPy, in one thread."""
+    threads: int
+    checked: int
+    differences: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures as plain objects."""
+        return {
+            "folder": str(self.folder),
+            "elements": self.elements,
+            "threads": self.threads,
+            "decode_elements_per_second": self.elements / self.decode_seconds,
+            "decode_bytes_per_second": 2 * self.elements / self.decode_seconds,
+            "copy_bytes_per_second": 2 * self.elements / self.copy_seconds,
+            "checked": self.checked,
+            "differences": self.differences,
+        }
+
+    def lines(self) -> Iterator[str]:
+        """Yield a report for a person."""
+        folder = shlex.quote(escape(str(self.folder)))
+        yield from self.table
+        decode, copy = (format_bytes(2 * self.elements / s) for s in (self.decode_seconds, self.copy_seconds))
+        yield ""
+        yield (
+            f"decoded to bfloat16 with {self.threads} threads: {self.elements / self.decode_seconds / 1e6:,.0f} "
+            f"million elements/s, {decode}/s; a plain memory copy: {copy}/s"
+        )
+        if self.differences:
+            yield f"DIFFERENT from the reference: {', '.join(self.differences)}"
+        else:
+            yield f"checked {self.checked:,} values against the reference decoder: all equal"
+        yield ""
+        yield f"The checkpoint is in {folder}, and {DECODED} in it holds the decoded tensors. Try:"
+        yield f"  mxfp4np inspect {folder} --stats '*.layers.0.*'"
+        options = "--index '3, :64' --dtype float32 -o part.npy"
+        yield f"  mxfp4np decode {folder} model.layers.0.mlp.experts.down_proj {options}"
+        yield "and on a real checkpoint, a folder of .safetensors files such as gpt-oss-20b:"
+        yield "  mxfp4np inspect path/to/gpt-oss-20b"
+
+
+def prepare(folder: Path | None) -> Path:
+    """Return the folder to write to, made if need be.
+
+    Raises
+    ------
+    ValueError
+        If it holds something already.
+    """
+    if folder is None:
+        return Path(tempfile.mkdtemp(prefix="mxfp4np-demo-"))
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder}: expected a new or empty folder, found something in it")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def run(folder: Path, size: int, bar: ProgressBar) -> Result:
+    """Write, inspect, decode and check a checkpoint.
+
+    Parameters
+    ----------
+    folder : Path
+        Empty.
+    size : int
+        Wanted bytes of the packed tensors, decoded to bfloat16.
+    bar : callable
+        ``bar(total, what)`` is a context manager that gives a function to call with the bytes done since the last call.
+    """
+    shards = plan(*shape_for(size))
+    with bar(sum(map(_nbytes, shards)), "writing") as progress:
+        _write(folder, shards, progress)
+    with Checkpoint(folder) as checkpoint:
+        table = rows(checkpoint)
+        packed = [row.info for row in table if row.info is not None and row.info.layout is not None]
+        selection = Selection(checkpoint, list(checkpoint))
+        (folder / DECODED).parent.mkdir()
+        with bar(selection.nbytes, "decoding") as progress:
+            selection.write(folder / DECODED, progress)
+        decode_seconds, copy_seconds = _measure(checkpoint, [info.name for info in packed])
+        with Checkpoint(folder / DECODED) as decoded, bar(selection.nbytes, "checking") as progress:
+            checked, differences = _compare(checkpoint, decoded, progress)
+    return Result(
+        folder=folder,
+        table=table_lines(collapse(table)),
+        elements=sum(math.prod(info.shape) for info in packed),
+        decode_seconds=decode_seconds,
+        copy_seconds=copy_seconds,
+        threads=default_num_threads(),
+        checked=checked,
+        differences=differences,
+    )
+
+
+def shape_for(size: int) -> tuple[int, int]:
+    """Return the width and number of layers whose packed tensors decode to about ``size`` bytes of bfloat16."""
+    elements = size // 2
+    width = BLOCK_SIZE * max(1, math.isqrt(elements // (2 * 3 * EXPERTS)) // BLOCK_SIZE)
+    width = min(width, MAX_WIDTH)
+    return width, max(2, round(elements / (3 * EXPERTS * width * width)))
+
+
+def plan(width: int, layers: int) -> list[Specs]:
+    """Return the tensors of each shard: there is one for each layer, with its blocks; its scales are in the next."""
+    shards: list[Specs] = [{} for _ in range(layers)]
+    shards[0]["model.embed_tokens.weight"] = ("BF16", (1024, width))
+    shards[-1]["model.norm.weight"] = ("BF16", (width,))
+    for i in range(layers):
+        layer = f"model.layers.{i}."
+        shards[i][layer + "input_layernorm.weight"] = ("BF16", (width,))
+        shards[i][layer + "mlp.router.weight"] = ("BF16", (EXPERTS, width))
+        for name, rows_ in (("gate_up_proj", 2 * width), ("down_proj", width)):
+            scales = (EXPERTS, rows_, width // BLOCK_SIZE)
+            expert = f"{layer}mlp.experts.{name}"
+            shards[i][expert + "_bias"] = ("BF16", (EXPERTS, rows_))
+            shards[i][expert + "_blocks"] = ("U8", (*scales, BYTES_PER_BLOCK))
+            shards[(i + 1) % layers][expert + "_scales"] = ("U8", scales)
+    return [dict(sorted(specs.items(), key=lambda item: item[1][0])) for specs in shards]
+
+
+def _write(folder: Path, shards: list[Specs], progress: Callable[[int], object]) -> None:
+    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    rng = np.random.default_rng(0)
+    for name, specs in zip(names, shards, strict=True):
+        write_safetensors(folder / name, specs, _random_data(specs, rng, progress), {"format": "pt"})
+    weight_map = {tensor: name for name, specs in zip(names, shards, strict=True) for tensor in specs}
+    index = {"metadata": {"total_size": sum(map(_nbytes, shards))}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    config = {"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}}
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+
+
+def _random_data(specs: Specs, rng: np.random.Generator, progress: Callable[[int], object]) -> Iterator[NDArray[Any]]:
+    for name, (dtype, shape) in specs.items():
+        for index in split(shape, 4, PIECE_BYTES):
+            part = tuple(len(range(*i.indices(n))) for i, n in zip(index, shape, strict=False) if isinstance(i, slice))
+            if dtype == "BF16":
+                piece: NDArray[Any] = rng.standard_normal(part, np.float32).astype(dtype_named("bfloat16"))
+            elif name.endswith("_scales"):
+                piece = rng.integers(118, 126, part, np.uint8)  # 2**-9 to 2**-2, as in trained weights
+            else:
+                piece = rng.integers(0, 256, part, np.uint8)
+            yield piece
+            progress(piece.nbytes)
+
+
+def _nbytes(specs: Specs) -> int:
+    return sum(math.prod(shape) * (2 if dtype == "BF16" else 1) for dtype, shape in specs.values())
+
+
+def _measure(checkpoint: Checkpoint, names: list[str]) -> tuple[float, float]:
+    """Return the median seconds to decode all tensors, and to copy as many bytes, in turn and into memory in use."""
+    sizes = {name: checkpoint.info(name).decoded_nbytes() for name in names}
+    memory, source = (aligned_empty((max(sizes.values()),), np.dtype("uint8")) for _ in range(2))
+    memory[:] = source[:] = 0
+    outs = {name: memory[: sizes[name]].view(dtype_named("bfloat16")) for name in names}
+    outs = {name: out.reshape(checkpoint.info(name).shape) for name, out in outs.items()}
+    decode, copy = [], []
+    for _ in range(REPEATS):
+        times = [time.perf_counter()]
+        for name in names:
+            checkpoint.get(name, out=outs[name])
+        times.append(time.perf_counter())
+        for name in names:
+            np.copyto(memory[: sizes[name]], source[: sizes[name]])
+        times.append(time.perf_counter())
+        decode.append(times[1] - times[0])
+        copy.append(times[2] - times[1])
+    return median(decode), median(copy)
+
+
+def _compare(checkpoint: Checkpoint, decoded: Checkpoint, progress: Callable[[int], object]) -> tuple[int, list[str]]:
+    """Compare all of ``decoded`` with what the reference backend decodes; return the count of values, and the misfits."""
+    checked, differences = 0, []
+    for name in checkpoint:
+        actual = decoded[name]
+        for index, expected in checkpoint.chunks(name, PIECE_BYTES, backend="numpy"):
+            checked += expected.size
+            if expected.tobytes() != actual[index].tobytes():
+                differences.append(f"{name}[{index}]")
+            progress(expected.nbytes)
+    return checked, differences

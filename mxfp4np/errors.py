@@ -1,0 +1,30 @@
+"""The error tree: every error the library raises on purpose, apart from Python's own for wrong arguments.
+
+A message is one sentence for a person: which file, which tensor, what was expected, what was found, what to do.
+All of these can be pickled, so that they cross process pools whole.
+"""
+
+from __future__ import annotations
+
+
+class MXFP4Error(Exception):
+    """Base of all errors of this library."""
+
+
+class CheckpointError(MXFP4Error, ValueError):
+    """A file is malformed, truncated or inconsistent with its neighbours."""
+
+
+class TensorNotFoundError(MXFP4Error, KeyError):
+    """No tensor has this name; the message gives the closest ones."""
+
+    def __str__(self) -> str:  # KeyError shows the repr of its argument, which would quote a whole sentence
+        return Exception.__str__(self)
+
+
+class LayoutError(MXFP4Error, ValueError):
+    """Blocks and scales do not fit each other."""
+
+
+class BackendUnavailableError(MXFP4Error, ImportError):
+    """A backend cannot run here; the message names the extra to install and what works instead."""

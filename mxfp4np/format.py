@@ -1,0 +1,94 @@
+"""What MXFP4 is: block geometry, the E2M1 values, the E8M0 scale, the output dtypes.
+
+Constants and pure functions only. Every other module takes these facts from here, and this module knows
+nothing of files, tensor names, threads or devices.
+
+The source is the OCP Microscaling Formats (MX) Specification v1.0, sections 5.3.3 (FP4), 5.4.1 (E8M0) and
+6.3 (MXFP4): an element is ``E2M1[code] * 2**(scale - 127)``.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import DTypeLike
+
+BLOCK_SIZE: Final = 32
+"""Elements that share one scale."""
+
+BYTES_PER_BLOCK: Final = 16
+"""Bytes that hold the codes of one block, two codes to a byte, the even element in the low nibble."""
+
+SCALE_BIAS: Final = 127
+"""A scale byte ``s`` stands for the factor ``2**(s - SCALE_BIAS)``."""
+
+SCALE_NAN: Final = 255
+"""The scale byte that makes every element of its block NaN."""
+
+FP4_VALUES: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+"""The value of each four-bit E2M1 code: one sign bit, two exponent bits (bias 1), one mantissa bit."""
+
+DTYPES: Final = ("bfloat16", "float16", "float32")
+"""Names of the dtypes that MXFP4 decodes to."""
+
+
+@functools.cache
+def dtype_named(name: str) -> np.dtype[Any]:
+    """Return the dtype that NumPy, or ml_dtypes for what NumPy lacks, calls ``name``."""
+    if name.startswith(("bfloat", "float8")):
+        import ml_dtypes
+
+        dtype: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
+        return dtype
+    return np.dtype(name)
+
+
+def as_dtype(dtype: DTypeLike) -> np.dtype[Any]:
+    """Return any NumPy dtype, bfloat16 by name included, which NumPy alone does not know."""
+    return dtype_named(dtype) if isinstance(dtype, str) else np.dtype(dtype)
+
+
+def decoded_dtype(dtype: DTypeLike) -> np.dtype[Any]:
+    """Return the NumPy dtype to decode to.
+
+    Parameters
+    ----------
+    dtype : str, type or numpy.dtype
+        bfloat16 (the one of ``ml_dtypes``), float16 or float32, by name or as a dtype.
+
+    Returns
+    -------
+    numpy.dtype
+        In native byte order.
+
+    Raises
+    ------
+    ValueError
+        If MXFP4 does not decode to this dtype.
+
+    Examples
+    --------
+    >>> decoded_dtype("float16")
+    dtype('float16')
+    """
+    name = dtype if isinstance(dtype, str) else getattr(dtype, "name", None) or getattr(dtype, "__name__", None)
+    if name not in DTYPES:
+        raise ValueError(f"MXFP4 decodes to {', '.join(DTYPES)}, not to {dtype!r}")
+    if isinstance(dtype, np.dtype) and not dtype.isnative:
+        raise ValueError(f"MXFP4 decodes to native byte order, not to {dtype!r}")
+    return dtype_named(name)
+
+
+def blocks_in(elements: int) -> int:
+    """Return how many blocks hold this many consecutive elements.
+
+    Examples
+    --------
+    >>> blocks_in(33)
+    2
+    """
+    return -(-elements // BLOCK_SIZE)

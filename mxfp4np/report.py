@@ -1,0 +1,206 @@
+"""What a checkpoint holds, in rows and histograms, for people and for scripts."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .array import MXFP4Array
+from .checkpoint import Checkpoint, TensorInfo
+from .errors import LayoutError
+from .format import FP4_VALUES, SCALE_BIAS, SCALE_NAN
+
+STATS_BYTES: Final = 4 << 20
+"""Packed bytes looked at together; counting takes about eight times as much memory."""
+
+_NUMBER: Final = re.compile(r"(?<![^.])\d+(?![^.])")
+
+
+class Row(NamedTuple):
+    """One logical tensor, or what is wrong with it."""
+
+    name: str
+    info: TensorInfo | None
+    problem: str | None
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Equal for tensors that a collapsed table shows as one line."""
+        name = _NUMBER.sub("#", self.name)
+        return (name, self.problem) if self.info is None else (name, self.info.shape, self.info.dtype, self.info.layout)
+
+
+@dataclass
+class Stats:
+    """Counts over packed blocks."""
+
+    bytes_: NDArray[np.int64] = field(default_factory=lambda: np.zeros(256, np.int64))
+    scales: NDArray[np.int64] = field(default_factory=lambda: np.zeros(256, np.int64))
+    zero_blocks: int = 0
+
+    def add(self, array: MXFP4Array, progress: Callable[[int], object] = lambda _: None) -> None:
+        """Count the blocks of a packed array.
+
+        ``progress`` is called with the number of packed bytes looked at since the last call.
+        """
+        for _, part in array.chunks(4 * STATS_BYTES):
+            self.bytes_ += np.bincount(part.blocks.reshape(-1), minlength=256)
+            self.scales += np.bincount(part.scales.reshape(-1), minlength=256)
+            self.zero_blocks += int(np.count_nonzero(~(part.blocks & 0x77).any(axis=-1)))
+            progress(part.nbytes)
+
+    @classmethod
+    def merged(cls, several: Iterable[Stats]) -> Stats:
+        """Return the sum of several counts."""
+        total = cls()
+        for one in several:
+            total.bytes_ += one.bytes_
+            total.scales += one.scales
+            total.zero_blocks += one.zero_blocks
+        return total
+
+    @property
+    def codes(self) -> NDArray[np.int64]:
+        """Count of each of the 16 codes."""
+        table = self.bytes_.reshape(16, 16)
+        counts: NDArray[np.int64] = table.sum(axis=0) + table.sum(axis=1)
+        return counts
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the counts as plain numbers."""
+        return {
+            "blocks": int(self.scales.sum()),
+            "zero_blocks": self.zero_blocks,
+            "nan_scales": int(self.scales[SCALE_NAN]),
+            "negative_zeros": int(self.codes[8]),
+            "codes": self.codes.tolist(),
+            "scales": {int(scale): int(self.scales[scale]) for scale in np.flatnonzero(self.scales)},
+        }
+
+    def lines(self) -> Iterator[str]:
+        """Yield a report for a person."""
+        blocks, elements = max(1, int(self.scales.sum())), max(1, int(self.codes.sum()))
+        yield (
+            f"zero blocks {self.zero_blocks / blocks:.2%}, NaN scales {self.scales[SCALE_NAN] / blocks:.2%}, "
+            f"-0.0 {self.codes[8] / elements:.2%}"
+        )
+        used = np.flatnonzero(self.scales)
+        for scale in range(used[0], used[-1] + 1) if len(used) else ():
+            label = "NaN" if scale == SCALE_NAN else f"2^{scale - SCALE_BIAS}"
+            if self.scales[scale] or len(used) > 1:
+                yield _bar("scale", label, int(self.scales[scale]), blocks)
+        for code, value in enumerate(FP4_VALUES):
+            yield _bar("value", f"{value:+g}" if code else "0", int(self.codes[code]), elements)
+
+
+def _bar(what: str, label: str, count: int, total: int) -> str:
+    share = count / total
+    return f"{what} {label:>6} {share:7.2%} {'#' * math.ceil(50 * share)}"
+
+
+def rows(checkpoint: Checkpoint, pattern: str = "*") -> list[Row]:
+    """Return a row for each logical tensor whose name matches a shell-style pattern."""
+    found = []
+    for name in checkpoint:
+        if fnmatchcase(name, pattern):
+            try:
+                found.append(Row(name, checkpoint.info(name), None))
+            except LayoutError as error:
+                found.append(Row(name, None, str(error)))
+    return found
+
+
+def collapse(table: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
+    """Group rows that differ only in the numbers within their names, as the layers of a model do."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in table:
+        groups.setdefault(row.kind, []).append(row)
+    return groups
+
+
+def table_lines(groups: dict[tuple[Any, ...], list[Row]]) -> list[str]:
+    """Return one line for each group, and the totals."""
+    lines: list[tuple[str, ...]] = [("NAME", "", "SHAPE", "DTYPE", "LAYOUT", "STORED", "BFLOAT16")]
+    problems = []
+    total = packed = stored = decoded = 0
+    for kind, group in groups.items():
+        name, count, info = escape(kind[0]), f"x{len(group)}" if len(group) > 1 else "", group[0].info
+        total += len(group)
+        if info is None:
+            problems.append(f"{name} {count}: {escape(kind[1])}")
+            lines.append((name, count, "", "broken", "", "", ""))
+            continue
+        packed += len(group) * (info.layout is not None)
+        sizes = sum(_info(row).nbytes for row in group), sum(_info(row).decoded_nbytes() for row in group)
+        stored, decoded = stored + sizes[0], decoded + sizes[1]
+        shape = "x".join(map(str, info.shape)) or "scalar"
+        lines.append((name, count, shape, info.dtype, info.layout or "-", *map(format_bytes, sizes)))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    summary = f"{total:,} tensors, {packed:,} of them MXFP4: {format_bytes(stored)} stored, "
+    return [*text, *problems, summary + f"{format_bytes(decoded)} decoded to bfloat16"]
+
+
+def to_json(checkpoint: Checkpoint, table: Sequence[Row], stats: dict[str, Stats]) -> dict[str, Any]:
+    """Return everything as plain objects."""
+    infos = [row.info for row in table if row.info is not None]
+    return {
+        "files": [str(file) for file in checkpoint.files],
+        "tensors": [_row_json(row, stats) for row in table],
+        "totals": {
+            "tensors": len(table),
+            "packed": sum(info.layout is not None for info in infos),
+            "nbytes": sum(info.nbytes for info in infos),
+            "decoded_nbytes": sum(info.decoded_nbytes() for info in infos),
+        },
+    }
+
+
+def _row_json(row: Row, stats: dict[str, Stats]) -> dict[str, Any]:
+    if row.info is None:
+        return {"name": row.name, "problem": row.problem}
+    result: dict[str, Any] = {
+        "name": row.name,
+        "shape": row.info.shape,
+        "dtype": row.info.dtype,
+        "layout": row.info.layout,
+        "nbytes": row.info.nbytes,
+        "decoded_nbytes": row.info.decoded_nbytes(),
+        "stored": [{**half._asdict(), "file": str(half.file.path)} for half in row.info.stored],
+    }
+    if row.name in stats:
+        result["stats"] = stats[row.name].to_json()
+    return result
+
+
+def _info(row: Row) -> TensorInfo:
+    if row.info is None:
+        raise AssertionError("rows of one kind are all whole or all broken")
+    return row.info
+
+
+def escape(text: str) -> str:
+    """Return the text with everything a terminal would not print as such spelled out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def format_bytes(count: float) -> str:
+    """Return a size in decimal units.
+
+    Examples
+    --------
+    >>> format_bytes(1_560_000_000_000)
+    '1.56 TB'
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
