@@ -220,7 +220,7 @@ def _measure(checkpoint: Checkpoint, names: list[str]) -> tuple[float, float]:
 
 
 def _compare(checkpoint: Checkpoint, decoded: Checkpoint, progress: Callable[[int], object]) -> tuple[int, list[str]]:
-    """Compare all of ``decoded`` with what the reference backend decodes; return the count of values, and the misfits."""
+    """Compare all of ``decoded`` with what the reference decodes; return the count of values, and the misfits."""
     checked, differences = 0, []
     for name in checkpoint:
         actual = decoded[name]
