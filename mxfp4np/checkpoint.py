@@ -25,6 +25,7 @@ from .container import (
     StoredTensor,
     array_shape,
     as_array,
+    open_regular,
     write_safetensors,
 )
 from .errors import CheckpointError, LayoutError, TensorNotFoundError
@@ -106,10 +107,10 @@ class Checkpoint(Mapping[str, Any]):
         if io not in ("mmap", "pread"):
             raise ValueError(f"io must be 'mmap' or 'pread', found {io!r}")
         get_backend(device=device)
-        self._arguments = (path, device, io)
         self.device = device
         files, index = _find_files(path)
-        self._folder = files[0].parent
+        self._arguments = (index or files, device, io)
+        self._folder = (index or files[0]).parent
         self._files: list[SafetensorsFile] = []
         self._stored: dict[str, StoredTensor] = {}
         for file in files:
@@ -128,8 +129,7 @@ class Checkpoint(Mapping[str, Any]):
         self._stored.update(file.tensors)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        path, device, io = self._arguments
-        return _reopen, (path, device, io)
+        return _reopen, self._arguments
 
     # Mapping
 
@@ -319,7 +319,7 @@ class Checkpoint(Mapping[str, Any]):
         if isinstance(tensor, StoredTensor):
             itemsize = max(1, DTYPES[tensor.dtype][0] // 8) if dtype is None else as_dtype(dtype).itemsize
             for index in split(array_shape(tensor), itemsize, max_bytes):
-                yield index, _plain(_stored_array(tensor, index), dtype, None)
+                yield index, np.asarray(_plain(_stored_array(tensor, index or ...), dtype, None))
         else:
             source = _PairSource(tensor)
             wanted = decoded_dtype("bfloat16" if dtype is None else dtype)
@@ -397,12 +397,18 @@ def _stored_array(tensor: StoredTensor, index: Any = None) -> Any:
 
 def _plain(array: Any, dtype: DTypeLike | None, out: NDArray[Any] | None) -> Any:
     if out is not None:
+        if not isinstance(out, np.ndarray):
+            raise TypeError(f"out must be a numpy.ndarray, found {type(out).__name__}")
         if out.shape != array.shape or (dtype is not None and out.dtype != as_dtype(dtype)):
             expected = f"shape {array.shape}" + (f" and dtype {as_dtype(dtype)}" if dtype is not None else "")
             raise ValueError(f"out must have {expected}, found {out.shape} and {out.dtype}")
         np.copyto(out, array, casting="unsafe")
         return out
-    return array if dtype is None else array.astype(as_dtype(dtype), copy=False)
+    if dtype is None:
+        return array
+    if array.dtype.kind == "c" and as_dtype(dtype).kind != "c":
+        raise ValueError(f"complex values cannot become {as_dtype(dtype)}")
+    return array.astype(as_dtype(dtype), copy=False)
 
 
 def _names(tensor: PackedTensor) -> list[str]:
@@ -419,11 +425,11 @@ def _reopen(path: PathLike | Sequence[PathLike], device: str, io: str) -> Checkp
 def _find_files(path: PathLike | Sequence[PathLike]) -> tuple[list[Path], Path | None]:
     """Return the files of a checkpoint, and its index if it has one."""
     if not isinstance(path, str | os.PathLike):
-        files = [Path(file) for file in path]
+        files = [Path(file).absolute() for file in path]
         if not files:
             raise FileNotFoundError("an empty list of files is no checkpoint")
         return files, None
-    path = Path(path)
+    path = Path(path).absolute()
     if path.is_dir():
         index = _find_index(path)
         if index is None:
@@ -477,10 +483,12 @@ def _check_index(index: Path, stored: Mapping[str, StoredTensor]) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if path.stat().st_size > JSON_LIMIT:
-        raise CheckpointError(f"{path}: expected a JSON file of at most {JSON_LIMIT:,} bytes, found a larger one")
+    with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size > JSON_LIMIT:
+            raise CheckpointError(f"{path}: expected a JSON file of at most {JSON_LIMIT:,} bytes, found a larger one")
+        text = file.read()
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(value, dict):
@@ -535,6 +543,15 @@ def save_file(
     ------
     ValueError
         If the format has no name for a dtype, or a packed array begins or ends mid-block.
+
+    Examples
+    --------
+    >>> import tempfile, numpy as np, mxfp4np
+    >>> packed = mxfp4np.MXFP4Array(np.zeros((2, 16), np.uint8), np.zeros(2, np.uint8))
+    >>> path = tempfile.mkdtemp() + "/model.safetensors"
+    >>> mxfp4np.save_file({"w": packed, "bias": np.ones(3)}, path)
+    >>> mxfp4np.Checkpoint(path)["bias"]
+    array([1., 1., 1.])
     """
     arrays: dict[str, NDArray[Any]] = {}
     for name, tensor in tensors.items():

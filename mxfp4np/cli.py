@@ -7,15 +7,18 @@ standard error; progress shows on a terminal only.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import __version__
 from .errors import MXFP4Error
@@ -30,11 +33,13 @@ _INDEX_ITEM = re.compile(r"\s*(?:(\.\.\.)|([+-]?\d+)|([+-]?\d+)?\s*:\s*([+-]?\d+
 def parse_index(text: str) -> tuple[Any, ...]:
     """Return the NumPy index that a text such as ``"7, :128"`` spells."""
     items: list[Any] = []
-    for item in text.strip().removeprefix("[").removesuffix("]").split(","):
+    for item in text.strip().removeprefix("[").removesuffix("]").removesuffix(",").split(","):
         match = _INDEX_ITEM.fullmatch(item)
         if match is None:
             raise argparse.ArgumentTypeError(f"{item.strip()!r} is not an integer, a slice or '...'")
         dots, integer, *parts = match.groups()
+        if any(part and abs(int(part)) > sys.maxsize for part in (integer, *parts)):
+            raise argparse.ArgumentTypeError(f"{item.strip()!r} is larger than any axis")
         slices = slice(*(None if part is None else int(part) for part in parts))
         items.append(Ellipsis if dots else int(integer) if integer else slices)
     return tuple(items)
@@ -42,10 +47,10 @@ def parse_index(text: str) -> tuple[Any, ...]:
 
 def parse_size(text: str) -> int:
     """Return the bytes that a text such as ``"200MB"`` spells, in decimal units."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?", text.strip())
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)b?", text.strip().lower())
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size: expected for instance 200MB or 5GB")
-    return int(float(match[1]) * 1000 ** " kMGT".index(match[2] or " "))
+    return int(Decimal(match[1]) * 1000 ** " kmgt".index(match[2] or " "))
 
 
 @contextmanager
@@ -100,13 +105,35 @@ def _decode(args: argparse.Namespace) -> int:
 def _demo(args: argparse.Namespace) -> int:
     from . import demo
 
-    result = demo.run(demo.prepare(args.out), args.size, partial(progress_bar, quiet=args.quiet))
+    folder = demo.prepare(args.out)
+    try:
+        result = demo.run(folder, args.size, partial(progress_bar, quiet=args.quiet))
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)  # it was new or empty
+        raise
     print(json.dumps(result.to_json()) if args.json else "\n".join(result.lines()))
     return 1 if result.differences else 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line; options anywhere between the names, which argparse leaves to a method of its own."""
+
+    _intermixed = False
+
+    def error(self, message: str) -> NoReturn:
+        from .report import escape
+
+        self.exit(2, f"{self.prog}: {escape(message)}: see {self.prog} --help\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self._intermixed or self._subparsers is not None:
+            return super().parse_known_args(args, namespace)
+        self._intermixed = True
+        return self.parse_known_intermixed_args(args, namespace)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mxfp4np", description="Look into MXFP4 checkpoints and decode them.")
+    parser = _Parser(prog="mxfp4np", description="Look into MXFP4 checkpoints and decode them.")
     parser.add_argument("--version", action="version", version=f"mxfp4np {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -130,18 +157,23 @@ def _parser() -> argparse.ArgumentParser:
     decode = command("decode", _decode, "Write tensors, decoded, to a file.")
     decode.add_argument("path", type=Path, metavar="PATH", help="a folder, a .safetensors file or a .index.json")
     decode.add_argument("names", nargs="+", metavar="NAME", help="as inspect shows them, with real layer numbers")
-    decode.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help=".safetensors or .npy")
+    decode.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FILE", help=".safetensors, or .npy with --dtype"
+    )
     decode.add_argument("--dtype", choices=DTYPES, help="default: bfloat16, and plain tensors as they are")
-    decode.add_argument("--index", type=parse_index, help="part of each tensor, for instance '7, :128'")
+    decode.add_argument("--index", type=parse_index, help="part of each tensor: '7, :128', --index=-1,:")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     args = _parser().parse_args(arguments)
     try:
         status: int = args.run(args)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by the shell
+            sys.stdout.flush()
         return status
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -149,8 +181,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         message, status = "interrupted", 130
     except MemoryError as error:
-        message, status = f"out of memory: {error}", 2
-    except (MXFP4Error, OSError, ValueError, IndexError) as error:
+        message, status = f"out of memory: {error or 'ask for less at a time'}", 2
+    except OSError as error:
+        message, status = f"{error.filename}: {error.strerror}" if error.filename else str(error), 2
+    except (MXFP4Error, ValueError, IndexError) as error:
         message, status = str(error), 2
     from .report import escape
 

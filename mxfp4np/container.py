@@ -56,6 +56,10 @@ DTYPES: Final = {
 NumPy has no type for elements below a byte: their packed bytes are given as uint8.
 """
 
+MAX_AXES: Final = 64
+MAX_ELEMENTS: Final = 1 << 56
+"""What NumPy can hold, decoded sizes included; files can claim more where an axis is empty."""
+
 SAFETENSORS_DTYPES: Final = {numpy: name for name, (bits, numpy) in DTYPES.items() if bits >= 8}
 """The format's name of each NumPy or ml_dtypes type."""
 
@@ -106,7 +110,7 @@ class SafetensorsFile:
         self._file: BinaryIO | None = None
         self._closed = False
         self._lock = threading.Lock()
-        with _open_regular(path) as file:
+        with open_regular(path) as file:
             self._stamp = _stamp(file)
             self._read_header(file)
 
@@ -116,28 +120,30 @@ class SafetensorsFile:
                 offset = 8 + int.from_bytes(file.read(8), "little")
                 names = handle.offset_keys()
                 self.metadata = handle.metadata() or {}
-                self._refuse_duplicates(file.read(offset - 8), len(names))
+                self._refuse_duplicates(file.read(offset - 8))
                 for name in names:
                     entry = handle.get_slice(name)
                     dtype, shape = entry.get_dtype(), tuple(entry.get_shape())
                     nbytes = math.prod(shape) * DTYPES[dtype][0] // 8
+                    if len(shape) > MAX_AXES or math.prod(max(1, n) for n in shape) > MAX_ELEMENTS:
+                        raise CheckpointError(f"{self.path}: tensor {name!r}: no array can have shape {list(shape)}")
                     self.tensors[name] = StoredTensor(name, dtype, shape, self, offset, nbytes)
                     offset += nbytes
         except SafetensorError as error:
             reason = str(error).removeprefix("Error while deserializing header: ")
             raise CheckpointError(f"{self.path}: not a valid safetensors file: {reason}") from error
+        # Tensors without bytes share their offset with the next one; give them one order in all processes.
+        self.tensors = dict(sorted(self.tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes, item[0])))
         if offset != os.fstat(file.fileno()).st_size:
             raise CheckpointError(f"{self.path}: changed while it was being opened: open it again")
 
-    def _refuse_duplicates(self, header: bytes, tensors: int) -> None:
-        # The parser lets a later entry replace an earlier one. Each entry has one "data_offsets"; look closer only
-        # when there seem to be more of them than tensors.
-        if header.count(b'"data_offsets"') > tensors:
-            seen: set[str] = set()
-            for name, _ in json.loads(header, object_pairs_hook=list):
-                if name in seen:
-                    raise CheckpointError(f"{self.path}: the header has two tensors called {name!r}")
-                seen.add(name)
+    def _refuse_duplicates(self, header: bytes) -> None:
+        # The parser lets a later entry replace an earlier one of the same name.
+        seen: set[str] = set()
+        for name, _ in json.loads(header, object_pairs_hook=list):
+            if name in seen:
+                raise CheckpointError(f"{self.path}: the header has two tensors called {name!r}")
+            seen.add(name)
 
     def close(self) -> None:
         """Let go of the file. The map lives on as long as any view of it."""
@@ -156,9 +162,10 @@ class SafetensorsFile:
                 if self._file is None:
                     self._file = self._reopen()
                 # Pages that are reserved and never touched: only their addresses matter.
-                reserved = np.frombuffer(mmap.mmap(-1, max(1, tensor.nbytes)), np.uint8)[: tensor.nbytes]
-                reserved.flags.writeable = False
-                return reserved
+                # Private and read-only where the system has such maps, so that they count against no limit.
+                options = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, "prot": mmap.PROT_READ}
+                memory = mmap.mmap(-1, max(1, tensor.nbytes), **(options if os.name == "posix" else {}))
+                return np.frombuffer(memory, np.uint8)[: tensor.nbytes]
             if self._map is None:
                 with self._reopen() as file:  # the map keeps the file open
                     try:
@@ -169,7 +176,7 @@ class SafetensorsFile:
 
     def _reopen(self) -> BinaryIO:
         # A checkpoint may have more files than a process may keep open: each opens again when it is first needed.
-        file = _open_regular(self.path)
+        file = open_regular(self.path)
         if _stamp(file) != self._stamp:
             file.close()
             raise CheckpointError(f"{self.path}: was replaced or changed after it was opened: open it again")
@@ -218,7 +225,8 @@ class SafetensorsFile:
             return self._file.readinto(target)  # type: ignore[attr-defined, no-any-return]
 
 
-def _open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file to read, unbuffered; refuse pipes and devices."""
     # Without O_NONBLOCK, opening a pipe that nobody writes to would wait for ever.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -253,6 +261,8 @@ def as_array(flat: NDArray[np.uint8], tensor: StoredTensor) -> NDArray[Any]:
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open a file that takes its name when it is complete and on disk, and leaves nothing behind if it never is."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("xb") as file:
@@ -274,6 +284,9 @@ def header_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: M
         As the format spells them.
     metadata : mapping of str to str, optional
     """
+    for item in (metadata or {}).items():
+        if not all(isinstance(text, str) for text in item):
+            raise ValueError(f"metadata must be strings, found {item!r}")
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     begin = 0
     for name, (dtype, shape) in tensors.items():

@@ -32,6 +32,8 @@ class _Source:
             self.dtype = decoded_dtype("bfloat16" if dtype is None else dtype)
         else:
             self.dtype = self._array.dtype if dtype is None else as_dtype(dtype)
+            if self._array.dtype.kind == "c" and self.dtype.kind != "c":
+                raise ValueError(f"tensor {name!r}: complex values cannot become {self.dtype}")
 
     def pieces(self) -> Iterator[NDArray[Any]]:
         """Yield the values in C order."""
@@ -110,7 +112,7 @@ class Selection:
         if len(self._sources) != 1:
             raise ValueError(f"{path}: a .npy file holds one tensor, not {len(self._sources)}: use .safetensors")
         (source,) = self._sources.values()
-        if not source.dtype.isbuiltin:
+        if source.dtype.isbuiltin != 1:  # 2 for the types of ml_dtypes
             raise ValueError(
                 f"{path}: the .npy format cannot name {source.dtype}: use --dtype float32, or .safetensors"
             )

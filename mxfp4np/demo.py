@@ -73,8 +73,9 @@ class Result:
         decode, copy = (format_bytes(2 * self.elements / s) for s in (self.decode_seconds, self.copy_seconds))
         yield ""
         yield (
-            f"decoded to bfloat16 with {self.threads} threads: {self.elements / self.decode_seconds / 1e6:,.0f} "
-            f"million elements/s, {decode}/s; a plain memory copy: {copy}/s"
+            f"decoded to bfloat16 with {self.threads} thread{'s' * (self.threads > 1)}: "
+            f"{self.elements / self.decode_seconds / 1e6:,.0f} million elements/s, {decode}/s; "
+            f"a plain memory copy: {copy}/s"
         )
         if self.differences:
             yield f"DIFFERENT from the reference: {', '.join(self.differences)}"

@@ -36,10 +36,14 @@ DTYPES: Final = ("bfloat16", "float16", "float32")
 """Names of the dtypes that MXFP4 decodes to."""
 
 
+FLOAT8: Final = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
+"""Names of the dtypes of one byte that checkpoints use and ml_dtypes brings."""
+
+
 @functools.cache
 def dtype_named(name: str) -> np.dtype[Any]:
     """Return the dtype that NumPy, or ml_dtypes for what NumPy lacks, calls ``name``."""
-    if name.startswith(("bfloat", "float8")):
+    if name in ("bfloat16", *FLOAT8):
         import ml_dtypes
 
         dtype: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))

@@ -34,7 +34,9 @@ class Row(NamedTuple):
     def kind(self) -> tuple[Any, ...]:
         """Equal for tensors that a collapsed table shows as one line."""
         name = _NUMBER.sub("#", self.name)
-        return (name, self.problem) if self.info is None else (name, self.info.shape, self.info.dtype, self.info.layout)
+        if self.info is None:
+            return name, str(self.problem).replace(self.name, name)
+        return (name, self.info.shape, self.info.dtype, self.info.layout)
 
 
 @dataclass
@@ -127,14 +129,14 @@ def collapse(table: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
 
 def table_lines(groups: dict[tuple[Any, ...], list[Row]]) -> list[str]:
     """Return one line for each group, and the totals."""
-    lines: list[tuple[str, ...]] = [("NAME", "", "SHAPE", "DTYPE", "LAYOUT", "STORED", "BFLOAT16")]
+    lines: list[tuple[str, ...]] = [("NAME", "", "SHAPE", "DTYPE", "LAYOUT", "STORED", "DECODED")]
     problems = []
     total = packed = stored = decoded = 0
     for kind, group in groups.items():
         name, count, info = escape(kind[0]), f"x{len(group)}" if len(group) > 1 else "", group[0].info
         total += len(group)
         if info is None:
-            problems.append(f"{name} {count}: {escape(kind[1])}")
+            problems.append(escape(kind[1]))
             lines.append((name, count, "", "broken", "", "", ""))
             continue
         packed += len(group) * (info.layout is not None)
@@ -144,8 +146,8 @@ def table_lines(groups: dict[tuple[Any, ...], list[Row]]) -> list[str]:
         lines.append((name, count, shape, info.dtype, info.layout or "-", *map(format_bytes, sizes)))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    summary = f"{total:,} tensors, {packed:,} of them MXFP4: {format_bytes(stored)} stored, "
-    return [*text, *problems, summary + f"{format_bytes(decoded)} decoded to bfloat16"]
+    summary = f"{total:,} tensor{'s' * (total != 1)}, {packed:,} of them MXFP4: {format_bytes(stored)} stored, "
+    return [*text, *problems, summary + f"{format_bytes(decoded)} with MXFP4 decoded to bfloat16"]
 
 
 def to_json(checkpoint: Checkpoint, table: Sequence[Row], stats: dict[str, Stats]) -> dict[str, Any]:
@@ -200,7 +202,7 @@ def format_bytes(count: float) -> str:
     '1.56 TB'
     """
     for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
+        if count < 999.5:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} TB"

@@ -11,7 +11,7 @@ import functools
 import math
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -107,7 +107,7 @@ def parallel_for(task: Callable[[int, int], object], stop: int, step: int, num_t
     num_threads : int
         At most this many threads, the calling one included, and never more than the pool has and one.
     """
-    starts = iter(range(0, stop, step))
+    starts: Iterator[int] = iter(range(0, stop, step))
     lock = threading.Lock()
 
     def claim() -> int | None:
@@ -115,8 +115,14 @@ def parallel_for(task: Callable[[int, int], object], stop: int, step: int, num_t
             return next(starts, None)
 
     def drain() -> None:
-        while (i := claim()) is not None:
-            task(i, min(i + step, stop))
+        nonlocal starts
+        try:
+            while (i := claim()) is not None:
+                task(i, min(i + step, stop))
+        except BaseException:  # an interrupt too: nobody begins another piece
+            with lock:
+                starts = iter(())
+            raise
 
     helpers = []
     for _ in range(min(num_threads, -(-stop // step)) - 1):
@@ -127,9 +133,7 @@ def parallel_for(task: Callable[[int, int], object], stop: int, step: int, num_t
     try:
         drain()
     finally:
-        # After an interrupt, helpers stop at their next claim; wait for them, since they write to the caller's memory.
-        with lock:
-            starts = iter(())
+        # Even after an error: helpers write to the caller's memory until they are done.
         wait([helper for helper in helpers if not helper.cancel()])
     for helper in helpers:
         if not helper.cancelled():

@@ -1,0 +1,102 @@
+"""What every backend must do, run against each of them by test_backends.py.
+
+The oracle is independent of the library: ml_dtypes' own float4_e2m1fn and float8_e8m0fnu types, multiplied in float64.
+"""
+
+import ml_dtypes
+import numpy as np
+from hypothesis import strategies as st
+
+DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype("float16"), "float32": np.dtype("float32")}
+
+
+def oracle(blocks, scales, dtype):
+    """Decode with ml_dtypes' types; scale 255 is NaN there as well."""
+    codes = np.stack([blocks & 15, blocks >> 4], axis=-1).reshape(*scales.shape, 32)
+    elements = codes.view(ml_dtypes.float4_e2m1fn).astype(np.float64)
+    factors = scales.view(ml_dtypes.float8_e8m0fnu).astype(np.float64)
+    with np.errstate(over="ignore"):
+        values = (elements * factors[..., None]).astype(DTYPES[dtype])
+    return values.reshape(*scales.shape[:-1], scales.shape[-1] * 32)
+
+
+def assert_same_bits(actual, expected):
+    """Compare bit for bit, NaN with NaN."""
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    word = f"u{expected.dtype.itemsize}"
+    actual_bits = np.ascontiguousarray(actual).reshape(-1).view(word)
+    expected_bits = np.ascontiguousarray(expected).reshape(-1).view(word)
+    nan = np.isnan(expected.reshape(-1).astype(np.float32))
+    assert np.array_equal(np.isnan(actual.reshape(-1).astype(np.float32)), nan)
+    different = np.flatnonzero((actual_bits != expected_bits) & ~nan)
+    assert not len(different), (
+        f"element {different[0]}: {actual_bits[different[0]]:#x}, not {expected_bits[different[0]]:#x}"
+    )
+
+
+def every_pair():
+    """Return blocks and scales that hold every byte under every scale: shapes [256, 16, 16] and [256, 16]."""
+    blocks = np.broadcast_to(np.arange(256, dtype=np.uint8).reshape(1, 16, 16), (256, 16, 16))
+    scales = np.broadcast_to(np.arange(256, dtype=np.uint8)[:, None], (256, 16))
+    return blocks, scales
+
+
+@st.composite
+def packed(draw, max_side=4):
+    """Draw blocks and scales of any rank, empty axes and every kind of strides included."""
+    lead = draw(st.lists(st.integers(0, max_side), max_size=4))
+    groups = draw(st.integers(0, max_side))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    shape = (*lead, groups)
+    blocks = draw(strided((*shape, 16), np.dtype("uint8")))
+    scales = draw(strided(shape, np.dtype("uint8")))
+    blocks[...] = rng.integers(0, 256, blocks.shape)
+    scales[...] = (
+        rng.integers(0, 256, shape) if draw(st.booleans()) else rng.choice([0, 1, 103, 127, 253, 254, 255], shape)
+    )
+    return blocks, scales
+
+
+@st.composite
+def strided(draw, shape, dtype):
+    """Draw a writable array of this shape: C or Fortran order, with gaps, reversed, or misaligned."""
+    kind = draw(st.sampled_from(["C", "F", "gaps", "reversed", "permuted", "misaligned"]))
+    if kind == "C" or not shape:
+        return np.zeros(shape, dtype)
+    if kind == "F":
+        return np.zeros(shape, dtype, order="F")
+    if kind == "gaps":
+        steps = [draw(st.integers(1, 3)) for _ in shape]
+        big = np.zeros([n * step for n, step in zip(shape, steps, strict=True)], dtype)
+        return big[tuple(slice(None, None, step) for step in steps)]
+    if kind == "reversed":
+        return np.zeros(shape, dtype)[tuple(slice(None, None, draw(st.sampled_from([1, -1]))) for _ in shape)]
+    if kind == "permuted":
+        order = draw(st.permutations(range(len(shape))))
+        return np.zeros([shape[i] for i in order], dtype).transpose(np.argsort(order))
+    memory = np.zeros(int(np.prod(shape)) * dtype.itemsize + 1, np.uint8)
+    return memory[1:].view(dtype).reshape(shape)
+
+
+@st.composite
+def indices(draw, shape):
+    """Draw a basic index: integers, slices and '...' for the leading axes, a range or nothing for the last."""
+    items = []
+    for size in shape[:-1]:
+        bound = st.none() | st.integers(-size - 2, size + 2)
+        step = st.sampled_from([None, 1, 2, 3, -1, -2])
+        choices = [st.builds(slice, bound, bound, step)] + ([st.integers(-size, size - 1)] if size else [])
+        items.append(draw(st.one_of(choices)))
+    last = st.none() | st.integers(-shape[-1] - 2, shape[-1] + 2)
+    blocks = st.none() | st.integers(0, shape[-1] // 32).map(lambda g: 32 * g)
+    items.append(draw(st.builds(slice, blocks, blocks) | st.builds(slice, last, last)))
+    kind = draw(st.sampled_from(["all", "ellipsis", "prefix", "suffix"]))
+    cut = draw(st.integers(0, len(items)))
+    if kind == "ellipsis":
+        return (*items[:cut], Ellipsis, *items[draw(st.integers(cut, len(items))) :])
+    if kind == "prefix":
+        return tuple(items[:cut])
+    if kind == "suffix":
+        return (Ellipsis, *items[cut:])
+    return tuple(items)

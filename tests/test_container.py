@@ -1,0 +1,1191 @@
+"""One safetensors file: hostile ones are refused, valid ones read right in both io modes, written ones are whole."""
+
+import errno
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import mxfp4np
+from mxfp4np import CheckpointError, MXFP4Array
+from mxfp4np.container import DTYPES, SAFETENSORS_DTYPES, SafetensorsFile, write_safetensors
+
+IO = ("mmap", "pread")
+both_io = pytest.mark.parametrize("io", IO)
+linux_only = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc/self/status")
+
+
+def entry(dtype, shape, begin, end):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+def file_bytes(header, data=b"", length=None):
+    """Build a file by hand: `header` is JSON to be, or bytes as they are; `length` a lie about it."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
+
+
+def write_raw(path, header, data=b"", length=None):
+    path.write_bytes(file_bytes(header, data, length))
+    return path
+
+
+def error_of(call, seconds=5.0):
+    """Return what `call` raises; fail if it raises nothing, or takes longer than `seconds`."""
+    raised = []
+
+    def run():
+        try:
+            call()
+        except BaseException as error:  # noqa: BLE001  (the test looks at it)
+            raised.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    assert not thread.is_alive(), f"still running after {seconds} s"
+    assert raised, "nothing was raised"
+    return raised[0]
+
+
+def assert_same(left, right):
+    assert left.dtype == right.dtype
+    assert left.shape == right.shape
+    assert np.asarray(left).tobytes() == np.asarray(right).tobytes()
+
+
+# Hostile files
+
+X = entry("U8", [4], 0, 4)
+X_TEXT = b'"x":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}'
+
+HOSTILE = {
+    # content, what the message says besides the file
+    "empty file": (b"", ""),
+    "seven bytes": (b"\x02" + bytes(6), ""),
+    "no header": (bytes(8), ""),
+    "truncated header": (file_bytes({"x": X})[:20], ""),
+    "truncated data": (file_bytes({"x": X}, b"abc"), ""),
+    "extra data": (file_bytes({"x": X}, b"abcde"), ""),
+    "data without tensors": (file_bytes({}, b"a"), ""),
+    "header length 2**63": (file_bytes({"x": X}, b"abcd", length=2**63), ""),
+    "header length 2**64 - 1": (file_bytes({"x": X}, b"abcd", length=2**64 - 1), ""),
+    "header length 100 MB": (file_bytes({"x": X}, b"abcd", length=100_000_000), ""),
+    "header length one too many": (file_bytes({}, length=3), ""),
+    "overlap": (file_bytes({"a": entry("U8", [4], 0, 4), "b": entry("U8", [4], 2, 6)}, b"abcdef"), "b"),
+    "gap": (file_bytes({"a": entry("U8", [4], 0, 4), "b": entry("U8", [4], 6, 10)}, b"abcdefghij"), "b"),
+    "gap at the beginning": (file_bytes({"a": entry("U8", [4], 2, 6)}, b"abcdef"), "a"),
+    "reversed offsets": (file_bytes({"x": entry("U8", [4], 4, 0)}, b"abcd"), "x"),
+    "offsets near 2**64": (file_bytes({"x": entry("U8", [4], 2**64 - 5, 2**64 - 1)}, b"abcd"), "x"),
+    "offsets beyond 2**64": (file_bytes({"x": entry("U8", [4], 2**64, 2**64 + 4)}, b"abcd"), ""),
+    "one offset": (file_bytes({"x": {"dtype": "U8", "shape": [4], "data_offsets": [0]}}, b"abcd"), ""),
+    "float offset": (file_bytes({"x": entry("U8", [4], 0, 4.0)}, b"abcd"), ""),
+    "negative shape": (file_bytes({"x": entry("U8", [-4], 0, 4)}, b"abcd"), "-4"),
+    "two negative shapes": (file_bytes({"x": entry("U8", [-2, -2], 0, 4)}, b"abcd"), "-2"),
+    "overflowing shape": (file_bytes({"x": entry("U8", [2**40, 2**40], 0, 4)}, b"abcd"), ""),
+    "shape whose size wraps to the right one": (file_bytes({"x": entry("U8", [2**62 + 1, 4], 0, 4)}, b"abcd"), ""),
+    "shape that overflows in bits": (file_bytes({"x": entry("F64", [2**58], 0, 0)}), ""),
+    "shape larger than the data": (file_bytes({"x": entry("U8", [5], 0, 4)}, b"abcd"), ""),
+    "shape smaller than the data": (file_bytes({"x": entry("U8", [3], 0, 4)}, b"abcd"), ""),
+    "null shape": (file_bytes({"x": entry("U8", None, 0, 4)}, b"abcd"), ""),
+    "unknown dtype": (file_bytes({"x": entry("U9", [4], 0, 4)}, b"abcd"), "U9"),
+    "dtype in lower case": (file_bytes({"x": entry("u8", [4], 0, 4)}, b"abcd"), "u8"),
+    "dtype is a number": (file_bytes({"x": entry(8, [4], 0, 4)}, b"abcd"), ""),
+    "half a byte": (file_bytes({"x": entry("F4", [3], 0, 1)}, b"a"), ""),
+    "F4 scalar": (file_bytes({"x": entry("F4", [], 0, 1)}, b"a"), ""),
+    "no dtype": (file_bytes({"x": {"shape": [4], "data_offsets": [0, 4]}}, b"abcd"), "dtype"),
+    "duplicate tensor, other offsets": (
+        file_bytes(b"{" + X_TEXT + b"," + X_TEXT.replace(b"[0,4]", b"[4,8]") + b"}", b"abcdabcd"),
+        "x",
+    ),
+    "duplicate tensor, same offsets": (file_bytes(b"{" + X_TEXT + b"," + X_TEXT + b"}", b"abcd"), "x"),
+    "duplicate tensor, other dtype": (
+        file_bytes(b"{" + X_TEXT + b"," + X_TEXT.replace(b"U8", b"I8") + b"}", b"abcd"),
+        "x",
+    ),
+    "duplicate tensor, name escaped": (
+        file_bytes(b"{" + X_TEXT + b"," + X_TEXT.replace(b'"x"', b'"\\u0078"') + b"}", b"abcd"),
+        "x",
+    ),
+    "duplicate tensor, field escaped": (
+        file_bytes(b"{" + X_TEXT + b"," + X_TEXT.replace(b"data_offsets", b"data\\u005foffsets") + b"}", b"abcd"),
+        "x",
+    ),
+    "duplicate tensor, written as lists": (
+        file_bytes(b'{"x":["U8",[4],[0,4]],"x":["I8",[4],[0,4]]}', b"abcd"),
+        "x",
+    ),
+    "duplicate field": (file_bytes(b"{" + X_TEXT.replace(b'"shape"', b'"dtype":"I8","shape"') + b"}", b"abcd"), ""),
+    "duplicate metadata": (
+        file_bytes(b'{"__metadata__":{"a":"1"},"__metadata__":{"a":"2"},' + X_TEXT + b"}", b"abcd"),
+        "__metadata__",
+    ),
+    "metadata list": (file_bytes({"__metadata__": [], "x": X}, b"abcd"), ""),
+    "metadata string": (file_bytes({"__metadata__": "a", "x": X}, b"abcd"), ""),
+    "metadata number value": (file_bytes({"__metadata__": {"a": 1}, "x": X}, b"abcd"), ""),
+    "metadata null value": (file_bytes({"__metadata__": {"a": None}, "x": X}, b"abcd"), ""),
+    "metadata is a tensor": (file_bytes({"__metadata__": X}, b"abcd"), ""),
+    "invalid UTF-8": (file_bytes(b"{" + X_TEXT.replace(b"x", b"\xff") + b"}", b"abcd"), "UTF-8"),
+    "lone surrogate": (file_bytes(b"{" + X_TEXT.replace(b"x", b"\\ud800") + b"}", b"abcd"), ""),
+    "byte order mark": (file_bytes(b"\xef\xbb\xbf{" + X_TEXT + b"}", b"abcd"), ""),
+    "UTF-16": (file_bytes(("{" + X_TEXT.decode() + "}").encode("utf-16"), b"abcd"), ""),
+    "not JSON": (file_bytes(b"hello, world", b"abcd"), "JSON"),
+    "NaN": (file_bytes(b'{"x":NaN}'), ""),
+    "header is a list": (file_bytes([]), ""),
+    "header is null": (file_bytes(b"null"), ""),
+    "header is a number": (file_bytes(b"1"), ""),
+    "tensor is null": (file_bytes({"x": None}), ""),
+    "deep objects": (file_bytes(b'{"a":' * 100_000), ""),
+    "deep lists": (file_bytes(b'{"a":' + b"[" * 1_000_000), ""),
+    "deep list in a field nobody reads": (
+        file_bytes(
+            b'{"__metadata__":{"data_offsets":"1"},'
+            + X_TEXT[:-1]
+            + b',"more":'
+            + b"[" * 100_000
+            + b"]" * 100_000
+            + b"}}",
+            b"abcd",
+        ),
+        "",
+    ),
+    "number of 5,000 digits in a field nobody reads": (
+        file_bytes(b'{"__metadata__":{"data_offsets":"1"},' + X_TEXT[:-1] + b',"more":' + b"1" * 5000 + b"}}", b"abcd"),
+        "",
+    ),
+    # No bytes, so the format's own parser has nothing against them, but no array has such a shape either.
+    "65 axes": (file_bytes({"x": entry("U8", [1] * 65, 0, 1)}, b"a"), "x"),
+    "no elements, one axis beyond 2**63": (file_bytes({"x": entry("U8", [0, 2**63], 0, 0)}), "x"),
+    "no elements, other axes overflow": (file_bytes({"x": entry("F32", [0, 2**40, 2**40], 0, 0)}), "x"),
+    "pair without elements, other axes overflow": (
+        file_bytes({"x.blocks": entry("U8", [0, 2**58, 16], 0, 0), "x.scales": entry("U8", [0, 2**58], 0, 0)}),
+        "x",
+    ),
+}
+
+
+def open_and_get(path, io):
+    with mxfp4np.Checkpoint(path, io=io) as ckpt:
+        return {name: ckpt[name] for name in ckpt}
+
+
+@both_io
+@pytest.mark.parametrize(("content", "says"), HOSTILE.values(), ids=HOSTILE)
+def test_hostile_file_is_refused_by_name_and_fast(tmp_path, content, says, io):
+    path = tmp_path / "hostile file.safetensors"
+    path.write_bytes(content)
+    error = error_of(lambda: open_and_get(path, io))
+    assert isinstance(error, CheckpointError), repr(error)
+    assert str(path) in str(error)
+    assert says in str(error).replace(str(path), "")
+    assert "\n" not in str(error)
+
+
+@both_io
+def test_hostile_file_in_a_folder_is_named(tmp_path, io):
+    write_raw(tmp_path / "a.safetensors", {"x": X}, b"abcd")
+    write_raw(tmp_path / "b.safetensors", {"y": X}, b"abc")
+    with pytest.raises(CheckpointError, match=r"b\.safetensors"):
+        mxfp4np.Checkpoint(tmp_path, io=io)
+
+
+PEAK_OF_OPENING = """
+    import sys
+    from pathlib import Path
+    import mxfp4np
+
+    def peak():
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) << 10
+
+    small, path, io = sys.argv[1:]
+    mxfp4np.Checkpoint(small, io=io).close()
+    before = peak()
+    try:
+        mxfp4np.Checkpoint(path, io=io).close()
+        found = "opened"
+    except mxfp4np.CheckpointError as error:
+        assert path in str(error)
+        found = "refused"
+    print(found, peak() - before)
+"""
+
+
+@linux_only
+@both_io
+@pytest.mark.parametrize(
+    ("length", "size", "found", "limit"),
+    [
+        (100_000_000, 100, "refused", 8 << 20),
+        (100_000_001, 200_000_000, "refused", 8 << 20),
+        (2**63, 200_000_000, "refused", 8 << 20),
+        (99_999_992, 100_000_000, "opened", 350 << 20),
+    ],
+    ids=["100 MB in a short file", "over 100 MB", "2**63", "just under 100 MB"],
+)
+def test_huge_headers_take_bounded_time_and_memory(tmp_path, length, size, found, limit, io):
+    small = write_raw(tmp_path / "small.safetensors", {"x": X}, b"abcd")
+    path = tmp_path / "large.safetensors"
+    with path.open("wb") as file:
+        file.write(length.to_bytes(8, "little") + b"{}")
+        if found == "opened":
+            file.write(b" " * (length - 2))
+        file.truncate(size)
+    begin = time.monotonic()
+    output = run_python(PEAK_OF_OPENING, small, path, io)
+    assert time.monotonic() - begin < 30
+    path.unlink()
+    assert output.split()[0] == found
+    assert int(output.split()[1]) < limit
+
+
+def run_python(code, *arguments, timeout=120):
+    """Run code in a fresh interpreter and return what it prints."""
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(code), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(mxfp4np.__file__).parents[1])},
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+# Things that are no files
+
+
+@both_io
+def test_missing_file(tmp_path, io):
+    path = tmp_path / "absent.safetensors"
+    with pytest.raises(FileNotFoundError, match=r"absent\.safetensors"):
+        mxfp4np.Checkpoint(path, io=io)
+    with pytest.raises(FileNotFoundError, match=r"absent\.safetensors"):
+        SafetensorsFile(path, io)
+
+
+@both_io
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("inside", [False, True], ids=["itself", "in a folder"])
+def test_named_pipe_is_refused_and_does_not_hang(tmp_path, io, inside):
+    path = tmp_path / "x.safetensors"
+    os.mkfifo(path)
+    error = error_of(lambda: mxfp4np.Checkpoint(tmp_path if inside else path, io=io))
+    assert isinstance(error, CheckpointError)
+    assert str(path) in str(error)
+
+
+@both_io
+def test_folder_with_the_name_of_a_file(tmp_path, io):
+    folder = tmp_path / "x.safetensors"
+    folder.mkdir()
+    with pytest.raises(FileNotFoundError, match=r"x\.safetensors"):  # a folder, and an empty one
+        mxfp4np.Checkpoint(folder, io=io)
+    for path in (tmp_path, [folder]):
+        with pytest.raises((CheckpointError, OSError), match=r"x\.safetensors"):
+            mxfp4np.Checkpoint(path, io=io)
+
+
+@both_io
+def test_symlink_loop(tmp_path, io):
+    path = tmp_path / "loop.safetensors"
+    path.symlink_to(path)
+    with pytest.raises(OSError, match=r"loop\.safetensors") as info:
+        mxfp4np.Checkpoint(path, io=io)
+    assert info.value.errno == errno.ELOOP
+
+
+@both_io
+def test_symlink_to_a_file_is_followed(tmp_path, io):
+    target = write_raw(tmp_path / "blob", {"x": X}, b"abcd")
+    link = tmp_path / "x.safetensors"
+    link.symlink_to(target)
+    with mxfp4np.Checkpoint(link, io=io) as ckpt:
+        assert bytes(ckpt["x"]) == b"abcd"
+
+
+@pytest.fixture
+def public_folder():
+    """Return a folder that any user can reach, which those below pytest's own are not."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+@both_io
+def test_unreadable_file(public_folder, io):
+    if not hasattr(os, "setuid"):
+        pytest.skip("needs POSIX permissions")
+    write_raw(public_folder / "readable.safetensors", {"x": X}, b"abcd").chmod(0o644)
+    write_raw(public_folder / "secret.safetensors", {"x": X}, b"abcd").chmod(0)
+    code = """
+        import os, sys
+        import mxfp4np
+
+        folder, io = sys.argv[1:]
+        os.chdir(folder)
+        mxfp4np.Checkpoint("readable.safetensors", io=io)["x"]  # imports everything
+        if os.getuid() == 0:
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+        assert bytes(mxfp4np.Checkpoint("readable.safetensors", io=io)["x"]) == b"abcd"
+        if os.access("secret.safetensors", os.R_OK):
+            print("readable")
+        else:
+            try:
+                mxfp4np.Checkpoint("secret.safetensors", io=io)
+            except PermissionError as error:
+                print(error)
+    """
+    output = run_python(code, public_folder, io)
+    if output == "readable\n":
+        pytest.skip("this user reads files whatever their mode")
+    assert "secret.safetensors" in output
+
+
+# Unusual, and valid
+
+
+@both_io
+def test_names_and_metadata_may_be_called_data_offsets(tmp_path, io):
+    metadata = {"data_offsets": "data_offsets", "quoted": '"data_offsets"', "dtype": "U8"}
+    header = {"__metadata__": metadata, "data_offsets": entry("U8", [4], 0, 4), "shape": entry("I8", [1], 4, 5)}
+    path = write_raw(tmp_path / "x.safetensors", header, b"abcd\xff")
+    with mxfp4np.Checkpoint(path, io=io) as ckpt:
+        assert ckpt.metadata == metadata
+        assert bytes(ckpt["data_offsets"]) == b"abcd"
+        assert ckpt["shape"].tolist() == [-1]
+        assert list(ckpt) == ["data_offsets", "shape"]
+
+
+@both_io
+@pytest.mark.parametrize("metadata", [None, {}])
+def test_empty_metadata(tmp_path, metadata, io):
+    path = write_raw(tmp_path / "x.safetensors", {"__metadata__": metadata, "x": X}, b"abcd")
+    with mxfp4np.Checkpoint(path, io=io) as ckpt:
+        assert ckpt.metadata == {}
+        assert bytes(ckpt["x"]) == b"abcd"
+
+
+@both_io
+def test_file_without_tensors(tmp_path, io):
+    with mxfp4np.Checkpoint(write_raw(tmp_path / "x.safetensors", {}), io=io) as ckpt:
+        assert (list(ckpt), ckpt.metadata, dict(ckpt.stored)) == ([], {}, {})
+
+
+@both_io
+def test_zero_size_and_scalar_tensors(tmp_path, io):
+    header = {
+        "none": entry("F32", [0], 0, 0),
+        "rows": entry("BF16", [0, 3], 0, 0),
+        "columns": entry("F32", [3, 0, 2], 0, 0),
+        "one": entry("F32", [], 0, 4),
+        "ones": entry("F32", [1, 1], 4, 8),
+        "last": entry("I64", [0], 8, 8),
+        "f4": entry("F4", [2, 0], 8, 8),
+    }
+    data = np.array([1.5, -2.5], "<f4").tobytes()
+    with mxfp4np.Checkpoint(write_raw(tmp_path / "x.safetensors", header, data), io=io) as ckpt:
+        arrays = {name: ckpt[name] for name in ckpt}
+        assert {name: array.shape for name, array in arrays.items()} == {
+            name: tuple(fields["shape"]) for name, fields in header.items()
+        }
+        assert arrays["rows"].dtype == ml_dtypes.bfloat16
+        assert isinstance(arrays["one"], np.ndarray)
+        assert arrays["one"] == 1.5
+        assert arrays["ones"].tolist() == [[-2.5]]
+        assert ckpt.get("columns", index=np.s_[1:]).shape == (2, 0, 2)
+        assert [list(ckpt.chunks(name, 64)) for name in ("none", "rows", "columns")] == [[], [], []]
+
+
+@both_io
+def test_pair_without_elements(tmp_path, io):
+    header = {
+        "rows.blocks": entry("U8", [0, 2, 16], 0, 0),
+        "rows.scales": entry("U8", [0, 2], 0, 0),
+        "groups.blocks": entry("U8", [3, 0, 16], 0, 0),
+        "groups.scales": entry("U8", [3, 0], 0, 0),
+    }
+    with mxfp4np.Checkpoint(write_raw(tmp_path / "x.safetensors", header), io=io) as ckpt:
+        for name, shape in (("rows", (0, 64)), ("groups", (3, 0))):
+            assert ckpt.info(name).shape == ckpt.packed(name).shape == ckpt[name].shape == shape
+            assert list(ckpt.chunks(name, 64)) == []
+
+
+@both_io
+def test_names_with_control_characters(tmp_path, io):
+    names = [
+        "",
+        "a\nb",
+        "\x00",
+        "\x1b[31mred",
+        "a/../b",
+        "tab\t",
+        'quote"',
+        "back\\slash",
+        "\u2028",
+        "\U0001f600",
+        "é",
+        " ",
+    ]
+    header = {name: entry("U8", [1], i, i + 1) for i, name in enumerate(names)}
+    path = write_raw(tmp_path / "x.safetensors", header, bytes(range(len(names))))
+    with mxfp4np.Checkpoint(path, io=io) as ckpt:
+        assert list(ckpt) == names
+        assert [int(ckpt[name][0]) for name in ckpt] == list(range(len(names)))
+        with pytest.raises(mxfp4np.TensorNotFoundError) as info:
+            ckpt["red\n\x1b"]
+        assert str(info.value).isprintable()
+
+
+@both_io
+def test_unaligned_tensors(tmp_path, io):
+    header = {"pad": entry("U8", [1], 0, 1), "x": entry("F64", [2, 3], 1, 49), "b": entry("BF16", [1], 49, 51)}
+    values = np.arange(6, dtype="<f8").reshape(2, 3)
+    path = write_raw(tmp_path / "x.safetensors", header, b"\x07" + values.tobytes() + b"\x80\x3f")
+    with mxfp4np.Checkpoint(path, io=io) as ckpt:
+        np.testing.assert_array_equal(ckpt["x"], values)
+        assert float(ckpt["b"][0]) == 1.0
+
+
+@both_io
+def test_header_order_is_not_data_order(tmp_path, io):
+    header = {"b": entry("U8", [2], 2, 4), "a": entry("U8", [2], 0, 2)}
+    with mxfp4np.Checkpoint(write_raw(tmp_path / "x.safetensors", header, b"abcd"), io=io) as ckpt:
+        assert list(ckpt) == ["a", "b"]
+        assert (bytes(ckpt["a"]), bytes(ckpt["b"])) == (b"ab", b"cd")
+
+
+# Every dtype, from bytes written by hand
+
+BY_HAND = [
+    # dtype, shape in the header, bytes, NumPy's name, shape, values
+    ("BOOL", [3], "01 00 01", "bool", [True, False, True]),
+    ("U8", [2], "00 ff", "uint8", [0, 255]),
+    ("I8", [3], "01 80 ff", "int8", [1, -128, -1]),
+    ("U16", [2], "0100 ffff", "uint16", [1, 65535]),
+    ("I16", [2], "0080 feff", "int16", [-32768, -2]),
+    ("U32", [2], "01000000 ffffffff", "uint32", [1, 2**32 - 1]),
+    ("I32", [2], "00000080 feffffff", "int32", [-(2**31), -2]),
+    ("U64", [2], "0001000000000000 ffffffffffffffff", "uint64", [256, 2**64 - 1]),
+    ("I64", [2], "0000000000000080 feffffffffffffff", "int64", [-(2**63), -2]),
+    ("F16", [2, 2], "003e 00bc 0100 ff7b", "float16", [[1.5, -1.0], [2.0**-24, 65504.0]]),
+    ("F32", [2], "0000c03f 000080bf", "float32", [1.5, -1.0]),
+    ("F64", [2], "000000000000f83f 000000000000f0bf", "float64", [1.5, -1.0]),
+    ("C64", [1], "0000c03f 000000c0", "complex64", [1.5 - 2j]),
+    ("BF16", [3], "c03f 80bf 807f", "bfloat16", [1.5, -1.0, math.inf]),
+    ("F8_E4M3", [4], "38 b8 7e 01", "float8_e4m3fn", [1.0, -1.0, 448.0, 2.0**-9]),
+    ("F8_E5M2", [4], "3c bc 7b 01", "float8_e5m2", [1.0, -1.0, 57344.0, 2.0**-16]),
+    ("F8_E4M3FNUZ", [4], "40 c0 7f 01", "float8_e4m3fnuz", [1.0, -1.0, 240.0, 2.0**-10]),
+    ("F8_E5M2FNUZ", [4], "40 c0 7f 01", "float8_e5m2fnuz", [1.0, -1.0, 57344.0, 2.0**-17]),
+    ("F8_E8M0", [4], "7f 80 00 fe", "float8_e8m0fnu", [1.0, 2.0, 2.0**-127, 2.0**127]),
+    # Below a byte: packed bytes, along the last axis where rows are whole bytes, else flat.
+    ("F4", [2, 4], "21 43 65 87", "uint8", [[0x21, 0x43], [0x65, 0x87]]),
+    ("F4", [2, 3], "21 43 65", "uint8", [0x21, 0x43, 0x65]),
+    ("F6_E2M3", [2, 4], "01 02 03 04 05 06", "uint8", [[1, 2, 3], [4, 5, 6]]),
+    ("F6_E3M2", [4], "01 02 03", "uint8", [1, 2, 3]),
+    ("F6_E3M2", [4, 2], "01 02 03 04 05 06", "uint8", [1, 2, 3, 4, 5, 6]),
+]
+
+
+@both_io
+@pytest.mark.parametrize(
+    ("dtype", "shape", "data", "numpy", "values"),
+    BY_HAND,
+    ids=[f"{row[0]}{row[1]}".replace(" ", "") for row in BY_HAND],
+)
+def test_dtype_reads_right_from_bytes_written_by_hand(tmp_path, dtype, shape, data, numpy, values, io):
+    data = bytes.fromhex(data)
+    path = write_raw(tmp_path / "x.safetensors", {"x": entry(dtype, shape, 0, len(data))}, data)
+    with mxfp4np.Checkpoint(path, io=io) as ckpt:
+        for array in (ckpt["x"], ckpt.stored["x"]):
+            assert array.dtype.name == numpy
+            assert array.shape == np.shape(values)
+            assert array.tobytes() == data
+            numbers = array if array.dtype.kind in "bui" else array.astype("complex128")
+            assert numbers.tolist() == values
+        info = ckpt.info("x")
+        assert (info.dtype, info.shape, info.layout, info.nbytes) == (dtype, tuple(shape), None, len(data))
+
+
+def test_every_dtype_is_tested():
+    assert {row[0] for row in BY_HAND} == set(DTYPES)
+
+
+@both_io
+@pytest.mark.parametrize("dtype", sorted(SAFETENSORS_DTYPES))
+def test_dtype_round_trips_through_save_file(tmp_path, dtype, io):
+    dtype = np.dtype(getattr(ml_dtypes, dtype, None) or dtype)
+    bits = np.random.default_rng(0).integers(0, 2 if dtype == np.bool_ else 256, 5 * 3 * dtype.itemsize, np.uint8)
+    array = bits.view(dtype).reshape(5, 3)
+    mxfp4np.save_file({"x": array}, tmp_path / "x.safetensors")
+    with mxfp4np.Checkpoint(tmp_path / "x.safetensors", io=io) as ckpt:
+        assert_same(ckpt["x"], array)
+
+
+# io="pread" gives what io="mmap" gives
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """A file of plain tensors of several widths and ranks, and of packed pairs."""
+    rng = np.random.default_rng(1)
+    tensors = {
+        "f32": rng.standard_normal((6, 7, 8)).astype("float32"),
+        "bf16": rng.standard_normal((5, 9)).astype(ml_dtypes.bfloat16),
+        "i64": rng.integers(-(2**40), 2**40, 17),
+        "u8": rng.integers(0, 256, (3, 1, 4, 5), np.uint8),
+        "scalar": np.array(2.5),
+        "pair": MXFP4Array(
+            rng.integers(0, 256, (4, 6, 3, 16), np.uint8), rng.integers(118, 126, (4, 6, 3), dtype=np.uint8)
+        ),
+        "row": MXFP4Array(rng.integers(0, 256, (5, 16), np.uint8), rng.integers(118, 126, 5, dtype=np.uint8)),
+    }
+    path = tmp_path_factory.mktemp("mixed") / "mixed.safetensors"
+    mxfp4np.save_file(tensors, path, {"made": "here"})
+    return path, tensors
+
+
+@pytest.fixture
+def pair_of_modes(mixed):
+    with mxfp4np.Checkpoint(mixed[0]) as mapped, mxfp4np.Checkpoint(mixed[0], io="pread") as read:
+        yield mapped, read
+
+
+def test_pread_plain_tensors(pair_of_modes, mixed):
+    mapped, read = pair_of_modes
+    assert list(mapped) == list(read)
+    for name, array in mixed[1].items():
+        if isinstance(array, np.ndarray):
+            assert_same(mapped[name], array)
+            assert_same(read[name], array)
+            assert_same(read.stored[name], array)
+
+
+@pytest.mark.parametrize(
+    ("name", "index"),
+    [
+        ("f32", np.s_[2]),
+        ("f32", np.s_[-1, 3, 5]),
+        ("f32", np.s_[1:4, 2:5, 3:6]),
+        ("f32", np.s_[::2, 1::3, ::4]),
+        ("f32", np.s_[::-1]),
+        ("f32", np.s_[::-2, ::-1, ::-3]),
+        ("f32", np.s_[:, :, ::-1]),
+        ("f32", np.s_[..., 0]),
+        ("f32", np.s_[:, 0]),
+        ("f32", np.s_[3:3]),
+        ("f32", np.s_[None, 2, :, None]),
+        ("f32", ()),
+        ("f32", ...),
+        ("f32", [0, 2, 2, 5]),
+        ("f32", np.s_[[0, -1], :, ::2]),
+        ("f32", np.s_[[0, 1], [2, 3], [4, 5]]),
+        ("f32", np.arange(6) % 2 == 0),
+        ("f32", np.s_[:, np.array([[0, 1], [2, 3]])]),
+        ("bf16", np.s_[1:4, ::2]),
+        ("bf16", np.s_[4, 8]),
+        ("bf16", np.s_[[3, 1]]),
+        ("i64", np.s_[::-3]),
+        ("i64", 3),
+        ("i64", np.s_[2:-2]),
+        ("i64", [1, 1]),
+        ("u8", np.s_[:, 0, ::2, 1:4]),
+        ("u8", np.s_[::2, ::-1]),
+        ("scalar", ()),
+        ("scalar", ...),
+        ("scalar", None),
+        ("scalar", np.s_[None]),
+    ],
+    ids=str,
+)
+def test_pread_index_of_plain_tensor(pair_of_modes, mixed, name, index):
+    mapped, read = pair_of_modes
+    expected = mixed[1][name] if index is None else mixed[1][name][index]
+    for ckpt in (mapped, read):
+        array = ckpt.get(name, index=index)
+        assert isinstance(array, np.ndarray) == isinstance(expected, np.ndarray)
+        assert_same(array, expected)
+        if array.dtype.itemsize >= 4:
+            assert_same(ckpt.get(name, index=index, dtype="float32"), expected.astype("float32"))
+
+
+@pytest.mark.parametrize(
+    ("name", "index"), [("f32", 6), ("f32", np.s_[0, 0, 0, 0]), ("i64", [17]), ("scalar", 0)], ids=str
+)
+def test_index_out_of_range_of_plain_tensor(pair_of_modes, name, index):
+    for ckpt in pair_of_modes:
+        with pytest.raises(IndexError):
+            ckpt.get(name, index=index)
+
+
+@pytest.mark.parametrize(
+    ("name", "index"),
+    [
+        ("pair", None),
+        ("pair", np.s_[2]),
+        ("pair", np.s_[-1, 3]),
+        ("pair", np.s_[:, 0::2]),
+        ("pair", np.s_[::-1, ::-2]),
+        ("pair", np.s_[1:3, 4, 5:70]),
+        ("pair", np.s_[..., 33:34]),
+        ("pair", np.s_[..., 32:64]),
+        ("pair", np.s_[2:2]),
+        ("pair", np.s_[..., 40:40]),
+        ("row", np.s_[7:150]),
+        ("row", np.s_[:]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_pread_packed_pair(pair_of_modes, mixed, name, index, dtype):
+    mapped, read = pair_of_modes
+    whole = mixed[1][name].decode(dtype)
+    expected = whole if index is None else whole[index]
+    for ckpt in (mapped, read):
+        assert_same(ckpt.get(name, index=index, dtype=dtype), expected)
+        packed = ckpt.packed(name)
+        assert_same((packed if index is None else packed[index]).decode(dtype), expected)
+    assert_same(read.packed(name).blocks, mixed[1][name].blocks)
+    assert_same(read.packed(name).scales, mixed[1][name].scales)
+
+
+def test_pread_chunks(pair_of_modes):
+    mapped, read = pair_of_modes
+    for name in mapped:
+        pieces = list(zip(mapped.chunks(name, 128), read.chunks(name, 128), strict=True))
+        assert pieces
+        for (at, left), (at_read, right) in pieces:
+            assert at == at_read
+            assert_same(left, right)
+
+
+def test_pread_without_preadv(mixed, monkeypatch):
+    monkeypatch.delattr(os, "preadv", raising=False)
+    with mxfp4np.Checkpoint(mixed[0], io="pread") as ckpt:
+        for name, tensor in mixed[1].items():
+            assert_same(ckpt[name], tensor.decode() if isinstance(tensor, MXFP4Array) else tensor)
+        assert_same(ckpt.get("f32", index=np.s_[::-2, 1]), mixed[1]["f32"][::-2, 1])
+        whole = mixed[1]["pair"].decode("float32")
+        assert_same(ckpt.get("pair", index=np.s_[1, ::2, 5:70], dtype="float32"), whole[1, ::2, 5:70])
+
+
+def test_pread_without_preadv_from_many_threads(mixed, monkeypatch):
+    monkeypatch.delattr(os, "preadv", raising=False)
+    wrong = []
+    with mxfp4np.Checkpoint(mixed[0], io="pread") as ckpt:
+
+        def look():
+            looked = itertools.islice(itertools.cycle(range(6)), 200)
+            wrong.extend(i for i in looked if not np.array_equal(ckpt.get("f32", index=i), mixed[1]["f32"][i]))
+
+        threads = [threading.Thread(target=look) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not wrong
+
+
+def test_pread_arrays_belong_to_the_caller_and_are_aligned(mixed):
+    with mxfp4np.Checkpoint(mixed[0], io="pread") as ckpt:
+        arrays = [ckpt["f32"], ckpt["bf16"], ckpt["pair"], ckpt.packed("pair").blocks, ckpt.packed("pair").scales]
+    assert all(array.ctypes.data % 64 == 0 and array.flags.c_contiguous for array in arrays)
+
+
+@both_io
+def test_index_into_a_tensor_larger_than_memory(tmp_path, io):
+    """Neither a map nor what stands in for one may need memory for the whole tensor."""
+    size = 1 << 42
+    path = write_raw(tmp_path / "x.safetensors", {"x": entry("U8", [size >> 20, 1 << 20], 0, size)})
+    begin = path.stat().st_size
+    try:
+        os.truncate(path, begin + size)
+    except OSError as error:
+        pytest.skip(f"no sparse files of 4 TiB here: {error}")
+    with path.open("r+b") as file:
+        file.seek(begin + size - 3)
+        file.write(b"abc")
+    with mxfp4np.Checkpoint(path, io=io) as ckpt:
+        assert bytes(ckpt.get("x", index=np.s_[-1, -4:])) == b"\x00abc"
+
+
+# Files that change while they are open
+
+
+@pytest.mark.parametrize("cut", [1, 100_000, None], ids=["one byte", "much", "all"])
+@pytest.mark.parametrize("read_before", [False, True])
+def test_pread_of_a_truncated_file(tmp_path, read_before, cut):
+    rng = np.random.default_rng(2)
+    packed = MXFP4Array(rng.integers(0, 256, (64, 128, 16), np.uint8), np.full((64, 128), 127, np.uint8))
+    path = tmp_path / "x.safetensors"
+    mxfp4np.save_file({"plain": np.ones(1000, np.float32), "pair": packed}, path)
+    with mxfp4np.Checkpoint(path, io="pread") as ckpt:
+        last = list(ckpt)[-1]  # at the end of the file
+        if read_before:
+            ckpt["pair"], ckpt["plain"]
+        os.truncate(path, 0 if cut is None else path.stat().st_size - cut)
+        for call in (lambda: ckpt[last], lambda: ckpt.packed(last), lambda: list(ckpt.chunks(last, 4096))):
+            error = error_of(call)
+            assert isinstance(error, CheckpointError), repr(error)
+            assert str(path) in str(error)
+        if read_before:
+            assert "tensor 'pair." in str(error)
+
+
+def test_mmap_of_a_file_truncated_before_it_was_mapped(tmp_path):
+    path = tmp_path / "x.safetensors"
+    mxfp4np.save_file({"x": np.ones(100_000, np.float32)}, path)
+    with mxfp4np.Checkpoint(path) as ckpt:
+        os.truncate(path, 1000)
+        with pytest.raises(CheckpointError, match=r"x\.safetensors"):
+            ckpt["x"]
+
+
+@both_io
+@pytest.mark.parametrize("same_size", [False, True])
+def test_file_replaced_after_opening_is_refused(tmp_path, same_size, io):
+    path = tmp_path / "x.safetensors"
+    mxfp4np.save_file({"x": np.ones(10, np.float32)}, path)
+    os.utime(path, (1_000_000_000, 1_000_000_000))
+    with mxfp4np.Checkpoint(path, io=io) as ckpt:
+        new = {"y": np.ones(10, np.int32)} if same_size else {"x": np.ones(11, np.float32)}
+        mxfp4np.save_file(new, path)
+        with pytest.raises(CheckpointError, match=r"x\.safetensors.*open it again"):
+            ckpt["x"]
+
+
+@both_io
+def test_file_replaced_after_it_was_read_stays_the_old_one(tmp_path, io):
+    path = tmp_path / "x.safetensors"
+    mxfp4np.save_file({"x": np.ones(10, np.float32)}, path)
+    with mxfp4np.Checkpoint(path, io=io) as ckpt:
+        assert ckpt["x"].sum() == 10
+        mxfp4np.save_file({"x": np.zeros(10, np.float32)}, path)
+        assert ckpt["x"].sum() == 10
+
+
+@both_io
+def test_file_removed_after_opening(tmp_path, io):
+    path = tmp_path / "x.safetensors"
+    mxfp4np.save_file({"x": np.ones(10, np.float32)}, path)
+    with mxfp4np.Checkpoint(path, io=io) as ckpt:
+        path.unlink()
+        with pytest.raises(FileNotFoundError, match=r"x\.safetensors"):
+            ckpt["x"]
+
+
+@both_io
+@pytest.mark.parametrize("read_before", [False, True])
+def test_closed_checkpoint(mixed, io, read_before):
+    ckpt = mxfp4np.Checkpoint(mixed[0], io=io)
+    chunks = ckpt.chunks("pair", 1024)
+    if read_before:
+        next(chunks)
+        ckpt["f32"]
+    ckpt.close()
+    ckpt.close()
+    for call in (
+        lambda: ckpt["f32"],
+        lambda: ckpt["pair"],
+        lambda: ckpt.packed("pair"),
+        lambda: ckpt.stored["f32"],
+        lambda: list(ckpt.chunks("f32")),
+    ):
+        with pytest.raises(CheckpointError, match=r"mixed\.safetensors.*closed"):
+            call()
+    assert "pair" in ckpt
+    assert ckpt.info("pair").shape == (4, 6, 96)
+    if io == "pread":
+        with pytest.raises(CheckpointError, match="closed"):
+            list(chunks)
+
+
+@both_io
+def test_files_do_not_stay_open(tmp_path, io):
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("needs /proc/self/fd")
+    path = tmp_path / "x.safetensors"
+    mxfp4np.save_file({"x": np.ones(10, np.float32)}, path)
+    bad = write_raw(tmp_path / "bad.safetensors", {"x": X})
+
+    def held():
+        links = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+        return sum(str(link.readlink()).startswith(str(tmp_path)) for link in links if link.is_symlink())
+
+    ckpt = mxfp4np.Checkpoint(path, io=io)
+    with pytest.raises(CheckpointError):
+        mxfp4np.Checkpoint(bad, io=io)
+    assert held() == 0
+    array = ckpt["x"]
+    ckpt.close()
+    del array
+    assert held() == 0
+
+
+# Fuzzing
+
+FUZZ_BASES = (
+    file_bytes(
+        {
+            "__metadata__": {"format": "pt"},
+            "w.blocks": entry("U8", [2, 2, 16], 0, 64),
+            "w.scales": entry("U8", [2, 2], 64, 68),
+        },
+        bytes(range(64)) + b"\x7f\x00\xff\x80",
+    ),
+    file_bytes(
+        {
+            "a": entry("F32", [2, 3], 0, 24),
+            "b": entry("BF16", [4], 24, 32),
+            "c": entry("F4", [2, 4], 32, 36),
+            "d": entry("I64", [], 36, 44),
+            "e": entry("U8", [0, 5], 44, 44),
+            "data_offsets": entry("BOOL", [3], 44, 47),
+        },
+        bytes(range(47)),
+    ),
+)
+
+names = st.sampled_from(
+    [
+        "a",
+        "w",
+        "w.blocks",
+        "w.scales",
+        "w_blocks",
+        "w_scales",
+        ".blocks",
+        "_scales",
+        "data_offsets",
+        "__metadata__",
+        "",
+        "\x00",
+    ]
+)
+dtypes = st.sampled_from([*DTYPES, "U8", "U8", "U8", "u8", "", "F128", None, 8])
+sizes = st.sampled_from(
+    [0, 0, 1, 2, 3, 4, 8, 16, 16, 17, 32, 2**31, 2**32, 2**62, 2**63 - 1, 2**63, 2**64 - 1, 2**64, -1, 1.0]
+)
+shapes = st.lists(sizes, max_size=5) | st.sampled_from([None, 4, "4", [[1]], [1] * 64, [1] * 65, [0] * 70])
+junk = st.none() | st.booleans() | st.integers() | st.text(max_size=3) | st.lists(st.integers(0, 9), max_size=2)
+offsets = st.sampled_from([0, 1, 16, 24, 44, 47, 64, 68, 2**32, 2**63, 2**64 - 1, 2**64, -1, 0.5, None])
+
+
+@st.composite
+def edited_header(draw, base):
+    """Change names, fields and order in the header of a file, half the time with offsets that fit again."""
+    length = int.from_bytes(base[:8], "little")
+    pairs = list(json.loads(base[8 : 8 + length]).items())
+    data = base[8 + length :]
+    for _ in range(draw(st.integers(1, 3))):
+        i = draw(st.integers(0, len(pairs) - 1))
+        name, fields = pairs[i]
+        kind = draw(st.integers(0, 8))
+        if kind == 0:
+            pairs[i] = (draw(names), fields)
+        elif kind == 1:
+            pairs.append((draw(names | st.just(name)), fields))
+        elif kind == 2 and len(pairs) > 1:
+            del pairs[i]
+        elif kind == 3:
+            pairs[i] = (name, draw(junk))
+        elif isinstance(fields, dict):
+            field = draw(st.sampled_from([*fields, "more"]))
+            values = {"dtype": dtypes, "shape": shapes, "data_offsets": st.lists(offsets, max_size=3)}
+            pairs[i] = (name, {**fields, field: draw(values.get(field, junk))})
+    if draw(st.booleans()):
+        begin = 0
+        for i, (name, fields) in enumerate(pairs):
+            try:
+                end = begin + math.prod(fields["shape"]) * DTYPES[fields["dtype"]][0] // 8
+            except (KeyError, TypeError):
+                continue
+            if isinstance(end, int) and 0 <= end - begin <= 4096:
+                pairs[i] = (name, {**fields, "data_offsets": [begin, end]})
+                begin = end
+        data = (data * 4096)[:begin]
+    text = "{" + ",".join(f"{json.dumps(name)}:{json.dumps(fields)}" for name, fields in pairs) + "}"
+    return file_bytes(text.encode(), data)
+
+
+@st.composite
+def damaged_bytes(draw, content):
+    """Flip, insert, delete and cut bytes, mostly in the header."""
+    content = bytearray(content)
+    for _ in range(draw(st.integers(1, 4))):
+        if not content:
+            break
+        end = len(content) if draw(st.booleans()) else min(len(content), 8 + int.from_bytes(content[:4], "little"))
+        at = draw(st.integers(0, max(0, end - 1)))
+        kind = draw(st.integers(0, 4))
+        if kind <= 1:
+            content[at] = draw(st.integers(0, 255) | st.sampled_from(list(b'"{}[],:0123456789\\')))
+        elif kind == 2:
+            content[at:at] = draw(st.binary(min_size=1, max_size=4))
+        elif kind == 3:
+            del content[at : at + draw(st.integers(1, 8))]
+        else:
+            del content[at:]
+    return bytes(content)
+
+
+@st.composite
+def mutated_file(draw):
+    base = draw(st.sampled_from(FUZZ_BASES))
+    how = draw(st.integers(0, 5))
+    if how <= 3:
+        base = draw(edited_header(base))
+    return base if 1 <= how <= 3 else draw(damaged_bytes(base))
+
+
+def fetch_all(ckpt):
+    for name in ckpt:
+        try:
+            info = ckpt.info(name)
+        except mxfp4np.LayoutError:  # a broken pair; every way to it says so
+            for call in (ckpt.get, ckpt.packed):
+                with pytest.raises(mxfp4np.LayoutError):
+                    call(name)
+            continue
+        array = np.asarray(ckpt[name])
+        assert array.tobytes() is not None
+        if info.layout is not None:
+            packed = ckpt.packed(name)
+            assert array.shape == packed.shape == info.shape
+            assert len(packed.blocks.tobytes()) + len(packed.scales.tobytes()) == info.nbytes
+        else:
+            assert array.nbytes == info.nbytes
+    for array in ckpt.stored.values():
+        assert np.asarray(array).tobytes() is not None
+
+
+def error_of_fuzzed(path, io):
+    try:
+        with mxfp4np.Checkpoint(path, io=io) as ckpt:
+            fetch_all(ckpt)
+    except mxfp4np.MXFP4Error as error:
+        return error
+
+
+@pytest.fixture(scope="module")
+def fuzz_path(tmp_path_factory):
+    return tmp_path_factory.mktemp("fuzz") / "fuzz.safetensors"
+
+
+@settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(content=mutated_file())
+def test_fuzzed_file_opens_or_gives_an_error_of_ours(fuzz_path, content):
+    fuzz_path.write_bytes(content)
+    errors = [error_of_fuzzed(fuzz_path, io) for io in IO]
+    assert type(errors[0]) is type(errors[1])
+    assert all(error is None or str(fuzz_path) in str(error) for error in errors)
+
+
+@pytest.mark.parametrize("content", FUZZ_BASES, ids=["pair", "plain"])
+def test_fuzz_bases_are_valid(fuzz_path, content):
+    fuzz_path.write_bytes(content)
+    for io in IO:
+        with mxfp4np.Checkpoint(fuzz_path, io=io) as ckpt:
+            fetch_all(ckpt)
+
+
+# Writing
+
+
+def pair(*lead, seed=3):
+    rng = np.random.default_rng(seed)
+    return MXFP4Array(rng.integers(0, 256, (*lead, 16), np.uint8), rng.integers(0, 256, lead, np.uint8))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit, OSError])
+@pytest.mark.parametrize("old", [None, b"what was there"])
+def test_interrupted_write_leaves_nothing_behind(tmp_path, error, old):
+    path = tmp_path / "x.safetensors"
+    if old is not None:
+        path.write_bytes(old)
+
+    def pieces():
+        yield np.ones(500_000, np.float32)
+        raise error
+
+    with pytest.raises(error):
+        write_safetensors(path, {"x": ("F32", (1_000_000,))}, pieces())
+    assert [file.name for file in tmp_path.iterdir()] == ([] if old is None else [path.name])
+    assert old is None or path.read_bytes() == old
+
+
+@pytest.mark.parametrize("count", [0, 3, 5])
+def test_wrong_amount_of_data(tmp_path, count):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(b"old")
+    with pytest.raises(ValueError, match=rf"x\.safetensors.*16.*{4 * count}"):
+        write_safetensors(path, {"x": ("F32", (4,))}, [np.ones(count, np.float32)])
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == b"old"
+
+
+def test_pieces_may_be_cut_anywhere(tmp_path):
+    path = tmp_path / "x.safetensors"
+    data = np.arange(24, dtype=np.uint8)
+    write_safetensors(
+        path, {"a": ("F32", (4,)), "b": ("F4", (2, 8)), "c": ("U8", (0, 3))}, [data[:7], data[7:7], data[7:]]
+    )
+    with mxfp4np.Checkpoint(path) as ckpt:
+        assert ckpt["a"].tobytes() + ckpt["b"].tobytes() == data.tobytes()
+        assert ckpt["c"].shape == (0, 3)
+
+
+@pytest.fixture
+def awkward():
+    """Arrays whose bytes do not lie as they have to be written."""
+    rng = np.random.default_rng(4)
+    base = rng.standard_normal((6, 5, 4)).astype("float32")
+    return {
+        "transposed": base.T,
+        "strided": base[::2, ::-1, 1:3],
+        "reversed": base[::-1],
+        "fortran": np.asfortranarray(base[0]),
+        "broadcast": np.broadcast_to(base[0, 0], (3, 4)),
+        "big f4": base.astype(">f4"),
+        "big f8": base.astype(">f8")[:, ::2],
+        "big i2": np.arange(-3, 4, dtype=">i2"),
+        "big c8": (base[0] + 1j).astype(">c8"),
+        "bf16": base.astype(ml_dtypes.bfloat16).T,
+        "e8m0": np.array([1, 2, 4], ml_dtypes.float8_e8m0fnu)[::-1],
+        "bool": (base > 0)[:, 0],
+        "i1": np.arange(5, dtype=np.int8),
+        "scalar": np.array(7, ">u4"),
+        "empty": np.zeros((0, 3), np.float64),
+        "read-only": np.frombuffer(b"abc", np.uint8),
+    }
+
+
+@both_io
+def test_awkward_arrays_are_written_right(tmp_path, awkward, io):
+    mxfp4np.save_file(awkward, tmp_path / "x.safetensors", {"key": "é\n"})
+    with mxfp4np.Checkpoint(tmp_path / "x.safetensors", io=io) as ckpt:
+        assert set(ckpt) == set(awkward)
+        assert ckpt.metadata == {"key": "é\n"}
+        for name, array in awkward.items():
+            assert_same(ckpt[name], np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
+
+
+def test_others_read_what_is_written(tmp_path, awkward):
+    del awkward["e8m0"]  # which safetensors does not give to NumPy
+    path = tmp_path / "x.safetensors"
+    mxfp4np.save_file(awkward, path, {"key": "value"})
+    loaded = safetensors.numpy.load_file(path)
+    assert set(loaded) == set(awkward)
+    for name, array in awkward.items():
+        assert_same(loaded[name], np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
+
+
+def test_array_larger_than_a_piece(tmp_path, monkeypatch):
+    monkeypatch.setattr("mxfp4np.checkpoint.WRITE_BYTES", 1000)
+    array = np.arange(60_000, dtype=np.int32).reshape(60, 50, 20)
+    mxfp4np.save_file({"x": array, "t": array.T, "b": array.astype(">i4")}, tmp_path / "x.safetensors")
+    loaded = safetensors.numpy.load_file(tmp_path / "x.safetensors")
+    assert_same(loaded["x"], array)
+    assert_same(loaded["b"], array)
+    assert_same(loaded["t"], np.ascontiguousarray(array.T))
+
+
+@pytest.mark.parametrize("padding", range(9))
+def test_data_and_all_tensors_are_aligned(tmp_path, padding, awkward):
+    path = tmp_path / "x.safetensors"
+    mxfp4np.save_file({**awkward, "n" * padding: np.ones(3, np.uint8), "p": pair(1, 3)}, path)
+    assert (8 + int.from_bytes(path.read_bytes()[:8], "little")) % 8 == 0
+    for tensor in SafetensorsFile(path).tensors.values():
+        assert tensor.offset % max(1, DTYPES[tensor.dtype][0] // 8) == 0
+    with mxfp4np.Checkpoint(path) as ckpt:
+        assert all(array.flags.aligned for array in ckpt.stored.values())
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    ["object", "U3", "S3", "M8[s]", "m8[s]", "complex128", "f2,f4", ml_dtypes.float4_e2m1fn, ml_dtypes.int4],
+    ids=str,
+)
+def test_dtype_that_the_format_lacks(tmp_path, dtype):
+    with pytest.raises(ValueError, match=r"tensor 'bad\.one'.*no dtype"):
+        mxfp4np.save_file({"fine": np.ones(2), "bad.one": np.zeros(4, dtype)}, tmp_path / "x.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("half", ["x.blocks", "x.scales"])
+@pytest.mark.parametrize("first", [False, True])
+def test_two_tensors_of_one_name(tmp_path, half, first):
+    items = [("x", pair(2, 3)), (half, np.ones(3, np.uint8))]
+    with pytest.raises(ValueError, match=half):
+        mxfp4np.save_file(dict(items[::-1] if first else items), tmp_path / "x.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_reserved_name(tmp_path):
+    with pytest.raises(ValueError, match="__metadata__"):
+        mxfp4np.save_file({"__metadata__": np.ones(3)}, tmp_path / "x.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("metadata", [{"a": 1}, {"a": None}, {"a": {}}, {1: "a"}], ids=str)
+def test_metadata_must_be_strings(tmp_path, metadata):
+    with pytest.raises((TypeError, ValueError), match="metadata"):
+        mxfp4np.save_file({"x": np.ones(3)}, tmp_path / "x.safetensors", metadata)
+    assert list(tmp_path.iterdir()) == []
+
+
+@both_io
+def test_packed_arrays_round_trip(tmp_path, io):
+    whole = pair(4, 6, 3)
+    parts = {
+        "whole": whole,
+        "expert": whole[2],
+        "rows": whole[:, ::2],
+        "reversed": whole[::-1],
+        "columns": whole[..., 32:],
+        "row": whole[0, 0],
+        "none": whole[:0],
+    }
+    mxfp4np.save_file({**parts, "bias": np.ones(3, np.float32)}, tmp_path / "x.safetensors")
+    with mxfp4np.Checkpoint(tmp_path / "x.safetensors", io=io) as ckpt:
+        assert set(ckpt) == {*parts, "bias"}
+        assert set(ckpt.stored) == {f"{name}.{half}" for name in parts for half in ("blocks", "scales")} | {"bias"}
+        for name, part in parts.items():
+            packed = ckpt.packed(name)
+            assert_same(packed.blocks, np.ascontiguousarray(part.blocks))
+            assert_same(packed.scales, np.ascontiguousarray(part.scales))
+            assert_same(ckpt.get(name, dtype="float32"), part.decode("float32"))
+
+
+@pytest.mark.parametrize("index", [np.s_[..., 1:], np.s_[..., :31], np.s_[..., 5:37], np.s_[..., 16:48]], ids=str)
+def test_partial_blocks_are_not_saved(tmp_path, index):
+    with pytest.raises(ValueError, match=r"tensor 'w'.*whole blocks"):
+        mxfp4np.save_file({"w": pair(2, 3)[index]}, tmp_path / "x.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_file_that_is_mapped_may_be_replaced(tmp_path):
+    path = tmp_path / "x.safetensors"
+    mxfp4np.save_file({"x": np.arange(1000)}, path)
+    with mxfp4np.Checkpoint(path) as ckpt:
+        mxfp4np.save_file({"x": ckpt["x"][::-1]}, path)
+        assert ckpt["x"][0] == 0
+    with mxfp4np.Checkpoint(path) as ckpt:
+        assert ckpt["x"][0] == 999

@@ -1,0 +1,283 @@
+"""Parallel decoding as a guest in other people's processes: threads, forks, pools, quotas, odd Numba settings."""
+
+import concurrent.futures
+import math
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import mxfp4np
+from mxfp4np.backends import threads
+
+BLOCKS = 300_000  # several chunks, so that the pool is used
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+needs_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="uses Linux's mounts and permissions")
+
+
+def make(seed):
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (BLOCKS, 16), np.uint8), rng.integers(118, 126, BLOCKS, np.uint8)
+
+
+def digest(seed, num_threads=2):
+    return hash(mxfp4np.decode(*make(seed), num_threads=num_threads).tobytes())
+
+
+def is_right(seed):
+    """Decode and compare with the reference; picklable, for pools."""
+    pair = make(seed)
+    return mxfp4np.decode(*pair, num_threads=2).tobytes() == mxfp4np.decode(*pair, backend="numpy").tobytes()
+
+
+def test_eight_threads_at_once():
+    expected = [digest(seed) for seed in range(8)]
+    barrier = threading.Barrier(8)
+
+    def work(seed):
+        barrier.wait()
+        return [digest(seed) for _ in range(4)]
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(work, range(8))) == [[value] * 4 for value in expected]
+
+
+@needs_fork
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_a_multiprocessing_pool_after_the_parent_decoded(method):
+    assert is_right(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons warn of forks with threads: the very case
+        with multiprocessing.get_context(method).Pool(2) as pool:
+            assert pool.map_async(is_right, range(4)).get(timeout=120) == [True] * 4
+
+
+@needs_fork
+def test_a_forked_child_decodes_and_the_parent_goes_on():
+    assert is_right(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        os._exit(0 if is_right(1) else 1)
+    assert is_right(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_an_error_in_a_helper_reaches_the_caller():
+    failed = threading.Event()
+
+    def task(begin, end):
+        if threading.current_thread() is caller:
+            failed.wait(timeout=10)
+        else:
+            failed.set()
+            raise RuntimeError(f"piece {begin} to {end}")
+
+    caller = threading.current_thread()
+    with pytest.raises(RuntimeError, match="piece"):
+        threads.parallel_for(task, 100, 1, 2)
+
+
+def test_after_an_interrupt_nothing_runs_on():
+    done = []
+    begun = threading.Event()
+
+    def task(begin, _):
+        if threading.current_thread() is caller:
+            begun.wait(timeout=10)
+            raise KeyboardInterrupt
+        begun.set()
+        time.sleep(0.001)
+        done.append(begin)
+
+    caller = threading.current_thread()
+    with pytest.raises(KeyboardInterrupt):
+        threads.parallel_for(task, 10**6, 1, 2)
+    count = len(done)
+    time.sleep(0.05)
+    assert len(done) == count < 10**6
+
+
+def test_pieces_cover_the_range_once():
+    for stop, step, workers in [(0, 5, 2), (1, 5, 2), (10, 3, 1), (1000, 7, 2), (1000, 7, 50)]:
+        pieces = []
+        threads.parallel_for(lambda i, j, pieces=pieces: pieces.append((i, j)), stop, step, workers)
+        assert sorted(pieces) == [(i, min(i + step, stop)) for i in range(0, stop, step)]
+
+
+def test_the_number_of_threads_is_bounded():
+    names = set()
+    gate = threading.Barrier(2)
+
+    def task(*_):
+        names.add(threading.get_ident())
+        if len(names) < 2 or gate.n_waiting:
+            gate.wait(10)
+
+    threads.parallel_for(task, 50, 1, 2)
+    assert len(names) == 2
+    names.clear()
+    threads.parallel_for(lambda *_: names.add(threading.get_ident()), 50, 1, 1)
+    assert names == {threading.get_ident()}
+
+
+def test_environment_variable(monkeypatch):
+    monkeypatch.setenv(threads.ENVIRONMENT_VARIABLE, "3")
+    assert threads.default_num_threads() == 3
+    monkeypatch.setenv(threads.ENVIRONMENT_VARIABLE, "")
+    assert threads.default_num_threads() == threads.usable_cpus()
+    for nonsense in ("0", "-1", "two"):
+        monkeypatch.setenv(threads.ENVIRONMENT_VARIABLE, nonsense)
+        with pytest.raises(ValueError, match="MXFP4NP_NUM_THREADS must be a positive integer"):
+            threads.default_num_threads()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no CPU affinity")
+def test_affinity_is_respected():
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        assert threads.usable_cpus() == 1
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, math.inf),
+        ({"proc/self/cgroup": "0::/\n"}, math.inf),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "max 100000\n"}, math.inf),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "150000 100000\n"}, 1.5),
+        (
+            {
+                "proc/self/cgroup": "0::/a/b\n",
+                "sys/fs/cgroup/a/cpu.max": "50000 100000\n",
+                "sys/fs/cgroup/a/b/cpu.max": "200000 100000\n",
+            },
+            0.5,
+        ),
+        (
+            {
+                "proc/self/cgroup": "4:cpu,cpuacct:/job\n3:memory:/job\n",
+                "sys/fs/cgroup/cpu/job/cpu.cfs_quota_us": "300000\n",
+                "sys/fs/cgroup/cpu/job/cpu.cfs_period_us": "100000\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+            },
+            3,
+        ),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "nonsense\n"}, math.inf),
+    ],
+)
+def test_cgroup_quota(tmp_path, files, expected):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert threads.cgroup_cpus(str(tmp_path)) == expected
+
+
+def test_a_quota_below_one_cpu_still_is_one(monkeypatch):
+    monkeypatch.setattr(threads, "cgroup_cpus", lambda: 0.5)
+    assert threads.usable_cpus() == 1
+
+
+SCRIPT = """
+import numpy as np, mxfp4np
+blocks = np.arange(256 * 16, dtype=np.uint32).astype(np.uint8).reshape(256, 16)
+scales = np.arange(256, dtype=np.uint8)
+for dtype in ("bfloat16", "float16", "float32"):
+    a, b = (mxfp4np.decode(blocks, scales, dtype, backend=backend) for backend in ("cpu", "numpy"))
+    assert a.tobytes() == b.tobytes(), dtype
+print("right")
+"""
+
+
+def run(environment, *, script=SCRIPT, cwd=None):
+    command = [sys.executable, "-c", script]
+    full = {**os.environ, **environment}
+    result = subprocess.run(command, env=full, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
+    assert (result.returncode, result.stdout) == (0, "right\n"), result.stderr
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"NUMBA_CPU_NAME": "generic"},
+        {"NUMBA_DISABLE_JIT": "1"},
+        {"MXFP4NP_NUM_THREADS": "1"},
+        {"NUMBA_CACHE_DIR": "/proc/no/such/place"},
+        {"NUMBA_CACHE_DIR": "/dev/null"},
+        {"HOME": "/proc/no/such/home", "XDG_CACHE_HOME": "/proc/no/such/cache"},
+    ],
+    ids=" ".join,
+)
+def test_odd_environments(environment):
+    run(environment)
+
+
+def test_a_broken_cache_is_no_obstacle(tmp_path):
+    environment = {"NUMBA_CACHE_DIR": str(tmp_path)}
+    run(environment)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert files, "the kernels were not cached"
+    for content in (b"", b"nonsense", None):
+        for path in files:
+            path.write_bytes(path.read_bytes()[:-40] if content is None else content)
+        run(environment)
+        assert list(tmp_path.rglob("*.nbi"))
+
+
+@needs_linux
+def test_a_read_only_installation_without_a_home(tmp_path):
+    package = Path(mxfp4np.__file__).parent
+    target = tmp_path / "site" / "mxfp4np"
+    target.mkdir(parents=True)
+    for source in package.rglob("*.py"):
+        copy = target / source.relative_to(package)
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(source.read_bytes())
+    for folder in [tmp_path, *(path for path in tmp_path.rglob("*") if path.is_dir())]:
+        folder.chmod(0o555)
+    environment = {
+        "PYTHONPATH": str(tmp_path / "site"),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "HOME": str(tmp_path),
+        "XDG_CACHE_HOME": str(tmp_path / "none"),
+    }
+    drop = """
+import os, ml_dtypes, numba, mxfp4np.array, mxfp4np.backends.cpu, mxfp4np.backends.cpu_kernels
+assert "site/" in mxfp4np.__file__
+if not os.getuid():  # root may write anywhere; as nobody, it may not be able to import any more
+    numba.njit(lambda: 0)()
+    os.setuid(65534)
+assert not os.access(os.path.dirname(mxfp4np.__file__), os.W_OK)
+"""
+    try:
+        run(environment, script=drop + SCRIPT, cwd=tmp_path)
+    finally:
+        for folder in [tmp_path, *(path for path in tmp_path.rglob("*") if path.is_dir())]:
+            folder.chmod(0o755)
+
+
+def test_decoding_while_the_interpreter_shuts_down():
+    script = """
+import threading, numpy as np, mxfp4np
+blocks, scales = np.zeros((300_000, 16), np.uint8), np.zeros(300_000, np.uint8)
+def late():
+    threading.main_thread().join()
+    mxfp4np.decode(blocks, scales, num_threads=2)
+    print("right", flush=True)
+mxfp4np.decode(blocks[:10], scales[:10])
+threading.Thread(target=late).start()
+"""
+    run({}, script=script)
