@@ -169,14 +169,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-    args = _parser().parse_args(arguments)
+    status = 0
     try:
-        status: int = args.run(args)
-        if sys.stdout is not None:  # closed by the shell
-            sys.stdout.flush()
+        try:
+            args = _parser().parse_args(arguments)
+            status = args.run(args)
+        finally:
+            if sys.stdout is not None:  # None if the shell closed it
+                sys.stdout.flush()
         return status
     except BrokenPipeError:  # the reader of our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 0
     except KeyboardInterrupt:
         message, status = "interrupted", 130
@@ -184,9 +187,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message, status = f"out of memory: {error or 'ask for less at a time'}", 2
     except OSError as error:
         message, status = f"{error.filename}: {error.strerror}" if error.filename else str(error), 2
+        _discard_output()
     except (MXFP4Error, ValueError, IndexError) as error:
         message, status = str(error), 2
     from .report import escape
 
     print(f"mxfp4np: {escape(message)}", file=sys.stderr)
     return status
+
+
+def _discard_output() -> None:
+    """Keep the interpreter from complaining, when it exits, that the rest of the output cannot be written."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -11,6 +11,7 @@ import tempfile
 import textwrap
 import threading
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import ml_dtypes
@@ -504,6 +505,11 @@ BY_HAND = [
 ]
 
 
+def skip_where_unknown(dtype):
+    if dtype.lower().endswith("fnuz") and version("safetensors").startswith("0.7."):
+        pytest.skip("safetensors knows the FNUZ dtypes from 0.8 on")
+
+
 @both_io
 @pytest.mark.parametrize(
     ("dtype", "shape", "data", "numpy", "values"),
@@ -511,6 +517,7 @@ BY_HAND = [
     ids=[f"{row[0]}{row[1]}".replace(" ", "") for row in BY_HAND],
 )
 def test_dtype_reads_right_from_bytes_written_by_hand(tmp_path, dtype, shape, data, numpy, values, io):
+    skip_where_unknown(dtype)
     data = bytes.fromhex(data)
     path = write_raw(tmp_path / "x.safetensors", {"x": entry(dtype, shape, 0, len(data))}, data)
     with mxfp4np.Checkpoint(path, io=io) as ckpt:
@@ -531,6 +538,7 @@ def test_every_dtype_is_tested():
 @both_io
 @pytest.mark.parametrize("dtype", sorted(SAFETENSORS_DTYPES))
 def test_dtype_round_trips_through_save_file(tmp_path, dtype, io):
+    skip_where_unknown(dtype)
     dtype = np.dtype(getattr(ml_dtypes, dtype, None) or dtype)
     bits = np.random.default_rng(0).integers(0, 2 if dtype == np.bool_ else 256, 5 * 3 * dtype.itemsize, np.uint8)
     array = bits.view(dtype).reshape(5, 3)

@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import textwrap
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,15 @@ def test_python_m_runs_the_command_line():
         "mxfp4np",
         mxfp4np.__version__,
     ]
+
+
+def test_the_lowest_versions_tested_are_the_lowest_allowed():
+    tox = README.with_name("tox.ini").read_text()
+    project = tomllib.loads(README.with_name("pyproject.toml").read_text())["project"]
+    for requirement in [*project["dependencies"], *project["optional-dependencies"]["test"]]:
+        name, version = requirement.split(">=")
+        pins = re.findall(rf"^    {name}==(\S+)$", tox, re.MULTILINE)
+        assert any((pin + ".").startswith(version + ".") for pin in pins), requirement
 
 
 # README

@@ -255,10 +255,10 @@ def test_a_read_only_installation_without_a_home(tmp_path):
         "XDG_CACHE_HOME": str(tmp_path / "none"),
     }
     drop = """
-import os, ml_dtypes, numba, mxfp4np.array, mxfp4np.backends.cpu, mxfp4np.backends.cpu_kernels
+import os, ml_dtypes, numba, numpy, mxfp4np.array, mxfp4np.backends.cpu, mxfp4np.backends.cpu_kernels
 assert "site/" in mxfp4np.__file__
 if not os.getuid():  # root may write anywhere; as nobody, it may not be able to import any more
-    numba.njit(lambda: 0)()
+    numba.njit(lambda x: 0)(numpy.zeros(1, 'int64'))
     os.setuid(65534)
 assert not os.access(os.path.dirname(mxfp4np.__file__), os.W_OK)
 """
