@@ -169,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-    status = 0
+    status: int = 0
     try:
         try:
             args = _parser().parse_args(arguments)
