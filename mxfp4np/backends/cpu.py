@@ -25,7 +25,10 @@ CHUNK_BLOCKS = 1 << 15
 SERIAL_BLOCKS = 1 << 14
 """Up to this many blocks one thread is as fast as several."""
 
-Kernel = Callable[[NDArray[np.int64], NDArray[Any], int, int], None]
+STREAMING_BYTES = 8 << 20
+"""Outputs from this size on are written past the cache: they do not fit into it, and need not be read first."""
+
+Kernel = Callable[[NDArray[np.int64], Any, int, int], None]
 
 
 class CPUBackend:
@@ -56,15 +59,20 @@ class CPUBackend:
         if blocks.strides[-1] != 1:  # the bytes of a block lie apart: gather them, at most half the size of `out`
             blocks = np.ascontiguousarray(blocks)
         geometry = _geometry(blocks, scales, out, start)
-        table = decode_table(out.dtype.name)
+        word = _WORDS[out.dtype.itemsize]
         if scales.size <= SERIAL_BLOCKS:
-            kernel(geometry, table, 0, scales.size)
+            kernel(geometry, word, 0, scales.size)
         else:
             threads = num_threads or default_num_threads()
-            parallel_for(lambda i, j: kernel(geometry, table, i, j), scales.size, CHUNK_BLOCKS, threads)
+            parallel_for(lambda i, j: kernel(geometry, word, i, j), scales.size, CHUNK_BLOCKS, threads)
 
 
-def _geometry(blocks: NDArray[np.uint8], scales: NDArray[np.uint8], out: NDArray[Any], start: int) -> NDArray[np.int64]:
+_WORDS = {2: np.uint16(0), 4: np.uint32(0)}
+
+
+def _geometry(
+    blocks: NDArray[np.uint8], scales: NDArray[np.uint8], out: NDArray[Any], start: int
+) -> NDArray[np.int64]:
     """Describe the arrays to a kernel, in the order that `cpu_kernels` names, with as few row axes as strides allow."""
     rows: list[tuple[int, int, int, int]] = []
     *outer, per_row = scales.shape
@@ -83,23 +91,27 @@ def _geometry(blocks: NDArray[np.uint8], scales: NDArray[np.uint8], out: NDArray
     if rows and whole and rows[-1][1:] == (per_row * block_step, per_row * scale_step, length * out_step):
         per_row *= rows.pop()[0]
         length = BLOCK_SIZE * per_row
+    table = address_of(decode_table("float16" if out.dtype.name == "float16" else "bfloat16"))
     return np.array(
-        [address_of(blocks), address_of(scales), address_of(out), block_step, scale_step, out_step]
-        + [per_row, start, length]
+        [address_of(blocks), address_of(scales), address_of(out), table, block_step, scale_step, out_step]
+        + [per_row, start, length, out.itemsize, out.nbytes >= STREAMING_BYTES]
         + [number for row in rows for number in row],
         np.int64,
     )
 
 
 @functools.cache
-def decode_table(name: str) -> NDArray[Any]:
-    """Return the word of every (scale, code), flat, as the reference decodes it to the dtype called ``name``."""
-    dtype = decoded_dtype(name)
+def decode_table(name: str) -> NDArray[np.uint8]:
+    """Return the table that `cpu_kernels` describes, as the reference decodes to bfloat16 or float16."""
     codes = np.arange(0, 16, 2, dtype=np.uint8) | (np.arange(1, 16, 2, dtype=np.uint8) << 4)
     blocks = np.broadcast_to(np.tile(codes, 2), (256, 1, BYTES_PER_BLOCK))
-    values = np.empty((256, BLOCK_SIZE), dtype)
+    values = np.empty((256, BLOCK_SIZE), decoded_dtype(name))
     ReferenceBackend().decode(blocks, np.arange(256, dtype=np.uint8)[:, None], values)
-    return values[:, :16].copy().view(f"u{dtype.itemsize}").reshape(-1)
+    words = values[:, :16].copy().view("<u2")
+    table = aligned_empty((256, 64), np.dtype(np.uint8))
+    table[:, :32] = words.view(np.uint8)
+    table[:, 32:48], table[:, 48:] = words & 255, words >> 8
+    return table
 
 
 _compiling = threading.Lock()
@@ -125,7 +137,7 @@ def _compile(itemsize: int) -> Kernel | None:
     from .cpu_kernels import decode_range
 
     word = getattr(numba.types, f"uint{8 * itemsize}")
-    signature = (numba.types.int64[::1], word[::1], numba.types.int64, numba.types.int64)
+    signature = (numba.types.int64[::1], word, numba.types.int64, numba.types.int64)
     for cache in (True, False):
         try:
             kernel = numba.njit(nogil=True, cache=cache)(decode_range)
