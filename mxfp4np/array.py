@@ -23,6 +23,8 @@ from .format import BLOCK_SIZE, BYTES_PER_BLOCK, DTYPES, blocks_in, decoded_dtyp
 BasicIndex = SupportsIndex | slice | EllipsisType
 Index = BasicIndex | tuple[BasicIndex, ...]
 
+_UINT8 = np.dtype(np.uint8)
+
 
 class MXFP4Array:
     """An array of MXFP4 values, still packed.
@@ -67,13 +69,13 @@ class MXFP4Array:
 
     def __init__(self, blocks: ArrayLike, scales: ArrayLike) -> None:
         blocks, scales = np.asarray(blocks), np.asarray(scales)
-        if scales.dtype.name == "float8_e8m0fnu":
-            scales = scales.view(np.uint8)
-        for what, array in (("blocks", blocks), ("scales", scales)):
-            if array.dtype != np.uint8:
-                raise LayoutError(
-                    f"{what} must be uint8, found {array.dtype}: view other bytes as uint8, do not convert"
-                )
+        if blocks.dtype != _UINT8 or scales.dtype != _UINT8:
+            if scales.dtype.name == "float8_e8m0fnu":
+                scales = scales.view(np.uint8)
+            for what, array in (("blocks", blocks), ("scales", scales)):
+                if array.dtype != _UINT8:
+                    how = "view other bytes as uint8, do not convert"
+                    raise LayoutError(f"{what} must be uint8, found {array.dtype}: {how}")
         if not scales.ndim or blocks.shape != (*scales.shape, BYTES_PER_BLOCK):
             raise LayoutError(
                 f"blocks must be [..., G, {BYTES_PER_BLOCK}] and scales [..., G], "

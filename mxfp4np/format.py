@@ -56,6 +56,7 @@ def as_dtype(dtype: DTypeLike) -> np.dtype[Any]:
     return dtype_named(dtype) if isinstance(dtype, str) else np.dtype(dtype)
 
 
+@functools.cache
 def decoded_dtype(dtype: DTypeLike) -> np.dtype[Any]:
     """Return the NumPy dtype to decode to.
 

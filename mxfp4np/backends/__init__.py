@@ -6,6 +6,7 @@ module with an object that follows `Backend`, and its line in `get_backend`.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import BackendUnavailableError
@@ -55,6 +56,7 @@ class Backend(Protocol):
         ...
 
 
+@functools.cache
 def get_backend(name: str | None = None, device: str = "cpu") -> Backend:
     """Return the backend called ``name``, or the one that serves ``device``.
 

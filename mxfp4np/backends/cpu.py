@@ -67,37 +67,31 @@ class CPUBackend:
             parallel_for(lambda i, j: kernel(geometry, word, i, j), scales.size, CHUNK_BLOCKS, threads)
 
 
+_FLOAT16 = np.dtype(np.float16)
 _WORDS = {2: np.uint16(0), 4: np.uint32(0)}
 
 
-def _geometry(
-    blocks: NDArray[np.uint8], scales: NDArray[np.uint8], out: NDArray[Any], start: int
-) -> NDArray[np.int64]:
+def _geometry(blocks: NDArray[np.uint8], scales: NDArray[np.uint8], out: NDArray[Any], start: int) -> NDArray[np.int64]:
     """Describe the arrays to a kernel, in the order that `cpu_kernels` names, with as few row axes as strides allow."""
-    rows: list[tuple[int, int, int, int]] = []
-    *outer, per_row = scales.shape
-    *block_strides, block_step, _ = blocks.strides
-    *scale_strides, scale_step = scales.strides
-    *out_strides, out_step = out.strides
-    length = out.shape[-1]
-    if length == 1:
-        out_step = out.itemsize
-    for size, *strides in zip(outer, block_strides, scale_strides, out_strides, strict=True):
-        if rows and all(a == size * b for a, b in zip(rows[-1][1:], strides, strict=True)):
-            rows[-1] = (rows[-1][0] * size, *strides)
-        elif size != 1:
-            rows.append((size, *strides))
-    whole = start == 0 and length == BLOCK_SIZE * per_row
-    if rows and whole and rows[-1][1:] == (per_row * block_step, per_row * scale_step, length * out_step):
-        per_row *= rows.pop()[0]
-        length = BLOCK_SIZE * per_row
-    table = address_of(decode_table("float16" if out.dtype.name == "float16" else "bfloat16"))
-    return np.array(
-        [address_of(blocks), address_of(scales), address_of(out), table, block_step, scale_step, out_step]
-        + [per_row, start, length, out.itemsize, out.nbytes >= STREAMING_BYTES]
-        + [number for row in rows for number in row],
-        np.int64,
-    )
+    per_row, length = scales.shape[-1], out.shape[-1]
+    block_step, scale_step = blocks.strides[-2], scales.strides[-1]
+    out_step = out.strides[-1] if length > 1 else out.itemsize
+    rows: list[tuple[int, ...]] = []
+    if scales.ndim > 1:
+        for row in zip(out.shape[:-1], blocks.strides, scales.strides, out.strides, strict=False):
+            if rows and all(a == row[0] * b for a, b in zip(rows[-1][1:], row[1:], strict=True)):
+                rows[-1] = (rows[-1][0] * row[0], *row[1:])
+            elif row[0] != 1:
+                rows.append(row)
+        whole = start == 0 and length == BLOCK_SIZE * per_row
+        if rows and whole and rows[-1][1:] == (per_row * block_step, per_row * scale_step, length * out_step):
+            per_row *= rows.pop()[0]
+            length = BLOCK_SIZE * per_row
+    geometry = [address_of(blocks), address_of(scales), address_of(out), _table_address(out.dtype == _FLOAT16)]
+    geometry += block_step, scale_step, out_step, per_row, start, length, out.itemsize, out.nbytes >= STREAMING_BYTES
+    for row in rows:
+        geometry += row
+    return np.array(geometry, np.int64)
 
 
 @functools.cache
@@ -112,6 +106,11 @@ def decode_table(name: str) -> NDArray[np.uint8]:
     table[:, :32] = words.view(np.uint8)
     table[:, 32:48], table[:, 48:] = words & 255, words >> 8
     return table
+
+
+@functools.cache
+def _table_address(float16: bool) -> int:
+    return address_of(decode_table("float16" if float16 else "bfloat16"))
 
 
 _compiling = threading.Lock()

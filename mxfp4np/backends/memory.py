@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from typing import Any
 
@@ -22,8 +23,8 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     """
     nbytes = dtype.itemsize * math.prod(shape)
     memory = np.empty(nbytes + ALIGNMENT, np.uint8)
-    skew = -address_of(memory) % ALIGNMENT
-    return memory[skew : skew + nbytes].view(dtype).reshape(shape)
+    skew = -ctypes.addressof(ctypes.c_char.from_buffer(memory.data)) % ALIGNMENT
+    return np.ndarray(shape, dtype, memory.data, skew)
 
 
 def address_of(array: NDArray[Any]) -> int:
