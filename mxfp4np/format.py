@@ -10,6 +10,7 @@ The source is the OCP Microscaling Formats (MX) Specification v1.0, sections 5.3
 from __future__ import annotations
 
 import functools
+from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -56,7 +57,6 @@ def as_dtype(dtype: DTypeLike) -> np.dtype[Any]:
     return dtype_named(dtype) if isinstance(dtype, str) else np.dtype(dtype)
 
 
-@functools.cache
 def decoded_dtype(dtype: DTypeLike) -> np.dtype[Any]:
     """Return the NumPy dtype to decode to.
 
@@ -80,6 +80,11 @@ def decoded_dtype(dtype: DTypeLike) -> np.dtype[Any]:
     >>> decoded_dtype("float16")
     dtype('float16')
     """
+    return _decoded_dtype(dtype)  # type: ignore[arg-type]
+
+
+@functools.cache
+def _decoded_dtype(dtype: Hashable) -> np.dtype[Any]:
     name = dtype if isinstance(dtype, str) else getattr(dtype, "name", None) or getattr(dtype, "__name__", None)
     if name not in DTYPES:
         raise ValueError(f"MXFP4 decodes to {', '.join(DTYPES)}, not to {dtype!r}")

@@ -78,6 +78,7 @@ def _geometry(blocks: NDArray[np.uint8], scales: NDArray[np.uint8], out: NDArray
     out_step = out.strides[-1] if length > 1 else out.itemsize
     rows: list[tuple[int, ...]] = []
     if scales.ndim > 1:
+        row: tuple[int, ...]
         for row in zip(out.shape[:-1], blocks.strides, scales.strides, out.strides, strict=False):
             if rows and all(a == row[0] * b for a, b in zip(rows[-1][1:], row[1:], strict=True)):
                 rows[-1] = (rows[-1][0] * row[0], *row[1:])

@@ -4,8 +4,8 @@ No policy here: no validation, no allocation, no threads. A kernel works on raw 
 (`mxfp4np.backends.cpu`) has checked, so that one compiled form serves every stride, alignment and rank, releases the
 GIL, and can be called for disjoint ranges from any thread. Importing this module imports Numba and compiles nothing.
 
-The loops are plain Numba. What they do with one block is an intrinsic, `decode_block`, whose machine code depends on the
-features that Numba's own code generator reports. A scale and a code have 256 * 16 possible values, which a table holds;
+The loops are plain Numba. What they do with one block is an intrinsic, `decode_block`, whose machine code depends on
+the features that Numba's own code generator reports. A scale and a code have 256 * 16 possible values, which a table holds;
 16 entries are what a byte shuffle can look up, for all codes of a block at once. Every form looks up the same table, so
 that all give the same bits.
 
@@ -178,7 +178,7 @@ def fence(typingctx):
     """Order streaming stores before whatever tells another thread that they are done."""
 
     def codegen(context, builder, signature, args):
-        triple, _, features = context.codegen().magic_tuple()
+        _, _, features = context.codegen().magic_tuple()
         if "+sse" in features.split(","):
             _call(builder, "llvm.x86.sse.sfence", ir.VoidType())
         return context.get_dummy_value()
