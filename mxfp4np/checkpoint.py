@@ -265,6 +265,7 @@ class Checkpoint(Mapping[str, Any]):
         source = _PairSource(tensor)
         array = source.array if index is None else source.array[index]
         if not source.copies:
+            source.prefetch(array)
             return array.decode(dtype, out=out, backend=backend, num_threads=num_threads)
         if out is None:
             out = get_backend(backend).empty(array.shape, decoded_dtype("bfloat16" if dtype is None else dtype))
@@ -324,6 +325,7 @@ class Checkpoint(Mapping[str, Any]):
             source = _PairSource(tensor)
             wanted = decoded_dtype("bfloat16" if dtype is None else dtype)
             for index, part in source.array.chunks(max_bytes, wanted):
+                source.prefetch(part)
                 yield index, source.load(part).decode(wanted, backend=backend, num_threads=num_threads)
 
     def _find(self, name: str) -> StoredTensor | PackedTensor:
@@ -375,6 +377,12 @@ class _PairSource:
         self._bases = [half.file.view(half) for half in self._halves]
         self.array = MXFP4Array(*(as_array(base, half) for base, half in zip(self._bases, self._halves, strict=True)))
         self.copies = any(half.file.io == "pread" for half in self._halves)
+
+    def prefetch(self, part: MXFP4Array) -> None:
+        """Announce that ``part``, any view of ``array``, is going to be decoded."""
+        blocks, scales = self._halves
+        scales.file.prefetch(part.scales)
+        blocks.file.prefetch(part.blocks)
 
     def load(self, part: MXFP4Array) -> MXFP4Array:
         """Return ``part``, any view of ``array``, with its bytes in reach."""

@@ -187,6 +187,20 @@ class SafetensorsFile:
             raise CheckpointError(f"{self.path}: was replaced or changed after it was opened: open it again")
         return file
 
+    def prefetch(self, part: NDArray[Any]) -> None:
+        """Begin to read the pages of a view of the map that is about to be used whole, where the system can."""
+        if self.io == "pread" or not hasattr(mmap.mmap, "madvise") or not part.size:
+            return
+        with self._lock:
+            if self._map is None or not np.may_share_memory(part, self._map):
+                return
+            low, high = np.lib.array_utils.byte_bounds(part)
+            begin = (low - address_of(self._map)) & -mmap.PAGESIZE
+            length = high - address_of(self._map) - begin
+            if length <= 2 * part.nbytes + mmap.PAGESIZE:  # what lies between is not worth reading
+                memory: mmap.mmap = self._map.base.obj  # type: ignore[union-attr]
+                memory.madvise(mmap.MADV_WILLNEED, begin, length)
+
     def read(self, tensor: StoredTensor, base: NDArray[np.uint8], part: NDArray[Any]) -> NDArray[Any]:
         """Return ``part``, which is any view of ``base``, with the bytes of the file in it.
 
