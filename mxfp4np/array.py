@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from .backends import get_backend
 from .errors import LayoutError
-from .format import BLOCK_SIZE, BYTES_PER_BLOCK, DTYPES, blocks_in, decoded_dtype
+from .format import BLOCK_SIZE, BYTES_PER_BLOCK, DTYPES, ORDERS, blocks_in, decoded_dtype
 
 BasicIndex = SupportsIndex | slice | EllipsisType
 Index = BasicIndex | tuple[BasicIndex, ...]
@@ -32,14 +32,19 @@ class MXFP4Array:
     Parameters
     ----------
     blocks : (..., G, 16) uint8
-        Codes: element ``2j`` of a block is the low nibble of byte ``j``, element ``2j + 1`` the high one.
+        Codes, two to a byte, in the order that ``order`` says.
     scales : (..., G) uint8 or float8_e8m0fnu
         The block's factor is ``2**(scale - 127)``; 255 makes it NaN. A float8_e8m0fnu array is taken by its bits.
+    order : {"pairs", "halves"}
+        In pairs, element ``2j`` of a block is the low nibble of byte ``j``, element ``2j + 1`` the high one. In halves,
+        as GGUF has them, element ``j`` is the low nibble of byte ``j``, element ``16 + j`` the high one.
 
     Attributes
     ----------
     blocks, scales : numpy.ndarray of uint8
         Views of the arguments, never copies.
+    order : str
+        As given.
     shape : tuple of int
         Of the values: ``(..., 32 * G)``.
     start : int
@@ -49,6 +54,8 @@ class MXFP4Array:
     ------
     LayoutError
         If dtypes or shapes do not fit each other.
+    ValueError
+        If there is no such order.
 
     Examples
     --------
@@ -60,14 +67,15 @@ class MXFP4Array:
     array([1., 2., 1., 2.], dtype=float32)
     """
 
-    __slots__ = ("blocks", "scales", "shape", "start")
+    __slots__ = ("blocks", "order", "scales", "shape", "start")
 
     blocks: NDArray[np.uint8]
     scales: NDArray[np.uint8]
+    order: str
     shape: tuple[int, ...]
     start: int
 
-    def __init__(self, blocks: ArrayLike, scales: ArrayLike) -> None:
+    def __init__(self, blocks: ArrayLike, scales: ArrayLike, order: str = "pairs") -> None:
         blocks, scales = np.asarray(blocks), np.asarray(scales)
         if blocks.dtype != _UINT8 or scales.dtype != _UINT8:
             if scales.dtype.name == "float8_e8m0fnu":
@@ -81,7 +89,9 @@ class MXFP4Array:
                 f"blocks must be [..., G, {BYTES_PER_BLOCK}] and scales [..., G], "
                 f"found {list(blocks.shape)} and {list(scales.shape)}"
             )
-        self.blocks, self.scales, self.start = blocks, scales, 0
+        if order not in ORDERS:
+            raise ValueError(f"order must be {' or '.join(map(repr, ORDERS))}, found {order!r}")
+        self.blocks, self.scales, self.order, self.start = blocks, scales, order, 0
         self.shape = (*scales.shape[:-1], scales.shape[-1] * BLOCK_SIZE)
 
     @property
@@ -128,13 +138,13 @@ class MXFP4Array:
         if begin == end:
             last = first
         span = (*lead, slice(first, last))
-        part = MXFP4Array(self.blocks[span], self.scales[span])
+        part = MXFP4Array(self.blocks[span], self.scales[span], self.order)
         part.start, part.shape = begin % BLOCK_SIZE, (*part.shape[:-1], end - begin)
         return part
 
     def replace(self, blocks: NDArray[np.uint8], scales: NDArray[np.uint8]) -> MXFP4Array:
         """Return the same view of other bytes: arrays of the same shapes."""
-        part = MXFP4Array(blocks, scales)
+        part = MXFP4Array(blocks, scales, self.order)
         part.start, part.shape = self.start, self.shape
         return part
 
@@ -205,7 +215,7 @@ class MXFP4Array:
             out = chosen.empty(self.shape, decoded_dtype("bfloat16" if dtype is None else dtype))
         else:
             self.check_out(out, dtype)
-        chosen.decode(self.blocks, self.scales, out, start=self.start, num_threads=num_threads)
+        chosen.decode(self.blocks, self.scales, out, start=self.start, order=self.order, num_threads=num_threads)
         return out
 
     def check_out(self, out: NDArray[Any], dtype: DTypeLike | None = None) -> None:

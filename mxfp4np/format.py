@@ -22,7 +22,15 @@ BLOCK_SIZE: Final = 32
 """Elements that share one scale."""
 
 BYTES_PER_BLOCK: Final = 16
-"""Bytes that hold the codes of one block, two codes to a byte, the even element in the low nibble."""
+"""Bytes that hold the codes of one block, two codes to a byte."""
+
+ORDERS: Final = ("pairs", "halves")
+"""How the elements of a block lie in its bytes.
+
+In ``"pairs"``, which is what all safetensors layouts have, element ``2j`` is the low nibble of byte ``j`` and element
+``2j + 1`` the high one. In ``"halves"``, GGUF's, element ``j`` is the low nibble of byte ``j``, element ``16 + j`` the
+high one.
+"""
 
 SCALE_BIAS: Final = 127
 """A scale byte ``s`` stands for the factor ``2**(s - SCALE_BIAS)``."""

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype("float16"), "float32": np.dtype("float32")}
 
 
-def oracle(blocks, scales, dtype):
+def oracle(blocks, scales, dtype, order="pairs"):
     """Decode with ml_dtypes' types; scale 255 is NaN there as well."""
-    codes = np.stack([blocks & 15, blocks >> 4], axis=-1).reshape(*scales.shape, 32)
+    axis = {"pairs": -1, "halves": -2}[order]
+    codes = np.stack([blocks & 15, blocks >> 4], axis=axis).reshape(*scales.shape, 32)
     elements = codes.view(ml_dtypes.float4_e2m1fn).astype(np.float64)
     factors = scales.view(ml_dtypes.float8_e8m0fnu).astype(np.float64)
     with np.errstate(over="ignore"):

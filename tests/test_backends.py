@@ -13,13 +13,16 @@ from mxfp4np.backends import get_backend
 
 DATA = Path(__file__).parent / "data"
 BACKENDS = ["numpy", "cpu"]
+ORDERS = ["pairs", "halves"]
 
 
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_every_byte_under_every_scale_has_the_bits_of_ml_dtypes(backend, dtype):
+def test_every_byte_under_every_scale_has_the_bits_of_ml_dtypes(backend, dtype, order):
     blocks, scales = every_pair()
-    assert_same_bits(mxfp4np.decode(blocks, scales, dtype, backend=backend), oracle(blocks, scales, dtype))
+    array = mxfp4np.MXFP4Array(blocks, scales, order)
+    assert_same_bits(array.decode(dtype, backend=backend), oracle(blocks, scales, dtype, order))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -44,6 +47,22 @@ def test_one_block_readable_by_eye(backend, dtype):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_blocks_of_17_bytes_in_halves_are_decoded_where_they_lie(backend):
+    rng = np.random.default_rng(3)
+    memory = rng.integers(0, 256, (64, 1300, 17), np.uint8)  # large enough for several threads and streaming stores
+    array = mxfp4np.MXFP4Array(memory[..., 1:], memory[..., 0], "halves")
+    assert np.shares_memory(array.blocks, memory)
+    expected = oracle(memory[..., 1:], memory[..., 0], "float32", "halves")
+    assert_same_bits(array.decode("float32", backend=backend), expected)
+    assert_same_bits(array[3:, 33:40000].decode("float32", backend=backend), expected[3:, 33:40000])
+
+
+def test_an_unknown_order_is_refused():
+    with pytest.raises(ValueError, match=r"order must be 'pairs' or 'halves', found 'thirds'"):
+        mxfp4np.MXFP4Array(np.zeros((1, 16), np.uint8), np.zeros(1, np.uint8), "thirds")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_smallest_scale_is_a_subnormal_and_never_zero(backend):
     values = mxfp4np.decode(np.full((1, 16), 0x11, np.uint8), np.array([0], np.uint8), "float32", backend=backend)
     assert np.all(values == np.float32(2.0**-128))
@@ -55,9 +74,9 @@ def test_smallest_scale_is_a_subnormal_and_never_zero(backend):
 @settings(max_examples=300, deadline=None)
 def test_any_shape_and_strides(backend, data):
     blocks, scales = data.draw(packed())
-    dtype = data.draw(st.sampled_from(sorted(DTYPES)))
-    expected = oracle(blocks, scales, dtype)
-    assert_same_bits(mxfp4np.decode(blocks, scales, dtype, backend=backend), expected)
+    dtype, order = data.draw(st.sampled_from(sorted(DTYPES))), data.draw(st.sampled_from(ORDERS))
+    expected = oracle(blocks, scales, dtype, order)
+    assert_same_bits(mxfp4np.MXFP4Array(blocks, scales, order).decode(dtype, backend=backend), expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -65,10 +84,10 @@ def test_any_shape_and_strides(backend, data):
 @settings(max_examples=500, deadline=None)
 def test_decoding_an_index_is_indexing_the_decoded(backend, data):
     blocks, scales = data.draw(packed())
-    dtype = data.draw(st.sampled_from(sorted(DTYPES)))
-    whole = oracle(blocks, scales, dtype)
+    dtype, order = data.draw(st.sampled_from(sorted(DTYPES))), data.draw(st.sampled_from(ORDERS))
+    whole = oracle(blocks, scales, dtype, order)
     first = data.draw(indices(whole.shape))
-    array = mxfp4np.MXFP4Array(blocks, scales)[first]
+    array = mxfp4np.MXFP4Array(blocks, scales, order)[first]
     assert array.shape == whole[first].shape
     assert_same_bits(array.decode(dtype, backend=backend), whole[first])
     second = data.draw(indices(array.shape))
@@ -80,12 +99,12 @@ def test_decoding_an_index_is_indexing_the_decoded(backend, data):
 @settings(max_examples=300, deadline=None)
 def test_out_of_every_kind(backend, data):
     blocks, scales = data.draw(packed())
-    dtype = data.draw(st.sampled_from(sorted(DTYPES)))
-    expected = oracle(blocks, scales, dtype)
+    dtype, order = data.draw(st.sampled_from(sorted(DTYPES))), data.draw(st.sampled_from(ORDERS))
+    expected = oracle(blocks, scales, dtype, order)
     index = data.draw(indices(expected.shape))
     expected = expected[index]
     out = data.draw(strided(expected.shape, DTYPES[dtype]))
-    result = mxfp4np.MXFP4Array(blocks, scales)[index].decode(out=out, backend=backend)
+    result = mxfp4np.MXFP4Array(blocks, scales, order)[index].decode(out=out, backend=backend)
     assert result is out
     assert_same_bits(out, expected)
 

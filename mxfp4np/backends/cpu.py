@@ -52,17 +52,18 @@ class CPUBackend:
         out: NDArray[Any],
         *,
         start: int = 0,
+        order: str = "pairs",
         num_threads: int | None = None,
     ) -> None:
         if out.size == 0:
             return
-        kernel = decode_kernel(out.dtype.itemsize)
+        word = _WORDS[order, out.dtype.itemsize]
+        kernel = decode_kernel(word.dtype.name)
         if kernel is None:
-            return ReferenceBackend().decode(blocks, scales, out, start=start)
+            return ReferenceBackend().decode(blocks, scales, out, start=start, order=order)
         if blocks.strides[-1] != 1:  # the bytes of a block lie apart: gather them, at most half the size of `out`
             blocks = np.ascontiguousarray(blocks)
         geometry = _geometry(blocks, scales, out, start)
-        word = _WORDS[out.dtype.itemsize]
         if scales.size <= SERIAL_BLOCKS:
             kernel(geometry, word, 0, scales.size)
         else:
@@ -73,7 +74,12 @@ class CPUBackend:
 
 
 _FLOAT16 = np.dtype(np.float16)
-_WORDS = {2: np.uint16(0), 4: np.uint32(0)}
+_WORDS: dict[tuple[str, int], np.integer[Any]] = {
+    ("pairs", 2): np.uint16(0),
+    ("pairs", 4): np.uint32(0),
+    ("halves", 2): np.int16(0),
+    ("halves", 4): np.int32(0),
+}
 
 
 def _geometry(blocks: NDArray[np.uint8], scales: NDArray[np.uint8], out: NDArray[Any], start: int) -> NDArray[np.int64]:
@@ -120,29 +126,28 @@ def _table_address(float16: bool) -> int:
 
 
 _compiling = threading.Lock()
-_kernels: dict[int, Kernel | None] = {}
+_kernels: dict[str, Kernel | None] = {}
 
 
-def decode_kernel(itemsize: int) -> Kernel | None:
-    """Return the compiled kernel for words of this size, or None where Numba's compiler is switched off."""
+def decode_kernel(word: str) -> Kernel | None:
+    """Return the kernel compiled for words of this type, or None where Numba's compiler is switched off."""
     try:
-        return _kernels[itemsize]
+        return _kernels[word]
     except KeyError:
         with _compiling:
-            if itemsize not in _kernels:
-                _kernels[itemsize] = _compile(itemsize)
-            return _kernels[itemsize]
+            if word not in _kernels:
+                _kernels[word] = _compile(word)
+            return _kernels[word]
 
 
-def _compile(itemsize: int) -> Kernel | None:
+def _compile(word: str) -> Kernel | None:
     import numba
 
     if numba.config.DISABLE_JIT:
         return None
     from .cpu_kernels import decode_range
 
-    word = getattr(numba.types, f"uint{8 * itemsize}")
-    signature = (numba.types.int64[::1], word, numba.types.int64, numba.types.int64)
+    signature = (numba.types.int64[::1], getattr(numba.types, word), numba.types.int64, numba.types.int64)
     for cache in (True, False):
         try:
             kernel = numba.njit(nogil=True, cache=cache)(decode_range)

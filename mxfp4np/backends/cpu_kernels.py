@@ -35,6 +35,9 @@ ROW_AXES = 12
 # power of two need no more.
 TABLE_LINE, LOW_BYTES, HIGH_BYTES = 64, 32, 48
 
+# What is compiled follows from the type of a kernel's argument `word`: its width is that of the elements, its sign says
+# in which order they lie in a block: unsigned in pairs, signed in halves (see `mxfp4np.format.ORDERS`).
+
 _I8, _I16, _I32 = (ir.IntType(bits) for bits in (8, 16, 32))
 _INTERLEAVED = [i // 2 + 16 * (i % 2) for i in range(32)]
 
@@ -77,31 +80,37 @@ def _join(builder, first, second, order):
     return builder.shuffle_vector(first, second, _constants(_I32, order))
 
 
-def _lookup_avx512(builder, codes, line):
+def _lookup_avx512(builder, codes, line, *, halves):
     """Look up all 32 words with one permutation of words."""
-    both = builder.zext(codes, _vector(_I32, 16))
-    both = builder.or_(both, builder.shl(both, _constants(_I32, [12] * 16)))  # each nibble in the low bits of a word
+    # Each nibble in the low bits of a word.
+    if halves:
+        low = builder.zext(codes, _vector(_I16, 16))
+        indices = _join(builder, low, builder.lshr(low, _constants(_I16, [4] * 16)), range(32))
+    else:
+        both = builder.zext(codes, _vector(_I32, 16))
+        both = builder.or_(both, builder.shl(both, _constants(_I32, [12] * 16)))
+        indices = builder.bitcast(both, _vector(_I16, 32))
     table = _load(builder, line, _vector(_I16, 16), TABLE_LINE)
     table = _join(builder, table, table, [i % 16 for i in range(32)])  # an index has five bits, the fifth means nothing
-    indices = builder.bitcast(both, _vector(_I16, 32))
     return _call(builder, "llvm.x86.avx512.permvar.hi.512", _vector(_I16, 32), table, indices)
 
 
-def _lookup_bytes(builder, codes, line, shuffle):
+def _lookup_bytes(builder, codes, line, shuffle, *, halves):
     """Look up low and high bytes, 16 at a time, with a shuffle of bytes."""
     bytes_ = _vector(_I8, 16)
     low_nibbles = builder.and_(codes, _constants(_I8, [15] * 16))
     high_nibbles = builder.lshr(codes, _constants(_I8, [4] * 16))
     planes = [_load(builder, _offset(builder, line, plane), bytes_, 16) for plane in (LOW_BYTES, HIGH_BYTES)]
-    halves = []
-    for half in (_INTERLEAVED[:16], _INTERLEAVED[16:]):
+    order = range(32) if halves else _INTERLEAVED
+    words = []
+    for half in (order[:16], order[16:]):
         indices = _join(builder, low_nibbles, high_nibbles, half)
         low, high = (_call(builder, shuffle, bytes_, plane, indices) for plane in planes)
-        halves.append(builder.bitcast(_join(builder, low, high, _INTERLEAVED), _vector(_I16, 16)))
-    return _join(builder, *halves, range(32))
+        words.append(builder.bitcast(_join(builder, low, high, _INTERLEAVED), _vector(_I16, 16)))
+    return _join(builder, *words, range(32))
 
 
-def _lookup_portable(builder, block, line):
+def _lookup_portable(builder, block, line, *, halves):
     """Look up word by word."""
     words = ir.Constant(_vector(_I16, 32), ir.Undefined)
     for j in range(16):
@@ -109,7 +118,7 @@ def _lookup_portable(builder, block, line):
         nibbles = builder.and_(byte, ir.Constant(byte.type, 15)), builder.lshr(byte, ir.Constant(byte.type, 4))
         for i, nibble in enumerate(nibbles):
             word = _load(builder, builder.add(line, builder.shl(nibble, ir.Constant(byte.type, 1))), _I16, 2)
-            words = builder.insert_element(words, word, ir.Constant(_I32, 2 * j + i))
+            words = builder.insert_element(words, word, ir.Constant(_I32, j + 16 * i if halves else 2 * j + i))
     return words
 
 
@@ -122,15 +131,16 @@ def _block_decoder(align, *, streaming):
             block, line, out, word = args
             triple, _, features = context.codegen().magic_tuple()
             form = simd(triple, features)
+            halves = signature.args[3].signed
             codes = None if form == "portable" else _load(builder, block, _vector(_I8, 16))
             if form == "avx512":
-                words = _lookup_avx512(builder, codes, line)
+                words = _lookup_avx512(builder, codes, line, halves=halves)
             elif form == "ssse3":
-                words = _lookup_bytes(builder, codes, line, "llvm.x86.ssse3.pshuf.b.128")
+                words = _lookup_bytes(builder, codes, line, "llvm.x86.ssse3.pshuf.b.128", halves=halves)
             elif form == "neon":
-                words = _lookup_bytes(builder, codes, line, "llvm.aarch64.neon.tbl1.v16i8")
+                words = _lookup_bytes(builder, codes, line, "llvm.aarch64.neon.tbl1.v16i8", halves=halves)
             else:
-                words = _lookup_portable(builder, block, line)
+                words = _lookup_portable(builder, block, line, halves=halves)
             if word.type.width == 32:
                 words = builder.shl(builder.zext(words, _vector(_I32, 32)), _constants(_I32, [16] * 32))
             store = builder.store(words, builder.inttoptr(out, words.type.as_pointer()), align=align)
@@ -156,6 +166,22 @@ def load_byte(typingctx, address):
         return _load(builder, args[0], _I8)
 
     return types.uint8(types.int64), codegen
+
+
+@intrinsic
+def load_code(typingctx, block, element, word):
+    """Read the code of one element of the block at an address."""
+
+    def codegen(context, builder, signature, args):
+        block, element, _ = args
+        halves = signature.args[2].signed
+        one, four = ir.Constant(element.type, 1), ir.Constant(element.type, 4)
+        place = builder.and_(element, ir.Constant(element.type, 15)) if halves else builder.lshr(element, one)
+        is_high = builder.lshr(element, four) if halves else builder.and_(element, one)
+        byte = builder.zext(_load(builder, builder.add(block, place), _I8), element.type)
+        return builder.and_(builder.lshr(byte, builder.mul(is_high, four)), ir.Constant(element.type, 15))
+
+    return types.int64(types.int64, types.int64, word), codegen
 
 
 @intrinsic
@@ -193,8 +219,8 @@ def _decode_part(geometry, word, first, last, block, scale, out):
         offset = 32 * g - geometry[START]  # of the block's first element in the row of `out`
         line = geometry[TABLE_ADDRESS] + TABLE_LINE * load_byte(scale + g * geometry[SCALES_STEP])
         for i in range(max(0, offset), min(geometry[LENGTH], offset + 32)):
-            byte = load_byte(block + g * geometry[BLOCKS_STEP] + ((i - offset) >> 1))
-            store_element(line, (byte >> (4 * ((i - offset) & 1))) & 15, out + i * geometry[OUT_STEP], word)
+            code = load_code(block + g * geometry[BLOCKS_STEP], i - offset, word)
+            store_element(line, code, out + i * geometry[OUT_STEP], word)
 
 
 def decode_range(geometry, word, start, stop):

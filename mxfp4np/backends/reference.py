@@ -36,27 +36,32 @@ class ReferenceBackend:
         out: NDArray[Any],
         *,
         start: int = 0,
+        order: str = "pairs",
         num_threads: int | None = None,  # noqa: ARG002
     ) -> None:
         # A group is as many blocks of one row as fit, or as many whole slabs of the first axis.
         if scales.size <= BLOCKS_AT_ONCE:
-            _decode(blocks, scales, out, start)
+            _decode(blocks, scales, out, start, order)
         elif scales.ndim > 1:
             step = max(1, BLOCKS_AT_ONCE * len(scales) // scales.size)
             for i in range(0, len(scales), step):
                 if step == 1:
-                    self.decode(blocks[i], scales[i], out[i], start=start)
+                    self.decode(blocks[i], scales[i], out[i], start=start, order=order)
                 else:
-                    _decode(blocks[i : i + step], scales[i : i + step], out[i : i + step], start)
+                    _decode(blocks[i : i + step], scales[i : i + step], out[i : i + step], start, order)
         else:
             for g in range(0, len(scales), BLOCKS_AT_ONCE):
                 begin, skip = (BLOCK_SIZE * g - start, 0) if g else (0, start)
                 end = BLOCK_SIZE * (g + BLOCKS_AT_ONCE) - start
-                _decode(blocks[g : g + BLOCKS_AT_ONCE], scales[g : g + BLOCKS_AT_ONCE], out[begin:end], skip)
+                _decode(blocks[g : g + BLOCKS_AT_ONCE], scales[g : g + BLOCKS_AT_ONCE], out[begin:end], skip, order)
 
 
-def _decode(blocks: NDArray[np.uint8], scales: NDArray[np.uint8], out: NDArray[Any], start: int) -> None:
-    codes = np.stack([blocks & 0x0F, blocks >> 4], axis=-1).reshape(*scales.shape, BLOCK_SIZE)
+def _decode(blocks: NDArray[np.uint8], scales: NDArray[np.uint8], out: NDArray[Any], start: int, order: str) -> None:
+    nibbles = [blocks & 0x0F, blocks >> 4]
+    if order == "pairs":
+        codes = np.stack(nibbles, axis=-1).reshape(*scales.shape, BLOCK_SIZE)
+    else:
+        codes = np.concatenate(nibbles, axis=-1)
     values = np.ldexp(np.array(FP4_VALUES)[codes], scales[..., None].astype(np.intc) - SCALE_BIAS)
     values[scales == SCALE_NAN] = np.nan
     rows = values.reshape(*scales.shape[:-1], scales.shape[-1] * BLOCK_SIZE)
