@@ -148,6 +148,15 @@ class MXFP4Array:
         part.start, part.shape = self.start, self.shape
         return part
 
+    def in_pairs(self) -> MXFP4Array:
+        """Return the same values with their elements in pairs: itself if they are, a copy of the blocks if not."""
+        if self.order == "pairs":
+            return self
+        codes = np.concatenate([self.blocks & 15, self.blocks >> 4], axis=-1)
+        part = MXFP4Array(codes[..., 0::2] | codes[..., 1::2] << 4, self.scales)
+        part.start, part.shape = self.start, self.shape
+        return part
+
     def _resolve(self, index: Index) -> tuple[tuple[SupportsIndex | slice, ...], tuple[int, int]]:
         """Split an index into one item for each leading axis and the range of the last."""
         items = index if isinstance(index, tuple) else (index,)

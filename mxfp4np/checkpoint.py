@@ -19,18 +19,19 @@ from numpy.typing import DTypeLike, NDArray
 from .array import MXFP4Array, split
 from .backends import get_backend
 from .container import (
-    DTYPES,
     SAFETENSORS_DTYPES,
     SafetensorsFile,
     StoredTensor,
+    TensorFile,
     array_shape,
     as_array,
+    element,
     open_regular,
     write_safetensors,
 )
 from .errors import CheckpointError, LayoutError, TensorNotFoundError
-from .format import BLOCK_SIZE, as_dtype, decoded_dtype
-from .layouts import LAYOUTS, PackedTensor, find_tensors
+from .format import BLOCK_SIZE, BYTES_PER_BLOCK, as_dtype, decoded_dtype
+from .layouts import LAYOUTS, Evidence, Packed, PackedTensor, find_tensors
 
 PathLike = str | os.PathLike[str]
 
@@ -42,6 +43,9 @@ WRITE_BYTES: Final = 16 << 20
 
 JSON_LIMIT: Final = 100_000_000
 """Bytes of an index or config that are read; the format's own limit for a header."""
+
+HALVES: Final = {"/gate": slice(0, None, 2), "/up": slice(1, None, 2)}
+"""What is added to a name for one half of its rows, where gate and up alternate."""
 
 _REQUIRED: Final = object()
 
@@ -58,6 +62,8 @@ class TensorInfo(NamedTuple):
     """Name of the layout of a packed tensor, None for a plain one."""
     stored: tuple[StoredTensor, ...]
     """The tensors in the files that hold it."""
+    reason: str | None = None
+    """Why a packed tensor has this layout."""
 
     @property
     def nbytes(self) -> int:
@@ -76,12 +82,16 @@ class Checkpoint(Mapping[str, Any]):
     ----------
     path : path, or sequence of paths
         A folder of ``.safetensors`` files, one such file, a list of them, or a ``.index.json``. A folder that has an
-        index is opened by it.
+        index is opened by it; one without ``.safetensors`` files by its ``.uqff`` or else its ``.gguf`` files, which
+        need the gguf extra.
     device : str
         Where arrays are wanted: ``"cpu"``, or ``"cuda"`` or ``"cuda:1"`` with the CUDA extra installed.
     io : {"mmap", "pread"}
         Map the files, or read what is asked for. A mapped file must not be truncated while it is in use, or the
         operating system ends the process: use ``"pread"`` where that can happen, for instance on network shares.
+    layout : str, optional
+        The layout of all tensors that could have it by their names, for instance ``"quark"``; whether it fits is still
+        checked. By default, and for all other tensors, it is found out.
 
     Raises
     ------
@@ -103,23 +113,33 @@ class Checkpoint(Mapping[str, Any]):
     (['bias', 'w'], array([1., 2., 1., 2.], dtype=float32))
     """
 
-    def __init__(self, path: PathLike | Sequence[PathLike], device: str = "cpu", *, io: str = "mmap") -> None:
+    def __init__(
+        self,
+        path: PathLike | Sequence[PathLike],
+        device: str = "cpu",
+        *,
+        io: str = "mmap",
+        layout: str | None = None,
+    ) -> None:
+        if layout is not None and layout not in (names := [known.name for known in LAYOUTS]):
+            raise ValueError(f"layout must be one of {', '.join(names)}, found {layout!r}")
         if io not in ("mmap", "pread"):
             raise ValueError(f"io must be 'mmap' or 'pread', found {io!r}")
         get_backend(device=device)
         self.device = device
         files, index = _find_files(path)
-        self._arguments = (index or files, device, io)
+        self._arguments = (index or files, device, io, layout)
         self._folder = (index or files[0]).parent
-        self._files: list[SafetensorsFile] = []
+        self._files: list[TensorFile] = []
         self._stored: dict[str, StoredTensor] = {}
         for file in files:
-            self._add(SafetensorsFile(file, io))
+            self._add(_open_file(file, io))
         if index is not None:
             _check_index(index, self._stored)
-        self._tensors = find_tensors(self._stored)
+        self._evidence = Evidence(self._stored, self.metadata, self._beside, layout)
+        self._tensors = find_tensors(self._evidence)
 
-    def _add(self, file: SafetensorsFile) -> None:
+    def _add(self, file: TensorFile) -> None:
         for name in file.tensors.keys() & self._stored.keys():
             raise CheckpointError(
                 f"tensor {name!r} is in both {self._stored[name].file.path} and {file.path}: open one of them, or the "
@@ -144,7 +164,7 @@ class Checkpoint(Mapping[str, Any]):
         return len(self._tensors)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._tensors
+        return name in self._tensors or self._split(name) is not None
 
     # Context manager
 
@@ -186,8 +206,12 @@ class Checkpoint(Mapping[str, Any]):
         CheckpointError
             If it is not a JSON object.
         """
-        path = self._folder / "config.json"
-        return _read_json(path) if path.exists() else {}
+        return self._beside("config.json") or {}
+
+    def _beside(self, file: str) -> dict[str, Any] | None:
+        """Return the JSON object in a file beside the tensors, if there is such a file."""
+        path = self._folder / file
+        return _read_json(path) if path.exists() else None
 
     @property
     def stored(self) -> Mapping[str, NDArray[Any]]:
@@ -204,10 +228,14 @@ class Checkpoint(Mapping[str, Any]):
         LayoutError
             If it is a broken pair.
         """
-        tensor = self._find(name)
-        if isinstance(tensor, PackedTensor):
-            return TensorInfo(name, tensor.shape, "MXFP4", tensor.layout.name, tensor.pair())
-        return TensorInfo(name, tensor.shape, tensor.dtype, None, (tensor,))
+        tensor, rows = self._find(name)
+        shape = list(tensor.shape)
+        if rows is not None:
+            axis = -2 if isinstance(tensor, Packed) else -1
+            shape[axis] = len(range(shape[axis])[rows])
+        if isinstance(tensor, Packed):
+            return TensorInfo(name, tuple(shape), "MXFP4", tensor.layout.name, tensor.stored, tensor.reason)
+        return TensorInfo(name, tuple(shape), tensor.dtype, None, (tensor,))
 
     # Arrays
 
@@ -227,7 +255,9 @@ class Checkpoint(Mapping[str, Any]):
         Parameters
         ----------
         name : str
-            Logical name, for instance ``"block.0.mlp.mlp1_weight"``.
+            Logical name, for instance ``"block.0.mlp.mlp1_weight"``. The rows of gpt-oss's ``mlp1_weight`` and
+            ``gate_up_proj``, and their biases, alternate between gate and up: ``"/gate"`` or ``"/up"`` behind the name
+            is one half of them.
         default : optional
             Returned for an unknown name; without it, that is an error.
         dtype : str, type or numpy.dtype, optional
@@ -257,16 +287,16 @@ class Checkpoint(Mapping[str, Any]):
         IndexError, ValueError
             If an argument does not fit.
         """
-        if default is not _REQUIRED and name not in self._tensors:
+        if default is not _REQUIRED and name not in self:
             return default
-        tensor = self._find(name)
+        tensor, rows = self._find(name)
         if isinstance(tensor, StoredTensor):
-            return _plain(_stored_array(tensor, index), dtype, out)
-        source = _PairSource(tensor)
+            return _plain(_stored_array(tensor, index, rows), dtype, out)
+        source = _PackedSource(tensor, rows)
         array = source.array if index is None else source.array[index]
         if not source.copies:
             source.prefetch(array)
-            return array.decode(dtype, out=out, backend=backend, num_threads=num_threads)
+            return source.load(array).decode(dtype, out=out, backend=backend, num_threads=num_threads)
         if out is None:
             out = get_backend(backend).empty(array.shape, decoded_dtype("bfloat16" if dtype is None else dtype))
         else:
@@ -278,6 +308,8 @@ class Checkpoint(Mapping[str, Any]):
     def packed(self, name: str) -> MXFP4Array:
         """Return a packed tensor without decoding it: a view of the file.
 
+        Scales are a copy where no view of them is E8M0: those that torchao swizzled, and those of Quark's old ``mx``.
+
         Raises
         ------
         TensorNotFoundError
@@ -285,10 +317,10 @@ class Checkpoint(Mapping[str, Any]):
         LayoutError
             If it is not packed, or a broken pair.
         """
-        tensor = self._find(name)
+        tensor, rows = self._find(name)
         if isinstance(tensor, StoredTensor):
             raise LayoutError(f"{tensor.file.path}: tensor {name!r} is plain {tensor.dtype}, not MXFP4: use get()")
-        source = _PairSource(tensor)
+        source = _PackedSource(tensor, rows)
         return source.load(source.array)
 
     def chunks(
@@ -316,30 +348,53 @@ class Checkpoint(Mapping[str, Any]):
             Where the piece belongs: ``whole[index] = piece`` for every piece, in C order, fills the whole.
         piece : numpy.ndarray
         """
-        tensor = self._find(name)
+        tensor, rows = self._find(name)
         if isinstance(tensor, StoredTensor):
-            itemsize = max(1, DTYPES[tensor.dtype][0] // 8) if dtype is None else as_dtype(dtype).itemsize
-            for index in split(array_shape(tensor), itemsize, max_bytes):
-                yield index, np.asarray(_plain(_stored_array(tensor, index or ...), dtype, None))
+            itemsize = max(1, element(tensor.dtype)[0] // 8) if dtype is None else as_dtype(dtype).itemsize
+            shape = array_shape(tensor) if rows is None else self.info(name).shape
+            for index in split(shape, itemsize, max_bytes):
+                yield index, np.asarray(_plain(_stored_array(tensor, index or ..., rows), dtype, None))
         else:
-            source = _PairSource(tensor)
+            source = _PackedSource(tensor, rows)
             wanted = decoded_dtype("bfloat16" if dtype is None else dtype)
             for index, part in source.array.chunks(max_bytes, wanted):
                 source.prefetch(part)
                 yield index, source.load(part).decode(wanted, backend=backend, num_threads=num_threads)
 
-    def _find(self, name: str) -> StoredTensor | PackedTensor:
+    def _find(self, name: str) -> tuple[StoredTensor | Packed, slice | None]:
+        """Return a tensor, and which of its rows the name stands for if not for all."""
+        rows = None
         try:
-            return self._tensors[name]
+            tensor = self._tensors[name]
         except (KeyError, TypeError):
-            raise TensorNotFoundError(self._not_found(name)) from None
+            split = self._split(name)
+            if split is None:
+                raise TensorNotFoundError(self._not_found(name)) from None
+            whole, rows = split
+            tensor = self._tensors[whole]
+        return (tensor.resolve(self._evidence) if isinstance(tensor, PackedTensor) else tensor), rows
+
+    def _split(self, name: object) -> tuple[str, slice] | None:
+        """Return the whole tensor and the rows that the name of a half stands for."""
+        for ending, rows in HALVES.items():
+            if (
+                isinstance(name, str)
+                and name.endswith(ending)
+                and (whole := name.removesuffix(ending)) in self._tensors
+            ):
+                for weight, bias in (layout.gate_up for layout in LAYOUTS if layout.gate_up):
+                    weights = self._tensors.get(whole.removesuffix(bias) + weight if whole.endswith(bias) else whole)
+                    if isinstance(weights, PackedTensor) and weights.name.endswith(weight) and weights.alternates:
+                        return whole, rows
+        return None
 
     def _not_found(self, name: object) -> str:
         where = f"no tensor {name!r} in {self._folder}"
         if not isinstance(name, str):
             return f"{where}: names are strings"
         if name in self._stored:
-            stem = next(t.name for t in self._tensors.values() if isinstance(t, PackedTensor) and name in _names(t))
+            tensors = (tensor for tensor in self._tensors.values() if isinstance(tensor, PackedTensor))
+            stem = next(tensor.name for tensor in tensors if name in [half.name for half in tensor.stored])
             return f"{where}: it is the packed half of {stem!r}; raw halves are in .stored"
         from difflib import get_close_matches
 
@@ -369,32 +424,56 @@ class _Stored(Mapping[str, Any]):
         return len(self._tensors)
 
 
-class _PairSource:
-    """The two halves of a packed tensor, to be indexed first and loaded after."""
+class _PackedSource:
+    """A packed tensor, to be indexed first and loaded after."""
 
-    def __init__(self, tensor: PackedTensor) -> None:
-        self._halves = tensor.pair()
-        self._bases = [half.file.view(half) for half in self._halves]
-        self.array = MXFP4Array(*(as_array(base, half) for base, half in zip(self._bases, self._halves, strict=True)))
-        self.copies = any(half.file.io == "pread" for half in self._halves)
+    def __init__(self, tensor: Packed, rows: slice | None) -> None:
+        codes, scales, layout = tensor.codes, tensor.scales, tensor.layout
+        self._codes, self._scales, self._layout = codes, scales, layout
+        self._base = codes.file.view(codes)
+        blocks = self._base.reshape(tensor.blocks)
+        if scales is None:
+            self._scales_base = self._base
+            self.array = MXFP4Array(blocks[..., 1:], blocks[..., 0], layout.order)
+        else:
+            self._scales_base = scales.file.view(scales)
+            if layout.swizzled:  # a copy of scales that lie scattered
+                self._scales_base = scales.file.read(scales, self._scales_base, self._scales_base)
+            self.array = MXFP4Array(blocks, layout.view_scales(self._scales_base, tensor.blocks), layout.order)
+        if rows is not None:
+            self.array = self.array[..., rows, :]
+        self.copies = any(half.file.io == "pread" for half in tensor.stored)
 
     def prefetch(self, part: MXFP4Array) -> None:
         """Announce that ``part``, any view of ``array``, is going to be decoded."""
-        blocks, scales = self._halves
-        scales.file.prefetch(part.scales)
-        blocks.file.prefetch(part.blocks)
+        if self._scales is not None:
+            self._scales.file.prefetch(part.scales)
+        self._codes.file.prefetch(part.blocks)
 
     def load(self, part: MXFP4Array) -> MXFP4Array:
         """Return ``part``, any view of ``array``, with its bytes in reach."""
-        (blocks, scales), (blocks_base, scales_base) = self._halves, self._bases
-        return part.replace(
-            blocks.file.read(blocks, blocks_base, part.blocks), scales.file.read(scales, scales_base, part.scales)
-        )
+        codes, blocks, scales = self._codes, part.blocks, part.scales
+        if self._scales is None:
+            if codes.file.io == "pread":  # block by block, scale and codes at once
+                shape, strides = (*scales.shape, 1 + BYTES_PER_BLOCK), (*scales.strides, 1)
+                whole = np.lib.stride_tricks.as_strided(scales, shape, strides)
+                whole = codes.file.read(codes, self._base, whole)
+                blocks, scales = whole[..., 1:], whole[..., 0]
+        else:
+            if not self._layout.swizzled:
+                scales = self._scales.file.read(self._scales, self._scales_base, scales)
+            blocks = codes.file.read(codes, self._base, blocks)
+        if self._layout.bias:
+            scales = scales + np.uint8(self._layout.bias)  # modulo 256: what is stored is signed
+        return part.replace(blocks, scales)
 
 
-def _stored_array(tensor: StoredTensor, index: Any = None) -> Any:
+def _stored_array(tensor: StoredTensor, index: Any = None, rows: slice | None = None) -> Any:
     base = tensor.file.view(tensor)
     array = as_array(base, tensor)
+    if rows is not None:
+        array = tensor.file.read(tensor, base, array)[..., rows]
+        return array if index is None else array[index]
     if index is None:
         return tensor.file.read(tensor, base, array)
     part = array[index]
@@ -419,15 +498,19 @@ def _plain(array: Any, dtype: DTypeLike | None, out: NDArray[Any] | None) -> Any
     return array.astype(as_dtype(dtype), copy=False)
 
 
-def _names(tensor: PackedTensor) -> list[str]:
-    return [half.name for half in tensor.halves]
-
-
-def _reopen(path: PathLike | Sequence[PathLike], device: str, io: str) -> Checkpoint:
-    return Checkpoint(path, device, io=io)
+def _reopen(path: PathLike | Sequence[PathLike], device: str, io: str, layout: str | None) -> Checkpoint:
+    return Checkpoint(path, device, io=io, layout=layout)
 
 
 # Finding files
+
+
+def _open_file(path: Path, io: str) -> TensorFile:
+    if path.suffix == ".gguf":
+        from .gguf import GGUFFile
+
+        return GGUFFile(path, io)
+    return SafetensorsFile(path, io)
 
 
 def _find_files(path: PathLike | Sequence[PathLike]) -> tuple[list[Path], Path | None]:
@@ -441,10 +524,11 @@ def _find_files(path: PathLike | Sequence[PathLike]) -> tuple[list[Path], Path |
     if path.is_dir():
         index = _find_index(path)
         if index is None:
-            files = sorted(path.glob("*.safetensors"))
-            if not files:
-                raise FileNotFoundError(f"{path}: no .safetensors files in this folder")
-            return files, None
+            for ending in (".safetensors", ".uqff", ".gguf"):
+                files = sorted(path.glob(f"*{ending}"))
+                if files:
+                    return files, None
+            raise FileNotFoundError(f"{path}: no .safetensors, .uqff or .gguf files in this folder")
         path = index
     if path.suffix == ".json":
         return _index_files(path), path
@@ -568,7 +652,7 @@ def save_file(
             if tensor.start or tensor.shape[-1] % BLOCK_SIZE:
                 raise ValueError(f"tensor {name!r}: packed arrays are saved in whole blocks, found {tensor!r}")
             layout = LAYOUTS[0]
-            parts = {name + layout.blocks: tensor.blocks, name + layout.scales: tensor.scales}
+            parts = {f"{name}{layout.codes}": tensor.in_pairs().blocks, f"{name}{layout.scales}": tensor.scales}
         if parts.keys() & arrays.keys():
             raise ValueError(f"two tensors would both be called {(parts.keys() & arrays.keys()).pop()!r}")
         arrays.update((key, np.asarray(value)) for key, value in parts.items())

@@ -64,22 +64,27 @@ SAFETENSORS_DTYPES: Final = {numpy: name for name, (bits, numpy) in DTYPES.items
 """The format's name of each NumPy or ml_dtypes type."""
 
 
+def element(dtype: str) -> tuple[int, str]:
+    """Return the bits of an element and the name of its NumPy type; other formats' dtypes are raw bytes."""
+    return DTYPES.get(dtype, (8, "uint8"))
+
+
 class StoredTensor(NamedTuple):
     """Where one tensor lies: its header entry, and its place in the file."""
 
     name: str
     dtype: str
-    """As the header spells it, for instance ``"BF16"``."""
+    """As the header spells it, for instance ``"BF16"``; of a GGUF file also ``"MXFP4"`` or ``"Q8_0"``."""
     shape: tuple[int, ...]
-    """As in the header; F4 and F6 dtypes count elements, not bytes."""
-    file: SafetensorsFile
+    """As in the header; F4 and F6 dtypes count elements, GGUF's own dtypes bytes."""
+    file: TensorFile
     offset: int
     """Bytes from the beginning of the file."""
     nbytes: int
 
 
-class SafetensorsFile:
-    """One safetensors file, header read and validated, data untouched.
+class TensorFile:
+    """One file of tensors, header read and validated, data untouched; a subclass for each format.
 
     Parameters
     ----------
@@ -97,7 +102,7 @@ class SafetensorsFile:
     Raises
     ------
     CheckpointError
-        If this is not a valid safetensors file.
+        If this is not a valid file of the format.
     OSError
         If it cannot be opened.
     """
@@ -115,40 +120,8 @@ class SafetensorsFile:
             self._read_header(file)
 
     def _read_header(self, file: BinaryIO) -> None:
-        try:
-            with safe_open(self.path, framework="np") as handle:
-                offset = 8 + int.from_bytes(file.read(8), "little")
-                names = handle.offset_keys()
-                self.metadata = handle.metadata() or {}
-                self._refuse_duplicates(file.read(offset - 8), len(names))
-                for name in names:
-                    entry = handle.get_slice(name)
-                    dtype, shape = entry.get_dtype(), tuple(entry.get_shape())
-                    nbytes = math.prod(shape) * DTYPES[dtype][0] // 8
-                    if len(shape) > MAX_AXES or (not nbytes and math.prod(n for n in shape if n) > MAX_ELEMENTS):
-                        raise CheckpointError(f"{self.path}: tensor {name!r}: no array can have shape {list(shape)}")
-                    self.tensors[name] = StoredTensor(name, dtype, shape, self, offset, nbytes)
-                    offset += nbytes
-        except SafetensorError as error:
-            reason = str(error).removeprefix("Error while deserializing header: ")
-            raise CheckpointError(f"{self.path}: not a valid safetensors file: {reason}") from error
-        if not all(tensor.nbytes for tensor in self.tensors.values()):
-            # Tensors without bytes share their offset with the next one; give them one order in all processes.
-            ordered = sorted(self.tensors.values(), key=lambda tensor: (tensor.offset, tensor.nbytes, tensor.name))
-            self.tensors = {tensor.name: tensor for tensor in ordered}
-        if offset != os.fstat(file.fileno()).st_size:
-            raise CheckpointError(f"{self.path}: changed while it was being opened: open it again")
-
-    def _refuse_duplicates(self, header: bytes, tensors: int) -> None:
-        # The parser lets a later entry replace an earlier one of the same name. An entry has two lists at least, its
-        # shape and its offsets, so that only a header with more of them than that can hide one.
-        if header.count(b"[") <= 2 * tensors:
-            return
-        seen: set[str] = set()
-        for name, _ in json.loads(header, object_pairs_hook=list):
-            if name in seen:
-                raise CheckpointError(f"{self.path}: the header has two tensors called {name!r}")
-            seen.add(name)
+        """Set `tensors` and `metadata`."""
+        raise NotImplementedError
 
     def close(self) -> None:
         """Let go of the file. The map lives on as long as any view of it."""
@@ -244,6 +217,46 @@ class SafetensorsFile:
             return self._file.readinto(target)  # type: ignore[attr-defined, no-any-return]
 
 
+class SafetensorsFile(TensorFile):
+    """A safetensors file."""
+
+    def _read_header(self, file: BinaryIO) -> None:
+        try:
+            with safe_open(self.path, framework="np") as handle:
+                offset = 8 + int.from_bytes(file.read(8), "little")
+                names = handle.offset_keys()
+                self.metadata = handle.metadata() or {}
+                self._refuse_duplicates(file.read(offset - 8), len(names))
+                for name in names:
+                    entry = handle.get_slice(name)
+                    dtype, shape = entry.get_dtype(), tuple(entry.get_shape())
+                    nbytes = math.prod(shape) * DTYPES[dtype][0] // 8
+                    if len(shape) > MAX_AXES or (not nbytes and math.prod(n for n in shape if n) > MAX_ELEMENTS):
+                        raise CheckpointError(f"{self.path}: tensor {name!r}: no array can have shape {list(shape)}")
+                    self.tensors[name] = StoredTensor(name, dtype, shape, self, offset, nbytes)
+                    offset += nbytes
+        except SafetensorError as error:
+            reason = str(error).removeprefix("Error while deserializing header: ")
+            raise CheckpointError(f"{self.path}: not a valid safetensors file: {reason}") from error
+        if not all(tensor.nbytes for tensor in self.tensors.values()):
+            # Tensors without bytes share their offset with the next one; give them one order in all processes.
+            ordered = sorted(self.tensors.values(), key=lambda tensor: (tensor.offset, tensor.nbytes, tensor.name))
+            self.tensors = {tensor.name: tensor for tensor in ordered}
+        if offset != os.fstat(file.fileno()).st_size:
+            raise CheckpointError(f"{self.path}: changed while it was being opened: open it again")
+
+    def _refuse_duplicates(self, header: bytes, tensors: int) -> None:
+        # The parser lets a later entry replace an earlier one of the same name. An entry has two lists at least, its
+        # shape and its offsets, so that only a header with more of them than that can hide one.
+        if header.count(b"[") <= 2 * tensors:
+            return
+        seen: set[str] = set()
+        for name, _ in json.loads(header, object_pairs_hook=list):
+            if name in seen:
+                raise CheckpointError(f"{self.path}: the header has two tensors called {name!r}")
+            seen.add(name)
+
+
 def open_regular(path: Path) -> BinaryIO:
     """Open a file to read, unbuffered; refuse pipes and devices."""
     # Without O_NONBLOCK, opening a pipe that nobody writes to would wait for ever.
@@ -265,7 +278,7 @@ def array_shape(tensor: StoredTensor) -> tuple[int, ...]:
     Elements below a byte stay packed, as uint8: along the last axis where that is a whole number of bytes, flat
     otherwise.
     """
-    bits, _ = DTYPES[tensor.dtype]
+    bits, _ = element(tensor.dtype)
     if bits >= 8:
         return tensor.shape
     *rows, length = tensor.shape
@@ -274,7 +287,7 @@ def array_shape(tensor: StoredTensor) -> tuple[int, ...]:
 
 def as_array(flat: NDArray[np.uint8], tensor: StoredTensor) -> NDArray[Any]:
     """View a tensor's flat bytes in its dtype and shape."""
-    return flat.view(dtype_named(DTYPES[tensor.dtype][1])).reshape(array_shape(tensor))
+    return flat.view(dtype_named(element(tensor.dtype)[1])).reshape(array_shape(tensor))
 
 
 @contextlib.contextmanager

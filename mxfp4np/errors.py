@@ -27,4 +27,4 @@ class LayoutError(MXFP4Error, ValueError):
 
 
 class BackendUnavailableError(MXFP4Error, ImportError):
-    """A backend cannot run here; the message names the extra to install and what works instead."""
+    """A backend or a file format cannot be used here; the message names the extra to install."""

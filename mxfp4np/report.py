@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from .array import MXFP4Array
 from .checkpoint import Checkpoint, TensorInfo
-from .errors import LayoutError
+from .errors import CheckpointError, LayoutError
 from .format import FP4_VALUES, SCALE_BIAS, SCALE_NAN
 
 STATS_BYTES: Final = 4 << 20
@@ -114,7 +114,7 @@ def rows(checkpoint: Checkpoint, pattern: str = "*") -> list[Row]:
         if fnmatchcase(name, pattern):
             try:
                 found.append(Row(name, checkpoint.info(name), None))
-            except LayoutError as error:
+            except (CheckpointError, LayoutError) as error:
                 found.append(Row(name, None, str(error)))
     return found
 
@@ -147,7 +147,14 @@ def table_lines(groups: dict[tuple[Any, ...], list[Row]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     summary = f"{total:,} tensor{'s' * (total != 1)}, {packed:,} of them MXFP4: {format_bytes(stored)} stored, "
-    return [*text, *problems, summary + f"{format_bytes(decoded)} with MXFP4 decoded to bfloat16"]
+    return [*text, *problems, *_reasons(groups), summary + f"{format_bytes(decoded)} with MXFP4 decoded to bfloat16"]
+
+
+def _reasons(groups: dict[tuple[Any, ...], list[Row]]) -> list[str]:
+    """Say why each layout was chosen, in one line for each way it was."""
+    infos = (row.info for group in groups.values() for row in group if row.info is not None and row.info.layout)
+    pairs = dict.fromkeys((info.layout, info.reason) for info in infos)
+    return [escape(f"{layout}: {reason}") for layout, reason in pairs]
 
 
 def to_json(checkpoint: Checkpoint, table: Sequence[Row], stats: dict[str, Stats]) -> dict[str, Any]:
@@ -173,6 +180,7 @@ def _row_json(row: Row, stats: dict[str, Stats]) -> dict[str, Any]:
         "shape": row.info.shape,
         "dtype": row.info.dtype,
         "layout": row.info.layout,
+        "reason": row.info.reason,
         "nbytes": row.info.nbytes,
         "decoded_nbytes": row.info.decoded_nbytes(),
         "stored": [{**half._asdict(), "file": str(half.file.path)} for half in row.info.stored],

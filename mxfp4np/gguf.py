@@ -1,0 +1,44 @@
+"""One GGUF file: its tensor table is read through the gguf package, its data like that of every other file.
+
+Imported only where such a file is opened, as is the package.
+"""
+
+from __future__ import annotations
+
+from typing import BinaryIO
+
+from .container import DTYPES, StoredTensor, TensorFile
+from .errors import BackendUnavailableError, CheckpointError
+
+
+class GGUFFile(TensorFile):
+    """A GGUF file. Shapes are NumPy's, outermost axis first; types that NumPy lacks are bytes."""
+
+    def _read_header(self, file: BinaryIO) -> None:
+        try:
+            from gguf import GGUFReader
+        except ImportError as error:
+            raise BackendUnavailableError(
+                f"{self.path}: GGUF files need the gguf package: python -m pip install 'mxfp4np[gguf]'"
+            ) from error
+        size = file.seek(0, 2)
+        try:
+            reader = GGUFReader(self.path)
+            scalars = {key: field for key, field in reader.fields.items() if len(field.types) == 1}
+            self.metadata = {key: str(field.contents()) for key, field in scalars.items()}
+        except (ValueError, LookupError, TypeError, OverflowError) as error:
+            raise CheckpointError(f"{self.path}: not a valid GGUF file: {error}") from error
+        if reader.byte_order == "S":
+            raise CheckpointError(f"{self.path}: expected a little-endian GGUF file, found a big-endian one")
+        for found in reader.tensors:
+            dtype = found.tensor_type.name
+            shape = found.shape[::-1] if dtype in DTYPES else found.data.shape
+            tensor = StoredTensor(
+                found.name, dtype, tuple(map(int, shape)), self, int(found.data_offset), int(found.n_bytes)
+            )
+            if tensor.offset + tensor.nbytes > size:
+                raise CheckpointError(
+                    f"{self.path}: tensor {tensor.name!r}: expected bytes up to {tensor.offset + tensor.nbytes:,}, "
+                    f"found a file of {size:,}"
+                )
+            self.tensors[tensor.name] = tensor
