@@ -1,9 +1,10 @@
 """Open a checkpoint with as many tensors as Kimi-K3 has, 497,220 in 96 files, and print seconds and memory.
 
     python -m benchmarks.opening
+    python -m benchmarks.opening --names compressed-tensors
 
 The files are sparse: their size is that of the data they claim, and nothing but headers is on disk. Names and shapes
-are Kimi-K3's, but its pairs are named as gpt-oss names them.
+are Kimi-K3's; pairs are named as gpt-oss or as compressed-tensors names them, which is what Kimi-K3 does.
 """
 
 from __future__ import annotations
@@ -32,15 +33,22 @@ print(json.dumps([seconds, rss() - before, len(checkpoint), checkpoint.info(name
 """
 
 
-def write(folder: Path, tensors: int, files: int, suffixes: tuple[str, str]) -> None:
+NAMES = {
+    "gpt-oss": ((".blocks", (3072, 224, 16)), (".scales", (3072, 224))),
+    "compressed-tensors": ((".weight_packed", (3072, 3584)), (".weight_scale", (3072, 224))),
+}
+"""The endings of names, and the shapes, of a pair."""
+
+
+def write(folder: Path, tensors: int, files: int, names: str) -> None:
     """Write so many tensors, half of them blocks and half of them scales."""
     pairs = tensors // 2
     for f in range(files):
         specs = {}
         for i in range(f * pairs // files, (f + 1) * pairs // files):
             stem = f"language_model.model.layers.{i // 1152}.block_sparse_moe.experts.{i // 3 % 384}.w{i % 3 + 1}"
-            specs[stem + f".{i}" + suffixes[0]] = ("U8", (3072, 224, 16))
-            specs[stem + f".{i}" + suffixes[1]] = ("U8", (3072, 224))
+            for suffix, shape in NAMES[names]:
+                specs[f"{stem}.{i}{suffix}"] = ("U8", shape)
         path = folder / f"model-{f + 1:05}-of-{files:05}.safetensors"
         header = header_bytes(specs, {"format": "pt"})
         path.write_bytes(header)
@@ -51,11 +59,12 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--names", choices=NAMES, default="gpt-oss")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     results = []
     with tempfile.TemporaryDirectory() as name:
-        write(Path(name), TENSORS, FILES, (".blocks", ".scales"))
+        write(Path(name), TENSORS, FILES, args.names)
         for _ in range(args.rounds):
             command = [sys.executable, "-c", OPEN, name, "mmap"]
             results.append(json.loads(subprocess.run(command, capture_output=True, check=True).stdout))

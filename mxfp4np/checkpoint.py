@@ -528,7 +528,7 @@ def _find_files(path: PathLike | Sequence[PathLike]) -> tuple[list[Path], Path |
                 files = sorted(path.glob(f"*{ending}"))
                 if files:
                     return files, None
-            raise FileNotFoundError(f"{path}: no .safetensors, .uqff or .gguf files in this folder")
+            raise FileNotFoundError(f"{path}: no .safetensors files in this folder, nor .uqff or .gguf ones")
         path = index
     if path.suffix == ".json":
         return _index_files(path), path

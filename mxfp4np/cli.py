@@ -67,7 +67,7 @@ def _inspect(args: argparse.Namespace) -> int:
     from .checkpoint import Checkpoint
     from .report import Stats, collapse, escape, rows, table_lines, to_json
 
-    with Checkpoint(args.path) as checkpoint:
+    with Checkpoint(args.path, layout=args.layout) as checkpoint:
         table = rows(checkpoint, args.pattern)
         packed = [row.info for row in table if args.stats and row.info is not None and row.info.layout is not None]
         stats: dict[str, Stats] = {}
@@ -93,7 +93,7 @@ def _decode(args: argparse.Namespace) -> int:
     from .convert import Selection
     from .report import escape, format_bytes
 
-    with Checkpoint(args.path) as checkpoint:
+    with Checkpoint(args.path, layout=args.layout) as checkpoint:
         selection = Selection(checkpoint, args.names, dtype=args.dtype, index=args.index)
         with progress_bar(selection.nbytes, "decoding", quiet=args.quiet) as progress:
             selection.write(args.output, progress)
@@ -143,19 +143,25 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--quiet", action="store_true", help="print results and errors only")
         return sub
 
+    def checkpoint(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "path", type=Path, metavar="PATH", help="a folder, a .safetensors, .uqff or .gguf file, or a .index.json"
+        )
+        sub.add_argument("--layout", metavar="NAME", help="the layout, where files do not tell, as quark")
+
     demo = command("demo", _demo, "Write a small checkpoint shaped like gpt-oss, decode it and check every value.")
     demo.add_argument("--out", type=Path, metavar="DIR", help="a new or empty folder (default: a temporary one)")
     demo.add_argument("--size", type=parse_size, default=200_000_000, help="decoded size (default: 200MB)")
     demo.add_argument("--json", action="store_true", help="print the figures as JSON")
 
     inspect = command("inspect", _inspect, "Show what a checkpoint holds.")
-    inspect.add_argument("path", type=Path, metavar="PATH", help="a folder, a .safetensors file or a .index.json")
+    checkpoint(inspect)
     inspect.add_argument("pattern", nargs="?", default="*", metavar="PATTERN", help="names to show, as '*.mlp.*'")
     inspect.add_argument("--stats", action="store_true", help="read the packed tensors and show histograms")
     inspect.add_argument("--json", action="store_true", help="print everything as JSON, one object a tensor")
 
     decode = command("decode", _decode, "Write tensors, decoded, to a file.")
-    decode.add_argument("path", type=Path, metavar="PATH", help="a folder, a .safetensors file or a .index.json")
+    checkpoint(decode)
     decode.add_argument("names", nargs="+", metavar="NAME", help="as inspect shows them, with real layer numbers")
     decode.add_argument(
         "-o", "--output", type=Path, required=True, metavar="FILE", help=".safetensors, or .npy with --dtype"

@@ -8,7 +8,7 @@ looks at headers and makes views; it reads no tensor. See docs/adding-a-layout.m
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Final, NamedTuple
@@ -43,7 +43,7 @@ class Says(NamedTuple):
 
 def as_blocks(shape: Shape) -> Shape | None:
     """Blocks as they are, one to a row."""
-    return shape if shape[-1:] == (BYTES_PER_BLOCK,) and len(shape) > 1 else None
+    return shape if shape[-1:] == (BYTES_PER_BLOCK,) else None
 
 
 def as_rows(shape: Shape) -> Shape | None:
@@ -115,7 +115,7 @@ class Layout:
         """Return the shape of the scale tensor that goes with blocks."""
         if not self.swizzled:
             return blocks[:-1]
-        *lead, rows, groups = blocks[:-1] if len(blocks) > 2 else (1, *blocks[:-1])
+        *lead, rows, groups = _at_least_2d(blocks[:-1])
         return (*lead, 32 * -(-rows // 128), 16 * -(-groups // 4))
 
     def view_scales(self, flat: NDArray[np.uint8], blocks: Shape) -> NDArray[np.uint8]:
@@ -126,11 +126,17 @@ class Layout:
         """
         if not self.swizzled:
             return flat.reshape(blocks[:-1])
-        *lead, rows, groups = blocks[:-1]
-        tiles = flat.reshape(*lead, -(-rows // 128), -(-groups // 4), 32, 4, 4)
-        whole = np.moveaxis(tiles, (-2, -3, -4), (-4, -3, -2))
-        whole = whole.reshape(*lead, 128 * tiles.shape[-5], 4 * tiles.shape[-4])
-        return whole[..., :rows, :groups]
+        *lead, rows, groups = _at_least_2d(blocks[:-1])
+        down, across = -(-rows // 128), -(-groups // 4)
+        tiles = flat.reshape(
+            *lead, down, across, 32, 4, 4
+        )  # [.., down, across, r, q, c] to [.., down, q, r, across, c]
+        whole = np.moveaxis(tiles, (-2, -4), (-4, -2)).reshape(*lead, 128 * down, 4 * across)
+        return whole[..., :rows, :groups].reshape(blocks[:-1])
+
+
+def _at_least_2d(shape: Shape) -> Shape:
+    return (1, *shape) if len(shape) == 1 else shape
 
 
 def _torchao(name: str, *, swizzled: bool) -> Layout:
@@ -435,10 +441,10 @@ def _fit(name: str, layout: Layout, reading: Reading, evidence: Evidence) -> Pac
             f"[..., {size}], one block to a row" if layout.blocks is as_blocks else f"with rows of {size}-byte blocks"
         )
         raise _misfit(codes, f"shape {rows}", list(codes.shape))
-    if scales is not None and scales.shape != layout.scales_shape(blocks):
-        if blocks[:-2] == scales.shape[:-1] and 2 * blocks[-2] == scales.shape[-1]:
+    if scales is not None and (scales.shape != layout.scales_shape(blocks) or not scales.shape):
+        if len(blocks) > 1 and scales.shape == (*blocks[:-2], 2 * blocks[-2]):
             raise _other(codes, "NVFP4", f"a scale for {BLOCK_SIZE} values", "one for 16")
-        if blocks[:-2] == scales.shape[:-1] and blocks[-2] == 2 * scales.shape[-1]:
+        if len(blocks) > 1 and scales.shape == (*blocks[:-2], blocks[-2] / 2):
             raise _other(codes, "MXFP8", f"a scale for {BYTES_PER_BLOCK} bytes", "one for 32")
         expected = f"shape {list(layout.scales_shape(blocks))} to go with {list(codes.shape)} of {codes.name!r}"
         raise _misfit(scales, expected, list(scales.shape))
@@ -517,8 +523,10 @@ def find_tensors(evidence: Evidence) -> dict[str, StoredTensor | PackedTensor]:
         for tensor in stored.values():
             if tensor.dtype in endings and tensor.name not in names:
                 for name, reading in understand(tensor, evidence):
-                    before = packed[name].readings if name in packed else ()
-                    packed[name] = PackedTensor(name, (*before, reading))
+                    before = packed.get(name, PackedTensor(name, ()))
+                    if before.readings and not set(before.stored) & set(reading.halves):
+                        raise _same_name(reading.halves, before.stored, name)
+                    packed[name] = PackedTensor(name, (*before.readings, reading))
                     for half in reading.halves:
                         names[half.name] = name
     found: dict[str, StoredTensor | PackedTensor] = {}
@@ -527,11 +535,15 @@ def find_tensors(evidence: Evidence) -> dict[str, StoredTensor | PackedTensor]:
         value = tensor if logical is None else packed[logical]
         other = found.setdefault(value.name, value)
         if other is not value:
-            both = " and ".join(
-                repr(half.name) for half in (other.stored if isinstance(other, PackedTensor) else (other,))
-            )
-            raise LayoutError(f"{tensor.file.path}: {name!r} and {both} would both be called {value.name!r}")
+            raise _same_name((tensor,), other.stored if isinstance(other, PackedTensor) else (other,), value.name)
     return found
+
+
+def _same_name(some: Sequence[StoredTensor], others: Sequence[StoredTensor], name: str) -> LayoutError:
+    stored = " and ".join(repr(tensor.name) for tensor in (*some, *others))
+    return LayoutError(
+        f"{some[0].file.path}: {stored} would all be called {name!r}: a checkpoint has one tensor of a name"
+    )
 
 
 def _with_codes(codes: StoredTensor, evidence: Evidence) -> Iterator[tuple[str, Reading]]:

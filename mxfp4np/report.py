@@ -154,7 +154,7 @@ def _reasons(groups: dict[tuple[Any, ...], list[Row]]) -> list[str]:
     """Say why each layout was chosen, in one line for each way it was."""
     infos = (row.info for group in groups.values() for row in group if row.info is not None and row.info.layout)
     pairs = dict.fromkeys((info.layout, info.reason) for info in infos)
-    return [escape(f"{layout}: {reason}") for layout, reason in pairs]
+    return [escape(f"layout {layout}: {reason}") for layout, reason in pairs]
 
 
 def to_json(checkpoint: Checkpoint, table: Sequence[Row], stats: dict[str, Stats]) -> dict[str, Any]:

@@ -129,7 +129,8 @@ class TestInspect:
     def test_collapses_layers(self, command):
         status, out, err = command("inspect", ORIGINAL)
         assert (status, err) == (0, "")
-        *table, totals = out.splitlines()
+        *table, reason, totals = out.splitlines()
+        assert reason == "layout gpt-oss: suffix pair, U8/U8"
         assert [line.split() for line in table] == [
             ["NAME", "SHAPE", "DTYPE", "LAYOUT", "STORED", "DECODED"],
             ["block.#.mlp.mlp1_weight", "x2", "3x96x128", "MXFP4", "gpt-oss", "39.2", "kB", "147", "kB"],
@@ -143,7 +144,7 @@ class TestInspect:
             assert round(sum(array.nbytes for array in checkpoint.values()) / 1000) == 298
 
     def test_columns_line_up(self, command):
-        table = command("inspect", HF)[1].splitlines()[:-1]
+        table = command("inspect", HF)[1].splitlines()[:-2]
         assert len({line.index(word) for line, word in zip(table[1:], ["3x"] * 4, strict=True)}) == 1
         assert table[0].index("SHAPE") == table[1].index("3x96")
 
@@ -162,7 +163,7 @@ class TestInspect:
         status, out, _ = command("inspect", ORIGINAL, "block.1.*mlp1*")
         lines = out.splitlines()
         assert status == 0
-        assert [line.split()[0] for line in lines[1:-1]] == ["block.#.mlp.mlp1_weight", "block.#.mlp.mlp1_bias"]
+        assert [line.split()[0] for line in lines[1:-2]] == ["block.#.mlp.mlp1_weight", "block.#.mlp.mlp1_bias"]
         assert lines[-1].startswith("2 tensors, 1 of them MXFP4: ")
 
     @pytest.mark.parametrize(

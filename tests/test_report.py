@@ -140,7 +140,10 @@ def test_table(path):
     assert cells["layer.#.bias"] == ["4", "F32", "-", "16", "B", "16", "B"]
     assert cells["broken"] == ["broken"]
     assert "found none" in lines[4]
-    assert lines[5:] == ["5 tensors, 3 of them MXFP4: 118 B stored, 400 B with MXFP4 decoded to bfloat16"]
+    assert lines[5:] == [
+        "layout gpt-oss: suffix pair, U8/U8",
+        "5 tensors, 3 of them MXFP4: 118 B stored, 400 B with MXFP4 decoded to bfloat16",
+    ]
     assert all(line == line.rstrip() for line in lines)
 
 
