@@ -111,6 +111,11 @@ class Layout:
         """Whether the name of the codes alone says that they are packed."""
         return self.codes != self.weight
 
+    @property
+    def has_metadata(self) -> bool:
+        """Whether the header says of each tensor how it is stored."""
+        return any(says.source == METADATA for says in self.evidence)
+
     def scales_shape(self, blocks: Shape) -> Shape:
         """Return the shape of the scale tensor that goes with blocks."""
         if not self.swizzled:
@@ -258,8 +263,7 @@ class Evidence:
 
     def against(self, layout: Layout, name: str) -> bool:
         """Return whether the header's own metadata says of this very tensor that it is not of a layout."""
-        of_tensor = any(says.source == METADATA for says in layout.evidence)
-        return of_tensor and self._document(METADATA, name) is not None and self.about(layout, name) is None
+        return layout.has_metadata and self._document(METADATA, name) is not None and self.about(layout, name) is None
 
     def values(self, source: str, name: str, key: str) -> set[str]:
         """Return all values under a key, at any depth, as lower-case text."""
@@ -457,12 +461,12 @@ def _fit(name: str, layout: Layout, reading: Reading, evidence: Evidence) -> Pac
 def _reason(name: str, layout: Layout, reading: Reading, evidence: Evidence) -> str:
     if layout.name == evidence.forced:
         return f"layout={layout.name!r}"
-    said = evidence.about(layout, name)
     if not layout.headers_suffice:
-        return said or ""
+        return evidence.about(layout, name) or ""
     what = "suffix pair" if reading.scales else "tensor type"
     headers = f"{what}, {'/'.join(half.dtype for half in reading.halves)}"
-    return f"{headers}, {said}" if said and said.startswith(METADATA) else headers
+    said = evidence.about(layout, name) if layout.has_metadata else None
+    return f"{headers}, {said}" if said else headers
 
 
 def _misfit(tensor: StoredTensor, expected: str, found: object) -> LayoutError:
