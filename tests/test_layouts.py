@@ -693,7 +693,9 @@ class TestGGUF:
             for dtype in ("bfloat16", "float16", "float32"):
                 expected = oracle(memory[..., 1:], memory[..., 0], dtype, "halves")
                 assert_same_bits(ckpt.get("w", dtype=dtype), expected)
-            found, theirs = ckpt.get("w", dtype="float32"), package.dequantize(memory.reshape(255, -1), mxfp4)
+            found = ckpt.get("w", dtype="float32")
+            with np.errstate(over="ignore"):
+                theirs = package.dequantize(memory.reshape(255, -1), mxfp4)
             assert np.array_equal(found, theirs)
             assert np.signbit(found).sum() > np.signbit(theirs).sum()  # -0.0 is kept here
 

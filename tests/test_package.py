@@ -109,7 +109,8 @@ def test_python_m_runs_the_command_line():
 def test_the_lowest_versions_tested_are_the_lowest_allowed():
     tox = README.with_name("tox.ini").read_text()
     project = tomllib.loads(README.with_name("pyproject.toml").read_text())["project"]
-    for requirement in [*project["dependencies"], *project["optional-dependencies"]["test"]]:
+    extras = project["optional-dependencies"]
+    for requirement in [*project["dependencies"], *extras["test"], *extras["gguf"]]:
         name, version = requirement.split(">=")
         pins = re.findall(rf"^    {name}==(\S+)$", tox, re.MULTILINE)
         assert any((pin + ".").startswith(version + ".") for pin in pins), requirement

@@ -5,7 +5,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from contract import every_pair
+from contract import assert_same_bits, every_pair
 
 import mxfp4np
 
@@ -66,3 +66,42 @@ def test_arrays_go_to_torch_without_a_copy():
         assert tensor.data_ptr() == array.ctypes.data
         wide = ours.get("model.layers.0.mlp.experts.down_proj", dtype="float32")
         assert torch.equal(tensor.float(), torch.from_dlpack(wide))
+
+
+def test_compressed_tensors_are_what_its_own_decompressor_gives():
+    import torch
+    from compressed_tensors.compressors.mxfp4.base import MXFP4PackedCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    args = QuantizationArgs(num_bits=4, type="float", strategy="group", group_size=32)
+    scheme = QuantizationScheme(targets=["Linear"], weights=args)
+    with mxfp4np.Checkpoint(DATA / "compressed_tensors") as ours:
+        names = [name for name in ours if ours.info(name).layout]
+        assert len(names) == 9
+        for name in names:
+            halves = {half: torch.from_numpy(ours.stored[f"{name}_{half}"].copy()) for half in ("packed", "scale")}
+            state = {f"weight_{half}": tensor for half, tensor in halves.items()}
+            theirs = MXFP4PackedCompressor.decompress(state, scheme)["weight"].float().numpy()
+            assert_same_bits(ours.get(name, dtype="float32"), theirs)
+
+
+def test_mlx_weights_are_what_mlx_gives():
+    import mlx.core as mx
+
+    with mxfp4np.Checkpoint(DATA / "mlx") as ours:
+        assert len(ours) == 2
+        for name in ours:
+            codes, scales = (mx.array(ours.stored[half.name]) for half in ours.info(name).stored)
+            theirs = mx.dequantize(codes, scales, group_size=32, bits=4, mode="mxfp4").astype(mx.float32)
+            assert_same_bits(ours.get(name, dtype="float32"), np.array(theirs))
+
+
+def test_gguf_weights_are_what_gguf_gives():
+    import gguf
+
+    reader = gguf.GGUFReader(DATA / "gguf" / "model.gguf")
+    with mxfp4np.Checkpoint(DATA / "gguf") as ours:
+        assert len(ours) == len(reader.tensors) == 3
+        for tensor in reader.tensors:
+            theirs = gguf.dequantize(tensor.data, tensor.tensor_type)
+            assert np.array_equal(ours.get(tensor.name, dtype="float32"), theirs)
