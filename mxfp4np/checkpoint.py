@@ -67,11 +67,11 @@ class TensorInfo(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the files."""
+        """Bytes in the files; those of the whole tensor where the name stands for half of its rows."""
         return sum(tensor.nbytes for tensor in self.stored)
 
     def decoded_nbytes(self, dtype: DTypeLike = "bfloat16") -> int:
-        """Return the bytes of the decoded array; those in the file for a plain tensor."""
+        """Return the bytes of the decoded array; those in the files for a plain tensor."""
         return self.nbytes if self.layout is None else math.prod(self.shape) * decoded_dtype(dtype).itemsize
 
 
@@ -226,7 +226,7 @@ class Checkpoint(Mapping[str, Any]):
         TensorNotFoundError
             If there is none of this name.
         LayoutError
-            If it is a broken pair.
+            If it is a broken pair, or could be in several layouts.
         """
         tensor, rows = self._find(name)
         shape = list(tensor.shape)
@@ -281,7 +281,7 @@ class Checkpoint(Mapping[str, Any]):
         TensorNotFoundError
             If there is no such tensor and no default.
         LayoutError
-            If the tensor is a broken pair.
+            If the tensor is a broken pair, or could be in several layouts.
         CheckpointError
             If the file changed after it was opened.
         IndexError, ValueError
@@ -315,7 +315,7 @@ class Checkpoint(Mapping[str, Any]):
         TensorNotFoundError
             If there is no such tensor.
         LayoutError
-            If it is not packed, or a broken pair.
+            If it is not packed, a broken pair, or could be in several layouts.
         """
         tensor, rows = self._find(name)
         if isinstance(tensor, StoredTensor):

@@ -153,14 +153,14 @@ def _torchao(name: str, *, swizzled: bool) -> Layout:
 
 
 LAYOUTS: Final = (
-    Layout("gpt-oss", ".blocks", ".scales", weight="", blocks=as_blocks, gate_up=(".mlp1_weight", ".mlp1_bias")),
+    Layout("gpt-oss", ".blocks", ".scales", weight="", blocks=as_blocks, gate_up=("mlp1_weight", "mlp1_bias")),
     Layout(
         "gpt-oss-hf",
         "_blocks",
         "_scales",
         weight="",
         blocks=as_blocks,
-        gate_up=(".gate_up_proj", ".gate_up_proj_bias"),
+        gate_up=("gate_up_proj", "gate_up_proj_bias"),
     ),
     Layout("compressed-tensors", ".weight_packed", ".weight_scale"),
     Layout(
@@ -481,9 +481,10 @@ def _other(codes: StoredTensor, what: str, expected: str, found: str) -> LayoutE
 
 
 def byte_shape(tensor: StoredTensor) -> Shape:
-    """Return the shape of a tensor whose last axis counts bytes."""
+    """Return the shape of a tensor whose last axis counts bytes; flat where a row is no whole number of them."""
     *rows, length = tensor.shape or (1,)
-    return (*rows, length * element(tensor.dtype)[0] // 8)
+    bits = length * element(tensor.dtype)[0]
+    return (*rows, bits // 8) if bits % 8 == 0 else (tensor.nbytes,)
 
 
 # Finding tensors

@@ -411,6 +411,13 @@ def test_a_pair_that_looks_packed_and_does_not_fit_is_an_error(tmp_path, case):
     assert problem(path, "a.weight") == f"{path}: tensor {says}"
 
 
+def test_f4_rows_of_no_whole_bytes_are_no_blocks(tmp_path):
+    path = tmp_path / "m.safetensors"
+    specs = {"a.weight": ("F4", (2, 33)), "a.scale": ("F8_E8M0", (2, 1))}
+    write_safetensors(path, specs, [np.zeros(35, np.uint8)])
+    assert "'a.weight': expected shape with rows of 16-byte blocks, found [2, 33]" in problem(path, "a.weight")
+
+
 def test_lone_codes_whose_config_says_packed(tmp_path):
     (tmp_path / "config.json").write_text('{"quantization": {"mode": "mxfp4"}, "expert_dtype": "fp4"}')
     tensors = {"a.weight": ("U32", CODES.view(np.uint32)), "b.weight": ("I8", CODES), "c.weight": ("U8", CODES)}
@@ -563,6 +570,7 @@ def test_gate_and_up_by_name(sample, weight, bias, io):
             assert_same_bits(ckpt.get(name, index=np.s_[1, ::-1, 5:70]), expected[1, ::-1, 5:70])
             assert ckpt.info(name).shape == ckpt.packed(name).shape == expected.shape
             assert ckpt.info(name).name == name
+            assert ckpt.info(name).decoded_nbytes() == expected.nbytes
             whole = np.zeros_like(expected)
             for index, piece in ckpt.chunks(name, 4096):
                 whole[index] = piece
