@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, decoded_dtype
+from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, blocks_in, decoded_dtype
 from .memory import address_of, aligned_empty
 from .reference import ReferenceBackend
 from .threads import default_num_threads, parallel_for
@@ -56,45 +56,63 @@ class CPUBackend:
     ) -> None:
         if out.size == 0:
             return
-        kernel = decode_kernel(out.dtype.itemsize)
+        transposed = _is_transposed(out)
+        kernel = decode_kernel(out.itemsize, transposed)
         if kernel is None:
             return ReferenceBackend().decode(blocks, scales, out, start=start)
         if blocks.strides[-1] != 1:  # the bytes of a block lie apart: gather them, at most half the size of `out`
             blocks = np.ascontiguousarray(blocks)
-        geometry = _geometry(blocks, scales, out, start)
-        word = _WORDS[out.dtype.itemsize]
+        geometry = _geometry(blocks, scales, out, start, transposed)
+        word = _WORDS[out.itemsize]
+        blocks_per_unit = 1
+        units = scales.size
+        if transposed:  # units are groups of 32 rows
+            blocks_per_unit = 32 * scales.shape[-1]
+            units = scales.size // (scales.shape[-2] * scales.shape[-1]) * blocks_in(scales.shape[-2])
         if scales.size <= SERIAL_BLOCKS:
-            kernel(geometry, word, 0, scales.size)
+            kernel(geometry, word, 0, units)
         else:
             threads = num_threads or default_num_threads()
             fewest, most = PIECE_BLOCKS
-            piece = min(most, max(fewest, scales.size // (4 * threads)))
-            parallel_for(lambda i, j: kernel(geometry, word, i, j), scales.size, piece, threads)
+            piece = min(most, max(fewest, scales.size // (4 * threads))) // blocks_per_unit
+            parallel_for(lambda i, j: kernel(geometry, word, i, j), units, max(1, piece), threads)
+
+
+def _is_transposed(out: NDArray[Any]) -> bool:
+    """Tell whether it is the last axis but one whose elements are next to each other."""
+    return out.ndim > 1 and out.strides[-2] == out.itemsize != out.strides[-1] and out.shape[-1] > 1 < out.shape[-2]
 
 
 _FLOAT16 = np.dtype(np.float16)
 _WORDS = {2: np.uint16(0), 4: np.uint32(0)}
 
 
-def _geometry(blocks: NDArray[np.uint8], scales: NDArray[np.uint8], out: NDArray[Any], start: int) -> NDArray[np.int64]:
+def _geometry(
+    blocks: NDArray[np.uint8], scales: NDArray[np.uint8], out: NDArray[Any], start: int, transposed: bool
+) -> NDArray[np.int64]:
     """Describe the arrays to a kernel, in the order that `cpu_kernels` names, with as few row axes as strides allow."""
     per_row, length = scales.shape[-1], out.shape[-1]
     block_step, scale_step = blocks.strides[-2], scales.strides[-1]
     out_step = out.strides[-1] if length > 1 else out.itemsize
+    matrix = (1, 0, 0)
     rows: list[tuple[int, ...]] = []
     if scales.ndim > 1:
         row: tuple[int, ...]
-        for row in zip(out.shape[:-1], blocks.strides, scales.strides, out.strides, strict=False):
+        axes = list(zip(out.shape[:-1], blocks.strides, scales.strides, out.strides, strict=False))
+        if transposed:
+            matrix = axes.pop()[:3]
+        for row in axes:
             if rows and all(a == row[0] * b for a, b in zip(rows[-1][1:], row[1:], strict=True)):
                 rows[-1] = (rows[-1][0] * row[0], *row[1:])
             elif row[0] != 1:
                 rows.append(row)
-        whole = start == 0 and length == BLOCK_SIZE * per_row
+        whole = start == 0 and length == BLOCK_SIZE * per_row and not transposed
         if rows and whole and rows[-1][1:] == (per_row * block_step, per_row * scale_step, length * out_step):
             per_row *= rows.pop()[0]
             length = BLOCK_SIZE * per_row
     geometry = [address_of(blocks), address_of(scales), address_of(out), _table_address(out.dtype == _FLOAT16)]
     geometry += block_step, scale_step, out_step, per_row, start, length, out.itemsize, out.nbytes >= STREAMING_BYTES
+    geometry += matrix
     for row in rows:
         geometry += row
     return np.array(geometry, np.int64)
@@ -120,32 +138,32 @@ def _table_address(float16: bool) -> int:
 
 
 _compiling = threading.Lock()
-_kernels: dict[int, Kernel | None] = {}
+_kernels: dict[tuple[int, bool], Kernel | None] = {}
 
 
-def decode_kernel(itemsize: int) -> Kernel | None:
+def decode_kernel(itemsize: int, transposed: bool = False) -> Kernel | None:
     """Return the compiled kernel for words of this size, or None where Numba's compiler is switched off."""
-    try:
-        return _kernels[itemsize]
-    except KeyError:
+    key = itemsize, transposed
+    if key not in _kernels:
         with _compiling:
-            if itemsize not in _kernels:
-                _kernels[itemsize] = _compile(itemsize)
-            return _kernels[itemsize]
+            if key not in _kernels:
+                _kernels[key] = _compile(*key)
+    return _kernels[key]
 
 
-def _compile(itemsize: int) -> Kernel | None:
+def _compile(itemsize: int, transposed: bool) -> Kernel | None:
     import numba
 
     if numba.config.DISABLE_JIT:
         return None
-    from .cpu_kernels import decode_range
+    from . import cpu_kernels
 
+    function = cpu_kernels.transpose_range if transposed else cpu_kernels.decode_range
     word = getattr(numba.types, f"uint{8 * itemsize}")
     signature = (numba.types.int64[::1], word, numba.types.int64, numba.types.int64)
     for cache in (True, False):
         try:
-            kernel = numba.njit(nogil=True, cache=cache)(decode_range)
+            kernel = numba.njit(nogil=True, cache=cache)(function)
             kernel.compile(signature)
             kernel.disable_compile()
             return kernel  # type: ignore[no-any-return, unused-ignore]
