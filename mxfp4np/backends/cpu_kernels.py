@@ -5,9 +5,9 @@ No policy here: no validation, no allocation, no threads. A kernel works on raw 
 GIL, and can be called for disjoint ranges from any thread. Importing this module imports Numba and compiles nothing.
 
 The loops are plain Numba. What they do with one block is an intrinsic, whose machine code depends on the features that
-Numba's own code generator reports. A scale and a code have 256 * 16 possible values, which a table holds; 16 entries are
-what a byte shuffle can look up, for all codes of a block at once. Every form looks up the same table, so that all give
-the same bits.
+Numba's own code generator reports. A scale and a code have 256 * 16 possible values, which a table holds; 16 entries
+are what a byte shuffle can look up, for all codes of a block at once. Every form looks up the same table, so that all
+give the same bits.
 
 Everything that is compiled together stays in this file: Numba's cache on disk notices changes of the file a kernel is
 in, not of the files it calls into.
