@@ -189,8 +189,8 @@ class Bench:
             "columns from mid-block : rounded out, per call",
             lambda: ragged.decode(out=outs[0], num_threads=self.threads),
             lambda: rounded.decode(out=outs[1], num_threads=self.threads),
-            rounded.nbytes,
-            rounded.nbytes,
+            outs[1].nbytes,
+            outs[1].nbytes,
         )
 
     def small(self) -> None:

@@ -204,9 +204,11 @@ class MXFP4Array:
         """
         if num_threads is not None and operator.index(num_threads) < 1:
             raise ValueError(f"num_threads must be at least 1, found {num_threads}")
-        out, target = self.prepare_out(dtype, out, transpose=transpose, backend=backend)
-        get_backend(backend).decode(self.blocks, self.scales, target, start=self.start, num_threads=num_threads)
-        return out
+        result, target = self.prepare_out(dtype, out, transpose=transpose, backend=backend)
+        get_backend(backend).decode(
+            self.blocks, self.scales, target, start=self.start, fresh=out is None, num_threads=num_threads
+        )
+        return result
 
     def prepare_out(
         self, dtype: DTypeLike | None, out: NDArray[Any] | None, *, transpose: bool, backend: str | None

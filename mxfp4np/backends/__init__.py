@@ -36,6 +36,7 @@ class Backend(Protocol):
         out: NDArray[Any],
         *,
         start: int = 0,
+        fresh: bool = False,
         num_threads: int | None = None,
     ) -> None:
         """Decode packed blocks into ``out``.
@@ -50,6 +51,8 @@ class Backend(Protocol):
             Written whole, any strides. Shares no memory with the inputs.
         start : int
             Elements of each row's first block to leave out, 0 to 31. ``start + L`` needs exactly ``G`` blocks.
+        fresh : bool
+            Whether ``out`` is new memory, which nothing has touched yet.
         num_threads : int, optional
             At most this many threads; as many as the process may use by default.
         """

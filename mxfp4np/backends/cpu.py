@@ -29,7 +29,10 @@ SERIAL_BLOCKS = 1 << 14
 """Up to this many blocks one thread is as fast as several."""
 
 STREAMING_BYTES = 8 << 20
-"""Outputs from this size on are written past the cache: they do not fit into it, and need not be read first."""
+"""Outputs from this size on are written past the cache: they do not fit into it, and need not be read first.
+
+Unless they are new: the system has just cleared their pages, which then are in the cache.
+"""
 
 Kernel = Callable[[NDArray[np.int64], Any, int, int], None]
 
@@ -52,6 +55,7 @@ class CPUBackend:
         out: NDArray[Any],
         *,
         start: int = 0,
+        fresh: bool = False,
         num_threads: int | None = None,
     ) -> None:
         if out.size == 0:
@@ -63,6 +67,7 @@ class CPUBackend:
         if blocks.strides[-1] != 1:  # the bytes of a block lie apart: gather them, at most half the size of `out`
             blocks = np.ascontiguousarray(blocks)
         geometry = _geometry(blocks, scales, out, start, transposed)
+        geometry[_STREAMING] = out.nbytes >= STREAMING_BYTES and not fresh
         word = _WORDS[out.itemsize]
         blocks_per_unit = 1
         units = scales.size
@@ -83,6 +88,7 @@ def _is_transposed(out: NDArray[Any]) -> bool:
     return out.ndim > 1 and out.strides[-2] == out.itemsize != out.strides[-1] and out.shape[-1] > 1 < out.shape[-2]
 
 
+_STREAMING = 11  # the position in `geometry`: importing the kernels' names for them would import Numba
 _FLOAT16 = np.dtype(np.float16)
 _WORDS = {2: np.uint16(0), 4: np.uint32(0)}
 
@@ -111,7 +117,7 @@ def _geometry(
             per_row *= rows.pop()[0]
             length = BLOCK_SIZE * per_row
     geometry = [address_of(blocks), address_of(scales), address_of(out), _table_address(out.dtype == _FLOAT16)]
-    geometry += block_step, scale_step, out_step, per_row, start, length, out.itemsize, out.nbytes >= STREAMING_BYTES
+    geometry += block_step, scale_step, out_step, per_row, start, length, out.itemsize, 0
     geometry += matrix
     for row in rows:
         geometry += row

@@ -157,8 +157,7 @@ def _block_decoder(align, *, streaming):
 
 
 decode_block = _block_decoder(1, streaming=False)
-stream_block_16 = _block_decoder(16, streaming=True)
-stream_block_64 = _block_decoder(64, streaming=True)
+stream_block = _block_decoder(64, streaming=True)
 
 
 def _line_mover(align, *, streaming):
@@ -180,16 +179,47 @@ move_line = _line_mover(1, streaming=False)
 stream_line = _line_mover(64, streaming=True)
 
 
-@intrinsic
-def reserve_tile(typingctx):
-    """Reserve the table words of 32 rows and 32 columns on the stack, and return their address."""
+def _copier(count, align, *, streaming):
+    @intrinsic
+    def copy(typingctx, source, target):
+        """Copy so many bytes from one address to another."""
 
-    def codegen(context, builder, signature, args):
-        memory = cgutils.alloca_once(builder, _vector(_I16, 32), 32)
-        memory.align = 64
-        return builder.ptrtoint(memory, ir.IntType(64))
+        def codegen(context, builder, signature, args):
+            value = _load(builder, args[0], _vector(_I8, count))
+            store = builder.store(value, builder.inttoptr(args[1], value.type.as_pointer()), align=align)
+            if streaming:
+                store.set_metadata("nontemporal", builder.module.add_metadata([_I32(1)]))
+            return context.get_dummy_value()
 
-    return types.int64(), codegen
+        return types.void(types.int64, types.int64), codegen
+
+    return copy
+
+
+copy_2 = _copier(2, 1, streaming=False)
+copy_64 = _copier(64, 1, streaming=False)
+stream_64 = _copier(64, 64, streaming=True)
+
+
+def _reserver(nbytes):
+    @intrinsic
+    def reserve(typingctx):
+        """Reserve so many bytes on the stack, aligned to a line of the cache, and return their address."""
+
+        def codegen(context, builder, signature, args):
+            memory = cgutils.alloca_once(builder, _vector(_I8, 64), nbytes // 64)
+            memory.align = 64
+            return builder.ptrtoint(memory, ir.IntType(64))
+
+        return types.int64(), codegen
+
+    return reserve
+
+
+PREFETCH_ROWS, PREFETCH_BYTES = 8, 2048  # found by trying
+BUFFER_BLOCKS = 64
+reserve_buffer = _reserver(BUFFER_BLOCKS * 128)
+reserve_tile = _reserver(32 * 64)  # table words of 32 rows and 32 columns
 
 
 @intrinsic
@@ -316,41 +346,98 @@ def _along_axes(geometry, row, block, scale, out):
     return block, scale, out
 
 
-def decode_range(geometry, word, start, stop):
-    """Decode blocks ``start`` to ``stop - 1``, counted over all rows in C order, to words of the type of ``word``."""
+@njit(nogil=True, inline="always")
+def _decode_row(geometry, word, first, last, block, scale, out, scratch):
+    """Decode what belongs to a row of its blocks ``first`` to ``last - 1``."""
     table = geometry[TABLE_ADDRESS]
-    per_row = geometry[BLOCKS_PER_ROW]
     block_step = geometry[BLOCKS_STEP]
     scale_step = geometry[SCALES_STEP]
+    skip = geometry[START]
+    length = geometry[LENGTH]
     size = geometry[ITEMSIZE]
+    block += first * block_step
+    scale += first * scale_step
+    offset = 32 * first - skip  # of a block's first element in the row
+    if geometry[OUT_STEP] != size:
+        _decode_part(geometry, word, first, last, block - first * block_step, scale - first * scale_step, out)
+    elif offset >= 0 and 32 * last - skip <= length and (not geometry[STREAMING] or (out + offset * size) % 64 == 0):
+        target = out + offset * size
+        if geometry[STREAMING]:
+            for g in range(last - first):
+                line = table + TABLE_LINE * load_byte(scale + g * scale_step)
+                stream_block(block + g * block_step, line, target + 32 * g * size, word)
+        else:
+            for g in range(last - first):
+                line = table + TABLE_LINE * load_byte(scale + g * scale_step)
+                decode_block(block + g * block_step, line, target + 32 * g * size, word)
+    else:
+        # Blocks that are in the row in part, or do not fall on whole lines of the cache, go by way of a buffer.
+        for begin in range(first, last, BUFFER_BLOCKS):
+            count = min(BUFFER_BLOCKS, last - begin)
+            for g in range(begin - first, begin - first + count):
+                line = table + TABLE_LINE * load_byte(scale + g * scale_step)
+                decode_block(block + g * block_step, line, scratch + 32 * (g - begin + first) * size, word)
+            low = max(0, 32 * begin - skip)
+            high = min(length, 32 * (begin + count) - skip)
+            source = scratch + (low - 32 * begin + skip) * size
+            _move(source, out + low * size, (high - low) * size, geometry[STREAMING])
+
+
+@njit(nogil=True, inline="always")
+def _move(source, target, count, streaming):
+    """Copy an even number of bytes, in whole lines of the target where they are to be streamed."""
+    lines = target + count  # where whole lines begin, and end
+    if target % 2 == 0:
+        lines = min(target + count, (target + 63) // 64 * 64)
+    while target < lines:
+        copy_2(source, target)
+        source += 2
+        target += 2
+        count -= 2
+    while count >= 64:
+        if streaming:
+            stream_64(source, target)
+        else:
+            copy_64(source, target)
+        source += 64
+        target += 64
+        count -= 64
+    while count > 0:
+        copy_2(source, target)
+        source += 2
+        target += 2
+        count -= 2
+
+
+def decode_range(geometry, word, start, stop):
+    """Decode blocks ``start`` to ``stop - 1``, counted over all rows in C order, to words of the type of ``word``."""
+    per_row = geometry[BLOCKS_PER_ROW]
+    scratch = reserve_buffer()
+    innermost = len(geometry) - 4
+    row = start // per_row
+    first = start - row * per_row
     while start < stop:
-        row = start // per_row
-        first = start - row * per_row
-        last = min(per_row, first + stop - start)
-        start += last - first
         block, scale, out = geometry[BLOCKS_ADDRESS], geometry[SCALES_ADDRESS], geometry[OUT_ADDRESS]
         block, scale, out = _along_axes(geometry, row, block, scale, out)
-        # Blocks that are in the row as a whole, one after the other; those before and after them may be in it in part.
-        whole = last
-        end = last
-        if geometry[OUT_STEP] == size:
-            whole = min(last, max(first, (geometry[START] + 31) // 32))
-            end = max(whole, min(last, (geometry[START] + geometry[LENGTH]) // 32))
-        _decode_part(geometry, word, first, whole, block, scale, out)
-        target = out + (32 * whole - geometry[START]) * size
-        if geometry[STREAMING] and target % 64 == 0:
-            for g in range(whole, end):
-                line = table + TABLE_LINE * load_byte(scale + g * scale_step)
-                stream_block_64(block + g * block_step, line, out + (32 * g - geometry[START]) * size, word)
-        elif geometry[STREAMING] and target % 16 == 0:
-            for g in range(whole, end):
-                line = table + TABLE_LINE * load_byte(scale + g * scale_step)
-                stream_block_16(block + g * block_step, line, out + (32 * g - geometry[START]) * size, word)
-        else:
-            for g in range(whole, end):
-                line = table + TABLE_LINE * load_byte(scale + g * scale_step)
-                decode_block(block + g * block_step, line, out + (32 * g - geometry[START]) * size, word)
-        _decode_part(geometry, word, end, last, block, scale, out)
+        rows = 1  # that follow in the innermost axis
+        if innermost >= ROW_AXES:
+            rows = geometry[innermost] - row % geometry[innermost]
+        row += rows
+        while rows > 0 and start < stop:
+            last = min(per_row, first + stop - start)
+            if innermost >= ROW_AXES:  # the processor does not see that reading goes on at the next row
+                ahead = PREFETCH_ROWS * geometry[innermost + 1]
+                for i in range(0, min(PREFETCH_BYTES, per_row * geometry[BLOCKS_STEP]), 64):
+                    prefetch(block + ahead + i)
+                prefetch(scale + PREFETCH_ROWS * geometry[innermost + 2])
+            _decode_row(geometry, word, first, last, block, scale, out, scratch)
+            start += last - first
+            first = 0
+            rows -= 1
+            if innermost >= ROW_AXES:
+                block += geometry[innermost + 1]
+                scale += geometry[innermost + 2]
+                out += geometry[innermost + 3]
     if geometry[STREAMING]:
         fence()
 

@@ -36,6 +36,7 @@ class ReferenceBackend:
         out: NDArray[Any],
         *,
         start: int = 0,
+        fresh: bool = False,  # noqa: ARG002
         num_threads: int | None = None,  # noqa: ARG002
     ) -> None:
         # A group is as many blocks of one row as fit, or as many whole slabs of the first axis.
