@@ -7,6 +7,7 @@ use, and what happens where Numba cannot compile or keep its cache. Numba is imp
 from __future__ import annotations
 
 import functools
+import math
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -25,8 +26,8 @@ PIECE_BLOCKS = 1 << 15, 1 << 18
 In memory that is new, threads disturb each other less when each has whole huge pages to itself.
 """
 
-SERIAL_BLOCKS = 1 << 14
-"""Up to this many blocks one thread is as fast as several."""
+SERIAL_BLOCKS = 1 << 16
+"""Up to this many blocks, 4 MiB of bfloat16, one thread is as fast as several."""
 
 STREAMING_BYTES = 8 << 20
 """Outputs from this size on are written past the cache: they do not fit into it, and need not be read first.
@@ -66,21 +67,21 @@ class CPUBackend:
             return ReferenceBackend().decode(blocks, scales, out, start=start)
         if blocks.strides[-1] != 1:  # the bytes of a block lie apart: gather them, at most half the size of `out`
             blocks = np.ascontiguousarray(blocks)
-        geometry = _geometry(blocks, scales, out, start, transposed)
-        geometry[_STREAMING] = out.nbytes >= STREAMING_BYTES and not fresh
+        streaming = out.nbytes >= STREAMING_BYTES and not fresh
+        geometry = _geometry(blocks, scales, out, start, transposed=transposed, streaming=streaming)
         word = _WORDS[out.itemsize]
-        blocks_per_unit = 1
-        units = scales.size
-        if transposed:  # units are groups of 32 rows
-            blocks_per_unit = 32 * scales.shape[-1]
-            units = scales.size // (scales.shape[-2] * scales.shape[-1]) * blocks_in(scales.shape[-2])
+        # A kernel counts blocks, or groups of 32 rows if it transposes.
+        units, unit_blocks = scales.size, 1
+        if transposed:
+            *outer, rows, per_row = scales.shape
+            units, unit_blocks = math.prod(outer) * blocks_in(rows), BLOCK_SIZE * per_row
         if scales.size <= SERIAL_BLOCKS:
             kernel(geometry, word, 0, units)
         else:
             threads = num_threads or default_num_threads()
             fewest, most = PIECE_BLOCKS
-            piece = min(most, max(fewest, scales.size // (4 * threads))) // blocks_per_unit
-            parallel_for(lambda i, j: kernel(geometry, word, i, j), units, max(1, piece), threads)
+            piece = min(most, max(fewest, scales.size // (4 * threads)))
+            parallel_for(lambda i, j: kernel(geometry, word, i, j), units, max(1, piece // unit_blocks), threads)
 
 
 def _is_transposed(out: NDArray[Any]) -> bool:
@@ -88,13 +89,18 @@ def _is_transposed(out: NDArray[Any]) -> bool:
     return out.ndim > 1 and out.strides[-2] == out.itemsize != out.strides[-1] and out.shape[-1] > 1 < out.shape[-2]
 
 
-_STREAMING = 11  # the position in `geometry`: importing the kernels' names for them would import Numba
 _FLOAT16 = np.dtype(np.float16)
 _WORDS = {2: np.uint16(0), 4: np.uint32(0)}
 
 
 def _geometry(
-    blocks: NDArray[np.uint8], scales: NDArray[np.uint8], out: NDArray[Any], start: int, transposed: bool
+    blocks: NDArray[np.uint8],
+    scales: NDArray[np.uint8],
+    out: NDArray[Any],
+    start: int,
+    *,
+    transposed: bool,
+    streaming: bool,
 ) -> NDArray[np.int64]:
     """Describe the arrays to a kernel, in the order that `cpu_kernels` names, with as few row axes as strides allow."""
     per_row, length = scales.shape[-1], out.shape[-1]
@@ -117,7 +123,7 @@ def _geometry(
             per_row *= rows.pop()[0]
             length = BLOCK_SIZE * per_row
     geometry = [address_of(blocks), address_of(scales), address_of(out), _table_address(out.dtype == _FLOAT16)]
-    geometry += block_step, scale_step, out_step, per_row, start, length, out.itemsize, 0
+    geometry += block_step, scale_step, out_step, per_row, start, length, out.itemsize, streaming
     geometry += matrix
     for row in rows:
         geometry += row
