@@ -185,6 +185,7 @@ class MXFP4Array:
         dtype: DTypeLike | None = None,
         *,
         out: NDArray[Any] | None = None,
+        transpose: bool = False,
         backend: str | None = None,
         num_threads: int | None = None,
     ) -> NDArray[Any]:
@@ -197,6 +198,9 @@ class MXFP4Array:
         out : numpy.ndarray, optional
             Where to write: any writable array of the right shape and dtype, of any strides and alignment, that does
             not overlap the packed data.
+        transpose : bool
+            Swap the last two axes: ``[.., out, in]`` becomes ``[.., in, out]``, as Hugging Face's loader gives the
+            experts of gpt-oss. Done on the way, without a temporary.
         backend : {"cpu", "numpy"}, optional
             Who decodes; see `mxfp4np.backends.get_backend`.
         num_threads : int, optional
@@ -217,29 +221,44 @@ class MXFP4Array:
         -----
         ``value = E2M1[code] * 2**(scale - 127)``: OCP Microscaling Formats (MX) v1.0, section 6.3.
         """
-        chosen = get_backend(backend)
         if num_threads is not None and operator.index(num_threads) < 1:
             raise ValueError(f"num_threads must be at least 1, found {num_threads}")
-        if out is None:
-            out = chosen.empty(self.shape, decoded_dtype("bfloat16" if dtype is None else dtype))
-        else:
-            self.check_out(out, dtype)
-        chosen.decode(self.blocks, self.scales, out, start=self.start, order=self.order, num_threads=num_threads)
-        return out
+        result, target = self.prepare_out(dtype, out, transpose=transpose, backend=backend)
+        get_backend(backend).decode(
+            self.blocks,
+            self.scales,
+            target,
+            start=self.start,
+            order=self.order,
+            fresh=out is None,
+            num_threads=num_threads,
+        )
+        return result
 
-    def check_out(self, out: NDArray[Any], dtype: DTypeLike | None = None) -> None:
-        """Raise if ``out`` cannot take the values, or is not of ``dtype``."""
+    def prepare_out(
+        self, dtype: DTypeLike | None, out: NDArray[Any] | None, *, transpose: bool, backend: str | None
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Return where `decode` writes, checked or new, and a view of it that has the shape of the packed array."""
+        shape = self.shape
+        if transpose:
+            if self.ndim < 2:
+                raise ValueError(f"transpose needs two axes or more, found shape {shape}")
+            shape = (*shape[:-2], shape[-1], shape[-2])
+        if out is None:
+            out = get_backend(backend).empty(shape, decoded_dtype("bfloat16" if dtype is None else dtype))
+            return out, out.swapaxes(-1, -2) if transpose else out
         if not isinstance(out, np.ndarray):
             raise TypeError(f"out must be a numpy.ndarray, found {type(out).__name__}")
         expected = decoded_dtype(out.dtype if dtype is None else dtype)
         if out.dtype != expected:
             raise ValueError(f"out must have dtype {expected}, found {out.dtype}")
-        if out.shape != self.shape:
-            raise ValueError(f"out must have shape {self.shape}, found {out.shape}")
+        if out.shape != shape:
+            raise ValueError(f"out must have shape {shape}, found {out.shape}")
         if not out.flags.writeable:
             raise ValueError("out must be writable, found a read-only array")
         if np.may_share_memory(out, self.blocks) or np.may_share_memory(out, self.scales):
             raise ValueError("out must not overlap the packed blocks and scales")
+        return out, out.swapaxes(-1, -2) if transpose else out
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
         """Decode for NumPy: to bfloat16, or through float32 to any other dtype."""
@@ -327,6 +346,8 @@ def decode(
     out: NDArray[Any] | None = None,
     backend: str | None = None,
     num_threads: int | None = None,
+    *,
+    transpose: bool = False,
 ) -> NDArray[Any]:
     """Decode packed blocks and scales to an array of values.
 
@@ -334,13 +355,13 @@ def decode(
     ----------
     blocks : (..., G, 16) uint8
     scales : (..., G) uint8 or float8_e8m0fnu
-    dtype, out, backend, num_threads
+    dtype, out, backend, num_threads, transpose
         As for `MXFP4Array.decode`.
 
     Returns
     -------
     (..., 32 * G) numpy.ndarray
-        bfloat16 by default.
+        bfloat16 by default. With ``transpose``, the last two axes are swapped.
 
     Raises
     ------
@@ -355,4 +376,6 @@ def decode(
     >>> decode(np.full((1, 16), 0xF2, np.uint8), np.array([126], np.uint8), "float32")[:4]
     array([ 0.5, -3. ,  0.5, -3. ], dtype=float32)
     """
-    return MXFP4Array(blocks, scales).decode(dtype, out=out, backend=backend, num_threads=num_threads)
+    return MXFP4Array(blocks, scales).decode(
+        dtype, out=out, transpose=transpose, backend=backend, num_threads=num_threads
+    )

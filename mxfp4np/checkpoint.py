@@ -247,6 +247,7 @@ class Checkpoint(Mapping[str, Any]):
         dtype: DTypeLike | None = None,
         out: NDArray[Any] | None = None,
         index: Any = None,
+        transpose: bool = False,
         backend: str | None = None,
         num_threads: int | None = None,
     ) -> Any:
@@ -268,6 +269,8 @@ class Checkpoint(Mapping[str, Any]):
         index : optional
             A basic index, as from ``numpy.s_``: nothing else is read or decoded. The last axis of a packed tensor
             takes a slice of step 1.
+        transpose : bool
+            Swap the last two axes of what the index leaves.
         backend, num_threads : optional
             See `MXFP4Array.decode`.
 
@@ -291,18 +294,18 @@ class Checkpoint(Mapping[str, Any]):
             return default
         tensor, rows = self._find(name)
         if isinstance(tensor, StoredTensor):
-            return _plain(_stored_array(tensor, index, rows), dtype, out)
+            stored = _stored_array(tensor, index, rows)
+            return _plain(stored.swapaxes(-1, -2) if transpose else stored, dtype, out)
         source = _PackedSource(tensor, rows)
         array = source.array if index is None else source.array[index]
         if not source.copies:
             source.prefetch(array)
-            return source.load(array).decode(dtype, out=out, backend=backend, num_threads=num_threads)
-        if out is None:
-            out = get_backend(backend).empty(array.shape, decoded_dtype("bfloat16" if dtype is None else dtype))
-        else:
-            array.check_out(out, dtype)
+            return source.load(array).decode(
+                dtype, out=out, transpose=transpose, backend=backend, num_threads=num_threads
+            )
+        out, target = array.prepare_out(dtype, out, transpose=transpose, backend=backend)
         for place, part in array.chunks(READ_BYTES, out.dtype):
-            source.load(part).decode(out=out[place], backend=backend, num_threads=num_threads)
+            source.load(part).decode(out=target[place], backend=backend, num_threads=num_threads)
         return out
 
     def packed(self, name: str) -> MXFP4Array:

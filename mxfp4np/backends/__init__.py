@@ -37,6 +37,7 @@ class Backend(Protocol):
         *,
         start: int = 0,
         order: str = "pairs",
+        fresh: bool = False,
         num_threads: int | None = None,
     ) -> None:
         """Decode packed blocks into ``out``.
@@ -53,6 +54,8 @@ class Backend(Protocol):
             Elements of each row's first block to leave out, 0 to 31. ``start + L`` needs exactly ``G`` blocks.
         order : {"pairs", "halves"}
             Where the elements of a block lie; see `mxfp4np.format.ORDERS`.
+        fresh : bool
+            Whether ``out`` is new memory, which nothing has touched yet.
         num_threads : int, optional
             At most this many threads; as many as the process may use by default.
         """

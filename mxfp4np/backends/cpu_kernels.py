@@ -4,10 +4,10 @@ No policy here: no validation, no allocation, no threads. A kernel works on raw 
 (`mxfp4np.backends.cpu`) has checked, so that one compiled form serves every stride, alignment and rank, releases the
 GIL, and can be called for disjoint ranges from any thread. Importing this module imports Numba and compiles nothing.
 
-The loops are plain Numba. What they do with one block is an intrinsic, `decode_block`, whose machine code depends on
-the features that Numba's own code generator reports. A scale and a code have 256 * 16 possible values, which a table holds;
-16 entries are what a byte shuffle can look up, for all codes of a block at once. Every form looks up the same table, so
-that all give the same bits.
+The loops are plain Numba. What they do with one block is an intrinsic, whose machine code depends on the features that
+Numba's own code generator reports. A scale and a code have 256 * 16 possible values, which a table holds; 16 entries
+are what a byte shuffle can look up, for all codes of a block at once. Every form looks up the same table, so that all
+give the same bits.
 
 Everything that is compiled together stays in this file: Numba's cache on disk notices changes of the file a kernel is
 in, not of the files it calls into.
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from llvmlite import ir
 from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 # Positions in a kernel's `geometry`, an int64 vector. Rows are the leading axes, outermost first; after the fixed part
@@ -28,7 +29,8 @@ BLOCKS_ADDRESS, SCALES_ADDRESS, OUT_ADDRESS, TABLE_ADDRESS = 0, 1, 2, 3
 BLOCKS_STEP, SCALES_STEP, OUT_STEP = 4, 5, 6  # strides from block to block, and from element to element of `out`
 BLOCKS_PER_ROW, START, LENGTH = 7, 8, 9  # elements of a row: `LENGTH`, beginning at `START` of its first block
 ITEMSIZE, STREAMING = 10, 11  # bytes of an element of `out`; whether `out` is too large to stay in the cache
-ROW_AXES = 12
+ROWS, BLOCKS_ROW, SCALES_ROW = 12, 13, 14  # for a transposed `out`: rows of a matrix, and strides from row to row
+ROW_AXES = 15
 
 # The table has one line of 64 bytes for each scale: the 16 words that its codes stand for, then their low bytes, then
 # their high bytes. Words are bfloat16 or float16; a float32 is the bfloat16 with 16 zeros behind, since four bits and a
@@ -122,6 +124,31 @@ def _lookup_portable(builder, block, line, *, halves):
     return words
 
 
+def decoded(form, builder, block, line, *, halves=False):
+    """Return the 32 words of the block at one address, by the table's line at another."""
+    if form == "portable":
+        return _lookup_portable(builder, block, line, halves=halves)
+    codes = _load(builder, block, _vector(_I8, 16))
+    if form == "avx512":
+        return _lookup_avx512(builder, codes, line, halves=halves)
+    shuffle = {"ssse3": "llvm.x86.ssse3.pshuf.b.128", "neon": "llvm.aarch64.neon.tbl1.v16i8"}[form]
+    return _lookup_bytes(builder, codes, line, shuffle, halves=halves)
+
+
+def store_words(builder, words, out, width, align, *, streaming):
+    """Write 32 table words as elements of so many bits."""
+    if width == 32:
+        words = builder.shl(builder.zext(words, _vector(_I32, 32)), _constants(_I32, [16] * 32))
+    store = builder.store(words, builder.inttoptr(out, words.type.as_pointer()), align=align)
+    if streaming:
+        store.set_metadata("nontemporal", builder.module.add_metadata([_I32(1)]))
+
+
+def _form(context):
+    triple, _, features = context.codegen().magic_tuple()
+    return simd(triple, features)
+
+
 def _block_decoder(align, *, streaming):
     @intrinsic
     def decode_block(typingctx, block, line, out, word):
@@ -129,23 +156,9 @@ def _block_decoder(align, *, streaming):
 
         def codegen(context, builder, signature, args):
             block, line, out, word = args
-            triple, _, features = context.codegen().magic_tuple()
-            form = simd(triple, features)
             halves = signature.args[3].signed
-            codes = None if form == "portable" else _load(builder, block, _vector(_I8, 16))
-            if form == "avx512":
-                words = _lookup_avx512(builder, codes, line, halves=halves)
-            elif form == "ssse3":
-                words = _lookup_bytes(builder, codes, line, "llvm.x86.ssse3.pshuf.b.128", halves=halves)
-            elif form == "neon":
-                words = _lookup_bytes(builder, codes, line, "llvm.aarch64.neon.tbl1.v16i8", halves=halves)
-            else:
-                words = _lookup_portable(builder, block, line, halves=halves)
-            if word.type.width == 32:
-                words = builder.shl(builder.zext(words, _vector(_I32, 32)), _constants(_I32, [16] * 32))
-            store = builder.store(words, builder.inttoptr(out, words.type.as_pointer()), align=align)
-            if streaming:
-                store.set_metadata("nontemporal", builder.module.add_metadata([_I32(1)]))
+            words = decoded(_form(context), builder, block, line, halves=halves)
+            store_words(builder, words, out, word.type.width, align, streaming=streaming)
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64, types.int64, word), codegen
@@ -154,8 +167,132 @@ def _block_decoder(align, *, streaming):
 
 
 decode_block = _block_decoder(1, streaming=False)
-stream_block_16 = _block_decoder(16, streaming=True)
-stream_block_64 = _block_decoder(64, streaming=True)
+stream_block = _block_decoder(64, streaming=True)
+
+
+def _line_mover(align, *, streaming):
+    @intrinsic
+    def move_line(typingctx, line, out, word):
+        """Write the 32 table words at one address as elements to another."""
+
+        def codegen(context, builder, signature, args):
+            words = _load(builder, args[0], _vector(_I16, 32), 64)
+            store_words(builder, words, args[1], args[2].type.width, align, streaming=streaming)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, word), codegen
+
+    return move_line
+
+
+move_line = _line_mover(1, streaming=False)
+stream_line = _line_mover(64, streaming=True)
+
+
+def _copier(count, align, *, streaming):
+    @intrinsic
+    def copy(typingctx, source, target):
+        """Copy so many bytes from one address to another."""
+
+        def codegen(context, builder, signature, args):
+            value = _load(builder, args[0], _vector(_I8, count))
+            store = builder.store(value, builder.inttoptr(args[1], value.type.as_pointer()), align=align)
+            if streaming:
+                store.set_metadata("nontemporal", builder.module.add_metadata([_I32(1)]))
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64), codegen
+
+    return copy
+
+
+copy_2 = _copier(2, 1, streaming=False)
+copy_64 = _copier(64, 1, streaming=False)
+stream_64 = _copier(64, 64, streaming=True)
+
+
+def _reserver(nbytes):
+    @intrinsic
+    def reserve(typingctx):
+        """Reserve so many bytes on the stack, aligned to a line of the cache, and return their address."""
+
+        def codegen(context, builder, signature, args):
+            memory = cgutils.alloca_once(builder, _vector(_I8, 64), nbytes // 64)
+            memory.align = 64
+            return builder.ptrtoint(memory, ir.IntType(64))
+
+        return types.int64(), codegen
+
+    return reserve
+
+
+PREFETCH_ROWS, PREFETCH_BYTES = 8, 2048  # found by trying
+BUFFER_BLOCKS = 64
+reserve_buffer = _reserver(BUFFER_BLOCKS * 128)
+reserve_tile = _reserver(32 * 64)  # table words of 32 rows and 32 columns
+
+
+@intrinsic
+def decode_tile(typingctx, block, block_row, scale, scale_row, table, target, word):
+    """Write one block of each of 32 rows to a tile, transposed."""
+
+    def codegen(context, builder, signature, args):
+        block, block_row, scale, scale_row, table, target, _ = args
+        form = _form(context)
+        rows = []
+        for _ in range(32):
+            byte = builder.zext(_load(builder, scale, _I8), table.type)
+            line = builder.add(table, builder.mul(byte, ir.Constant(byte.type, TABLE_LINE)))
+            rows.append(decoded(form, builder, block, line, halves=signature.args[6].signed))
+            block, scale = builder.add(block, block_row), builder.add(scale, scale_row)
+        for i, column in enumerate(_transposed(builder, rows)):
+            builder.store(
+                column, builder.inttoptr(_offset(builder, target, 64 * i), column.type.as_pointer()), align=64
+            )
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 6, word), codegen
+
+
+@intrinsic
+def prefetch(typingctx, address):
+    """Ask for the cache line at an address."""
+
+    def codegen(context, builder, signature, args):
+        pointer = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+        arguments = pointer, _I32(0), _I32(3), _I32(1)  # to read, into all levels of the cache, as data
+        signature = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
+        builder.call(builder.module.declare_intrinsic("llvm.prefetch", (pointer.type,), signature), arguments)
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+def _transposed(builder, rows):
+    """Return the columns of 32 vectors of 32 words."""
+    # Within eight rows, interleaving rows i and i + 4 moves the highest bit of the row number behind the bits of the
+    # column: three times over, rows and columns have changed places, within each group of eight columns. These are
+    # unpack instructions, which work on parts of 128 bits.
+    low = [8 * part + i // 2 + 32 * (i % 2) for part in range(4) for i in range(8)]
+    orders = low, [i + 4 for i in low]
+    eights = []
+    for top in range(0, 32, 8):
+        eight = rows[top : top + 8]
+        for _ in range(3):
+            eight = [_join(builder, eight[i], eight[i + 4], order) for i in range(4) for order in orders]
+        eights.append(eight)
+    # Then the four parts of each vector go to four columns.
+    columns = [None] * 32
+    for j in range(8):
+        for half in (0, 16):
+            pairs = [
+                _join(builder, eights[e][j], eights[e + 1][j], [half + i % 16 + i // 16 * 32 for i in range(32)])
+                for e in (0, 2)
+            ]
+            for part in (0, 8):
+                order = [part + i % 8 + i // 8 % 2 * 16 + i // 16 * 32 for i in range(32)]
+                columns[half + part + j] = _join(builder, *pairs, order)
+    return columns
 
 
 @intrinsic
@@ -223,47 +360,159 @@ def _decode_part(geometry, word, first, last, block, scale, out):
             store_element(line, code, out + i * geometry[OUT_STEP], word)
 
 
-def decode_range(geometry, word, start, stop):
-    """Decode blocks ``start`` to ``stop - 1``, counted over all rows in C order, to words of the type of ``word``."""
+@njit(nogil=True, inline="always")
+def _along_axes(geometry, row, block, scale, out):
+    """Return three addresses moved to a row, counted over the row axes in C order."""
+    for axis in range(len(geometry) - 4, ROW_AXES - 1, -4):
+        index = row % geometry[axis]
+        row //= geometry[axis]
+        block += index * geometry[axis + 1]
+        scale += index * geometry[axis + 2]
+        out += index * geometry[axis + 3]
+    return block, scale, out
+
+
+@njit(nogil=True, inline="always")
+def _decode_row(geometry, word, first, last, block, scale, out, scratch):
+    """Decode what belongs to a row of its blocks ``first`` to ``last - 1``."""
     table = geometry[TABLE_ADDRESS]
-    per_row = geometry[BLOCKS_PER_ROW]
     block_step = geometry[BLOCKS_STEP]
     scale_step = geometry[SCALES_STEP]
+    skip = geometry[START]
+    length = geometry[LENGTH]
     size = geometry[ITEMSIZE]
-    while start < stop:
-        row = start // per_row
-        first = start - row * per_row
-        last = min(per_row, first + stop - start)
-        start += last - first
-        block = geometry[BLOCKS_ADDRESS]
-        scale = geometry[SCALES_ADDRESS]
-        out = geometry[OUT_ADDRESS]
-        for axis in range(len(geometry) - 4, ROW_AXES - 1, -4):
-            index = row % geometry[axis]
-            row //= geometry[axis]
-            block += index * geometry[axis + 1]
-            scale += index * geometry[axis + 2]
-            out += index * geometry[axis + 3]
-        # Blocks that are in the row as a whole, one after the other; those before and after them may be in it in part.
-        whole = last
-        end = last
-        if geometry[OUT_STEP] == size:
-            whole = min(last, max(first, (geometry[START] + 31) // 32))
-            end = max(whole, min(last, (geometry[START] + geometry[LENGTH]) // 32))
-        _decode_part(geometry, word, first, whole, block, scale, out)
-        target = out + (32 * whole - geometry[START]) * size
-        if geometry[STREAMING] and target % 64 == 0:
-            for g in range(whole, end):
+    block += first * block_step
+    scale += first * scale_step
+    offset = 32 * first - skip  # of a block's first element in the row
+    if geometry[OUT_STEP] != size:
+        _decode_part(geometry, word, first, last, block - first * block_step, scale - first * scale_step, out)
+    elif offset >= 0 and 32 * last - skip <= length and (not geometry[STREAMING] or (out + offset * size) % 64 == 0):
+        target = out + offset * size
+        if geometry[STREAMING]:
+            for g in range(last - first):
                 line = table + TABLE_LINE * load_byte(scale + g * scale_step)
-                stream_block_64(block + g * block_step, line, out + (32 * g - geometry[START]) * size, word)
-        elif geometry[STREAMING] and target % 16 == 0:
-            for g in range(whole, end):
-                line = table + TABLE_LINE * load_byte(scale + g * scale_step)
-                stream_block_16(block + g * block_step, line, out + (32 * g - geometry[START]) * size, word)
+                stream_block(block + g * block_step, line, target + 32 * g * size, word)
         else:
-            for g in range(whole, end):
+            for g in range(last - first):
                 line = table + TABLE_LINE * load_byte(scale + g * scale_step)
-                decode_block(block + g * block_step, line, out + (32 * g - geometry[START]) * size, word)
-        _decode_part(geometry, word, end, last, block, scale, out)
+                decode_block(block + g * block_step, line, target + 32 * g * size, word)
+    else:
+        # Blocks that are in the row in part, or do not fall on whole lines of the cache, go by way of a buffer.
+        for begin in range(first, last, BUFFER_BLOCKS):
+            count = min(BUFFER_BLOCKS, last - begin)
+            for g in range(begin - first, begin - first + count):
+                line = table + TABLE_LINE * load_byte(scale + g * scale_step)
+                decode_block(block + g * block_step, line, scratch + 32 * (g - begin + first) * size, word)
+            low = max(0, 32 * begin - skip)
+            high = min(length, 32 * (begin + count) - skip)
+            source = scratch + (low - 32 * begin + skip) * size
+            _move(source, out + low * size, (high - low) * size, geometry[STREAMING])
+
+
+@njit(nogil=True, inline="always")
+def _move(source, target, count, streaming):
+    """Copy an even number of bytes, in whole lines of the target where they are to be streamed."""
+    lines = target + count  # where whole lines begin, and end
+    if target % 2 == 0:
+        lines = min(target + count, (target + 63) // 64 * 64)
+    while target < lines:
+        copy_2(source, target)
+        source += 2
+        target += 2
+        count -= 2
+    while count >= 64:
+        if streaming:
+            stream_64(source, target)
+        else:
+            copy_64(source, target)
+        source += 64
+        target += 64
+        count -= 64
+    while count > 0:
+        copy_2(source, target)
+        source += 2
+        target += 2
+        count -= 2
+
+
+def decode_range(geometry, word, start, stop):
+    """Decode blocks ``start`` to ``stop - 1``, counted over all rows in C order, to words of the type of ``word``."""
+    per_row = geometry[BLOCKS_PER_ROW]
+    scratch = reserve_buffer()
+    innermost = len(geometry) - 4
+    row = start // per_row
+    first = start - row * per_row
+    while start < stop:
+        block, scale, out = geometry[BLOCKS_ADDRESS], geometry[SCALES_ADDRESS], geometry[OUT_ADDRESS]
+        block, scale, out = _along_axes(geometry, row, block, scale, out)
+        rows = 1  # that follow in the innermost axis
+        if innermost >= ROW_AXES:
+            rows = geometry[innermost] - row % geometry[innermost]
+        row += rows
+        while rows > 0 and start < stop:
+            last = min(per_row, first + stop - start)
+            if innermost >= ROW_AXES:  # the processor does not see that reading goes on at the next row
+                ahead = PREFETCH_ROWS * geometry[innermost + 1]
+                for i in range(0, min(PREFETCH_BYTES, per_row * geometry[BLOCKS_STEP]), 64):
+                    prefetch(block + ahead + i)
+                prefetch(scale + PREFETCH_ROWS * geometry[innermost + 2])
+            _decode_row(geometry, word, first, last, block, scale, out, scratch)
+            start += last - first
+            first = 0
+            rows -= 1
+            if innermost >= ROW_AXES:
+                block += geometry[innermost + 1]
+                scale += geometry[innermost + 2]
+                out += geometry[innermost + 3]
+    if geometry[STREAMING]:
+        fence()
+
+
+def transpose_range(geometry, word, start, stop):
+    """Decode matrices whose rows are the columns of ``out``, 32 rows at a time: from group ``start`` to ``stop - 1``.
+
+    Groups of rows are counted over all matrices in C order, the last of a matrix being what is left of it. Elements of
+    a column of ``out`` are next to each other.
+    """
+    table = geometry[TABLE_ADDRESS]
+    size = geometry[ITEMSIZE]
+    step = geometry[OUT_STEP]
+    block_step = geometry[BLOCKS_STEP]
+    block_row = geometry[BLOCKS_ROW]
+    scale_row = geometry[SCALES_ROW]
+    per_row = geometry[BLOCKS_PER_ROW]
+    groups = (geometry[ROWS] + 31) // 32
+    scratch = reserve_tile()
+    for group in range(start, stop):
+        matrix = group // groups
+        top = 32 * (group - matrix * groups)
+        block, scale, out = geometry[BLOCKS_ADDRESS], geometry[SCALES_ADDRESS], geometry[OUT_ADDRESS]
+        block, scale, out = _along_axes(geometry, matrix, block, scale, out)
+        block += top * block_row
+        scale += top * scale_row
+        out += top * size
+        # Blocks that are inside as a whole, where there are 32 rows, go by tiles; all else goes by elements.
+        whole = end = per_row
+        if top + 32 <= geometry[ROWS]:
+            whole = min(per_row, (geometry[START] + 31) // 32)
+            end = max(whole, min(per_row, (geometry[START] + geometry[LENGTH]) // 32))
+        for row in range(min(32, geometry[ROWS] - top)):
+            source = block + row * block_row, scale + row * scale_row
+            _decode_part(geometry, word, 0, whole, source[0], source[1], out + row * size)
+            _decode_part(geometry, word, end, per_row, source[0], source[1], out + row * size)
+        for g in range(whole, end):
+            if g % 4 == whole % 4:  # rows lie too far apart for the processor to see what comes next
+                for row in range(32, 64):
+                    prefetch(block + row * block_row + g * block_step)
+            decode_tile(
+                block + g * block_step, block_row, scale + g * geometry[SCALES_STEP], scale_row, table, scratch, word
+            )
+            target = out + (32 * g - geometry[START]) * step
+            if geometry[STREAMING] and (target | step) % 64 == 0:
+                for i in range(32):
+                    stream_line(scratch + 64 * i, target + i * step, word)
+            else:  # parts of lines, far apart, are not for streaming
+                for i in range(32):
+                    move_line(scratch + 64 * i, target + i * step, word)
     if geometry[STREAMING]:
         fence()

@@ -37,6 +37,7 @@ class ReferenceBackend:
         *,
         start: int = 0,
         order: str = "pairs",
+        fresh: bool = False,  # noqa: ARG002
         num_threads: int | None = None,  # noqa: ARG002
     ) -> None:
         # A group is as many blocks of one row as fit, or as many whole slabs of the first axis.

@@ -1,0 +1,151 @@
+"""The CPU backend's machine code: every form of it, forced by the features Numba is given, gives the same bits."""
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import llvmlite.binding as llvm
+import numpy as np
+import pytest
+from contract import DTYPES, assert_same_bits, oracle
+from llvmlite import ir
+from numba.core.registry import cpu_target
+
+import mxfp4np
+from mxfp4np.backends import cpu_kernels
+from mxfp4np.backends.memory import aligned_empty
+
+SSSE3 = "+sse,+sse2,+sse3,+ssse3,+cx16,-sse4.1,-avx,-avx2,-avx512f,-avx512bw"
+AVX2 = "+sse,+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+popcnt,+avx,+avx2,+bmi,+bmi2,+fma,+xsave,-avx512f,-avx512bw"
+FORMS = {
+    "as it is": ({}, None, None),
+    "avx2": ({"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": AVX2}, "+avx2", "ssse3"),
+    "ssse3": ({"NUMBA_CPU_NAME": "core2", "NUMBA_CPU_FEATURES": SSSE3}, "+ssse3", "ssse3"),
+    "generic": ({"NUMBA_CPU_NAME": "generic"}, "", "portable"),
+}
+
+EXHAUSTIVE = """
+import itertools, sys
+sys.path.insert(0, sys.argv[1])
+import numpy as np
+from numba.core.registry import cpu_target
+from contract import DTYPES, assert_same_bits, every_pair, oracle
+from mxfp4np.backends import cpu_kernels
+from mxfp4np.backends.memory import aligned_empty
+import mxfp4np
+
+blocks, scales = every_pair()
+many = [np.ascontiguousarray(np.broadcast_to(a, (40, *a.shape))) for a in (blocks, scales)]
+for dtype, order in itertools.product(DTYPES, ("pairs", "halves")):
+    for start in (0, 5):
+        part = mxfp4np.MXFP4Array(blocks, scales, order)[:, start:]
+        expected = oracle(blocks, scales, dtype, order)[:, start:]
+        assert_same_bits(part.decode(dtype), expected)
+        assert_same_bits(part.decode(dtype, transpose=True), expected.T)
+    # Large enough to be written past the cache, at every alignment.
+    array, expected = mxfp4np.MXFP4Array(*many, order), oracle(*many, dtype, order)
+    for offset in (0, 16, 2, 1):
+        memory = aligned_empty((expected.nbytes + 64,), np.dtype("u1"))[offset : offset + expected.nbytes]
+        out = memory.view(expected.dtype).reshape(expected.shape)
+        assert_same_bits(array.decode(out=out), expected)
+        out = out.reshape(40, 512, 256)
+        assert_same_bits(array.decode(out=out, transpose=True), expected.swapaxes(-1, -2))
+triple, _, features = cpu_target.target_context.codegen().magic_tuple()
+print(cpu_kernels.simd(triple, features))
+"""
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_machine_code_is_exact(form):
+    environment, needed, expected = FORMS[form]
+    _, _, features = cpu_target.target_context.codegen().magic_tuple()
+    if needed is not None and (platform.machine() not in ("x86_64", "AMD64") or needed not in features):
+        pytest.skip(f"this processor has no {needed}")
+    command = [sys.executable, "-c", EXHAUSTIVE, str(Path(__file__).parent)]
+    environment = {**os.environ, **environment}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    assert expected in (None, result.stdout.strip())
+
+
+@pytest.mark.parametrize(
+    ("triple", "features", "form"),
+    [
+        ("x86_64-unknown-linux-gnu", "+avx2,+avx512bw,+ssse3", "avx512"),
+        ("x86_64-unknown-linux-gnu", "+avx2,+ssse3,-avx512bw", "ssse3"),
+        ("x86_64-unknown-linux-gnu", "+sse2,-ssse3", "portable"),
+        ("x86_64-unknown-linux-gnu", "", "portable"),
+        ("aarch64-apple-darwin", "", "neon"),
+        ("aarch64-unknown-linux-gnu", "+neon,+sve", "neon"),
+        ("riscv64-unknown-linux-gnu", "", "portable"),
+    ],
+)
+def test_the_form_follows_from_triple_and_features(triple, features, form):
+    assert cpu_kernels.simd(triple, features) == form
+
+
+def test_arm_looks_up_with_tbl():
+    address = ir.IntType(64)
+    module = ir.Module()
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [address] * 3), "decode")
+    builder = ir.IRBuilder(function.append_basic_block())
+    block, line, out = function.args
+    words = cpu_kernels.decoded("neon", builder, block, line)
+    cpu_kernels.store_words(builder, words, out, 16, 16, streaming=False)
+    builder.ret_void()
+    try:
+        llvm.initialize_all_targets()
+        llvm.initialize_all_asmprinters()
+        target = llvm.Target.from_triple("aarch64-unknown-linux-gnu")
+    except RuntimeError:
+        pytest.skip("this llvmlite has no AArch64 code generator")
+    compiled = llvm.parse_assembly(str(module))
+    assembly = target.create_target_machine(opt=3).emit_assembly(compiled)
+    assert assembly.count("tbl\t") == 4
+
+
+@pytest.mark.parametrize("order", ["pairs", "halves"])
+@pytest.mark.parametrize("backend", ["numpy", "cpu"])
+@pytest.mark.parametrize("shape", [(2, 64, 3), (40, 2), (3, 33, 5), (2, 2, 100, 4), (1, 7), (31, 1), (0, 2), (2, 0, 2)])
+def test_transpose(shape, backend, order):
+    rng = np.random.default_rng(0)
+    blocks, scales = rng.integers(0, 256, (*shape, 16), np.uint8), rng.integers(0, 256, shape, np.uint8)
+    for dtype in DTYPES:
+        for span in (slice(None), slice(3, None), slice(5, -7)):
+            packed = mxfp4np.MXFP4Array(blocks, scales, order)[..., span]
+            expected = oracle(blocks, scales, dtype, order)[..., span].swapaxes(-1, -2)
+            assert_same_bits(packed.decode(dtype, transpose=True, backend=backend), expected)
+            around = np.full((*expected.shape[:-1], expected.shape[-1] + 4), 7, DTYPES[dtype])
+            assert_same_bits(packed.decode(out=around[..., 2:-2], transpose=True, backend=backend), expected)
+            assert np.all(around[..., :2] == 7)
+            assert np.all(around[..., -2:] == 7)
+
+
+def test_transpose_needs_two_axes_and_the_transposed_out():
+    blocks, scales = np.zeros((4, 3, 16), np.uint8), np.zeros((4, 3), np.uint8)
+    assert mxfp4np.decode(blocks, scales, transpose=True).shape == (96, 4)
+    with pytest.raises(ValueError, match="two axes or more"):
+        mxfp4np.decode(blocks[0], scales[0], transpose=True)
+    with pytest.raises(ValueError, match=r"shape \(96, 4\), found \(4, 96\)"):
+        mxfp4np.decode(blocks, scales, out=np.zeros((4, 96), np.float32), transpose=True)
+
+
+@pytest.mark.parametrize("io", ["mmap", "pread"])
+def test_a_checkpoint_transposes_as_transformers_does(io):
+    folder = Path(__file__).parent / "data" / "gpt_oss_hf"
+    with np.load(folder / "expected.npz") as golden, mxfp4np.Checkpoint(folder, io=io) as ckpt:
+        names = [name.removesuffix("__in_out") for name in golden.files if name.endswith("__in_out")]
+        assert names
+        for name in names:
+            assert np.array_equal(ckpt.get(name, dtype="float32", transpose=True), golden[name + "__in_out"])
+            part = ckpt.get(name, dtype="float32", index=np.s_[1, 2:9, 32:], transpose=True)
+            assert np.array_equal(part, golden[name + "__in_out"][1, 32:, 2:9])
+        bias = ckpt[names[0] + "_bias"]
+        assert np.array_equal(ckpt.get(names[0] + "_bias", transpose=True), bias.T)
+
+
+def test_results_of_every_size_are_aligned():
+    for n in (1, 3, 100, 4097):
+        assert aligned_empty((n,), np.dtype("f4")).ctypes.data % 64 == 0
