@@ -133,9 +133,8 @@ class Layout:
             return flat.reshape(blocks[:-1])
         *lead, rows, groups = _at_least_2d(blocks[:-1])
         down, across = -(-rows // 128), -(-groups // 4)
-        tiles = flat.reshape(
-            *lead, down, across, 32, 4, 4
-        )  # [.., down, across, r, q, c] to [.., down, q, r, across, c]
+        # From [.., down, across, r, q, c] to [.., down, q, r, across, c].
+        tiles = flat.reshape(*lead, down, across, 32, 4, 4)
         whole = np.moveaxis(tiles, (-2, -4), (-4, -2)).reshape(*lead, 128 * down, 4 * across)
         return whole[..., :rows, :groups].reshape(blocks[:-1])
 

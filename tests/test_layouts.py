@@ -521,6 +521,14 @@ def test_forcing(tmp_path, layout, capsys):
     assert_same_bits(np.load(out), VALUES)
 
 
+@every_sample
+def test_forcing_what_it_is_changes_nothing(sample):
+    with mxfp4np.Checkpoint(DATA / sample, layout=SAMPLES[sample]) as ckpt:
+        for name, values in answers(sample).items():
+            assert_same_bits(ckpt.get(name, dtype="float32"), values)
+            assert ckpt.info(name).reason in (f"layout={SAMPLES[sample]!r}", None)
+
+
 def test_forcing_leaves_other_names_alone_and_is_still_checked(tmp_path):
     with mxfp4np.Checkpoint(DATA / "mlx", layout="quark") as ckpt:
         assert {ckpt.info(name).layout for name in ckpt} == {"mlx"}
@@ -581,6 +589,7 @@ def test_gate_and_up_by_name(sample, weight, bias, io):
             assert_same_bits(ckpt.get(f"{bias}/{half}", index=np.s_[1, 3:]), expected[1, 3:])
             assert ckpt.info(f"{bias}/{half}").shape == expected.shape
             assert [piece.shape for _, piece in ckpt.chunks(f"{bias}/{half}")] == [expected.shape]
+            assert_same_bits(ckpt.get(f"{weight}/{half}", transpose=True), ckpt[weight][:, first::2].swapaxes(-1, -2))
         if io == "mmap":
             assert np.shares_memory(ckpt.packed(f"{weight}/gate").blocks, ckpt.packed(weight).blocks)
             assert np.shares_memory(ckpt[f"{bias}/up"], ckpt[bias])
