@@ -226,7 +226,7 @@ def _reserver(nbytes):
     return reserve
 
 
-PREFETCH_ROWS, PREFETCH_BYTES = 8, 2048  # found by trying
+PREFETCH_ROWS = 3
 BUFFER_BLOCKS = 64
 reserve_buffer = _reserver(BUFFER_BLOCKS * 128)
 reserve_tile = _reserver(32 * 64)  # table words of 32 rows and 32 columns
@@ -374,39 +374,20 @@ def _along_axes(geometry, row, block, scale, out):
 
 @njit(nogil=True, inline="always")
 def _decode_row(geometry, word, first, last, block, scale, out, scratch):
-    """Decode what belongs to a row of its blocks ``first`` to ``last - 1``."""
-    table = geometry[TABLE_ADDRESS]
-    block_step = geometry[BLOCKS_STEP]
-    scale_step = geometry[SCALES_STEP]
-    skip = geometry[START]
-    length = geometry[LENGTH]
+    """Decode what belongs to a row of its blocks ``first`` to ``last - 1``, whole or in part, to any address."""
     size = geometry[ITEMSIZE]
-    block += first * block_step
-    scale += first * scale_step
-    offset = 32 * first - skip  # of a block's first element in the row
     if geometry[OUT_STEP] != size:
-        _decode_part(geometry, word, first, last, block - first * block_step, scale - first * scale_step, out)
-    elif offset >= 0 and 32 * last - skip <= length and (not geometry[STREAMING] or (out + offset * size) % 64 == 0):
-        target = out + offset * size
-        if geometry[STREAMING]:
-            for g in range(last - first):
-                line = table + TABLE_LINE * load_byte(scale + g * scale_step)
-                stream_block(block + g * block_step, line, target + 32 * g * size, word)
-        else:
-            for g in range(last - first):
-                line = table + TABLE_LINE * load_byte(scale + g * scale_step)
-                decode_block(block + g * block_step, line, target + 32 * g * size, word)
-    else:
-        # Blocks that are in the row in part, or do not fall on whole lines of the cache, go by way of a buffer.
-        for begin in range(first, last, BUFFER_BLOCKS):
-            count = min(BUFFER_BLOCKS, last - begin)
-            for g in range(begin - first, begin - first + count):
-                line = table + TABLE_LINE * load_byte(scale + g * scale_step)
-                decode_block(block + g * block_step, line, scratch + 32 * (g - begin + first) * size, word)
-            low = max(0, 32 * begin - skip)
-            high = min(length, 32 * (begin + count) - skip)
-            source = scratch + (low - 32 * begin + skip) * size
-            _move(source, out + low * size, (high - low) * size, geometry[STREAMING])
+        _decode_part(geometry, word, first, last, block, scale, out)
+        return
+    for begin in range(first, last, BUFFER_BLOCKS):
+        end = min(last, begin + BUFFER_BLOCKS)
+        for g in range(begin, end):
+            line = geometry[TABLE_ADDRESS] + TABLE_LINE * load_byte(scale + g * geometry[SCALES_STEP])
+            decode_block(block + g * geometry[BLOCKS_STEP], line, scratch + 32 * (g - begin) * size, word)
+        low = max(0, 32 * begin - geometry[START])
+        high = min(geometry[LENGTH], 32 * end - geometry[START])
+        source = scratch + (low - 32 * begin + geometry[START]) * size
+        _move(source, out + low * size, (high - low) * size, geometry[STREAMING])
 
 
 @njit(nogil=True, inline="always")
@@ -437,34 +418,61 @@ def _move(source, target, count, streaming):
 
 def decode_range(geometry, word, start, stop):
     """Decode blocks ``start`` to ``stop - 1``, counted over all rows in C order, to words of the type of ``word``."""
+    table = geometry[TABLE_ADDRESS]
+    size = geometry[ITEMSIZE]
     per_row = geometry[BLOCKS_PER_ROW]
+    block_step = geometry[BLOCKS_STEP]
+    scale_step = geometry[SCALES_STEP]
+    streaming = geometry[STREAMING]
+    block_row, scale_row, out_row, rows = 0, 0, 0, 1  # along the innermost row axis
+    if len(geometry) > ROW_AXES:
+        rows, block_row, scale_row, out_row = geometry[-4], geometry[-3], geometry[-2], geometry[-1]
+    # What the processor reads ahead by itself ends where a row does.
+    block_ahead, scale_ahead = PREFETCH_ROWS * block_row, PREFETCH_ROWS * scale_row
+    whole = geometry[OUT_STEP] == size and geometry[START] == 0 and geometry[LENGTH] == 32 * per_row
     scratch = reserve_buffer()
-    innermost = len(geometry) - 4
-    row = start // per_row
-    first = start - row * per_row
     while start < stop:
+        row = start // per_row
+        first = start - row * per_row
         block, scale, out = geometry[BLOCKS_ADDRESS], geometry[SCALES_ADDRESS], geometry[OUT_ADDRESS]
         block, scale, out = _along_axes(geometry, row, block, scale, out)
-        rows = 1  # that follow in the innermost axis
-        if innermost >= ROW_AXES:
-            rows = geometry[innermost] - row % geometry[innermost]
-        row += rows
-        while rows > 0 and start < stop:
-            last = min(per_row, first + stop - start)
-            if innermost >= ROW_AXES:  # the processor does not see that reading goes on at the next row
-                ahead = PREFETCH_ROWS * geometry[innermost + 1]
-                for i in range(0, min(PREFETCH_BYTES, per_row * geometry[BLOCKS_STEP]), 64):
-                    prefetch(block + ahead + i)
-                prefetch(scale + PREFETCH_ROWS * geometry[innermost + 2])
-            _decode_row(geometry, word, first, last, block, scale, out, scratch)
-            start += last - first
-            first = 0
-            rows -= 1
-            if innermost >= ROW_AXES:
-                block += geometry[innermost + 1]
-                scale += geometry[innermost + 2]
-                out += geometry[innermost + 3]
-    if geometry[STREAMING]:
+        count = min(stop - start, (rows - row % rows) * per_row - first)
+        start += count
+        if whole and not (streaming and (out | out_row) % 64):
+            # All rows in one loop, which needs no memory for its own: between streaming stores, even a variable that
+            # has been put on the stack can be slow to come back, since the processor tells addresses apart by their
+            # lowest bits.
+            block += first * block_step
+            scale += first * scale_step
+            out += 32 * first * size
+            left = per_row - first
+            for _ in range(count):
+                prefetch(block + block_ahead)
+                prefetch(scale + scale_ahead)
+                line = table + TABLE_LINE * load_byte(scale)
+                if streaming:
+                    stream_block(block, line, out, word)
+                else:
+                    decode_block(block, line, out, word)
+                block += block_step
+                scale += scale_step
+                out += 32 * size
+                left -= 1
+                if left == 0:
+                    left = per_row
+                    block += block_row - per_row * block_step
+                    scale += scale_row - per_row * scale_step
+                    out += out_row - 32 * per_row * size
+        else:
+            while count > 0:
+                last = min(per_row, first + count)
+                _decode_row(geometry, word, first, last, block, scale, out, scratch)
+                count -= last - first
+                first = 0
+                block += block_row
+                scale += scale_row
+                out += out_row
+    if streaming:
         fence()
 
 
