@@ -340,7 +340,7 @@ class Reading(NamedTuple):
     @property
     def halves(self) -> tuple[StoredTensor, ...]:
         """The stored tensors that are there."""
-        return tuple(half for half in (self.codes, self.scales) if half is not None)
+        return tuple(filter(None, (self.codes, self.scales)))
 
 
 class PackedTensor(NamedTuple):
@@ -527,10 +527,13 @@ def find_tensors(evidence: Evidence) -> dict[str, StoredTensor | PackedTensor]:
         for tensor in stored.values():
             if tensor.dtype in endings and tensor.name not in names:
                 for name, reading in understand(tensor, evidence):
-                    before = packed.get(name, PackedTensor(name, ()))
-                    if before.readings and not set(before.stored) & set(reading.halves):
+                    before = packed.get(name)
+                    if before is None:
+                        packed[name] = PackedTensor(name, (reading,))
+                    elif set(before.stored) & set(reading.halves):
+                        packed[name] = PackedTensor(name, (*before.readings, reading))
+                    else:
                         raise _same_name(reading.halves, before.stored, name)
-                    packed[name] = PackedTensor(name, (*before.readings, reading))
                     for half in reading.halves:
                         names[half.name] = name
     found: dict[str, StoredTensor | PackedTensor] = {}
