@@ -38,7 +38,7 @@ def main() -> None:
             warm = [seconds(DECODE, cache) for _ in range(5)]
             imports = [seconds(IMPORT, cache) for _ in range(5)]
     for what, values in (("first decode, empty cache", cold), ("first decode, warm cache", warm), ("import", imports)):
-        print(f"{what}: {statistics.median(values):.3f} s ({min(values):.3f} to {max(values):.3f})")
+        print(f"{what}: {statistics.median(values):.4f} s ({min(values):.4f} to {max(values):.4f})")
 
 
 if __name__ == "__main__":

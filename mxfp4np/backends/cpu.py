@@ -64,7 +64,7 @@ class CPUBackend:
             return
         transposed = _is_transposed(out)
         word = _WORDS[order, out.itemsize]
-        kernel = decode_kernel(word.dtype.name, transposed)
+        kernel = decode_kernel(type(word), transposed)
         if kernel is None:
             return ReferenceBackend().decode(blocks, scales, out, start=start, order=order)
         if blocks.strides[-1] != 1:  # the bytes of a block lie apart: gather them, at most half the size of `out`
@@ -156,10 +156,10 @@ def _table_address(float16: bool) -> int:
 
 
 _compiling = threading.Lock()
-_kernels: dict[tuple[str, bool], Kernel | None] = {}
+_kernels: dict[tuple[type, bool], Kernel | None] = {}
 
 
-def decode_kernel(word: str, transposed: bool = False) -> Kernel | None:
+def decode_kernel(word: type, transposed: bool) -> Kernel | None:
     """Return the kernel compiled for words of this type, or None where Numba's compiler is switched off."""
     key = word, transposed
     if key not in _kernels:
@@ -169,7 +169,7 @@ def decode_kernel(word: str, transposed: bool = False) -> Kernel | None:
     return _kernels[key]
 
 
-def _compile(word: str, transposed: bool) -> Kernel | None:
+def _compile(word: type, transposed: bool) -> Kernel | None:
     import numba
 
     if numba.config.DISABLE_JIT:
@@ -177,7 +177,7 @@ def _compile(word: str, transposed: bool) -> Kernel | None:
     from . import cpu_kernels
 
     function = cpu_kernels.transpose_range if transposed else cpu_kernels.decode_range
-    signature = (numba.types.int64[::1], getattr(numba.types, word), numba.types.int64, numba.types.int64)
+    signature = (numba.types.int64[::1], getattr(numba.types, word.__name__), numba.types.int64, numba.types.int64)
     for cache in (True, False):
         try:
             kernel = numba.njit(nogil=True, cache=cache)(function)
