@@ -44,9 +44,9 @@ def every_pair():
 
 
 @st.composite
-def packed(draw, max_side=4):
+def packed(draw, max_side=4, max_axes=4):
     """Draw blocks and scales of any rank, empty axes and every kind of strides included."""
-    lead = draw(st.lists(st.integers(0, max_side), max_size=4))
+    lead = draw(st.lists(st.integers(0, max_side), max_size=max_axes))
     groups = draw(st.integers(0, max_side))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     shape = (*lead, groups)

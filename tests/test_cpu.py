@@ -1,20 +1,25 @@
 """The CPU backend's machine code: every form of it, forced by the features Numba is given, gives the same bits."""
 
+import math
 import os
 import platform
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import llvmlite.binding as llvm
 import numpy as np
 import pytest
-from contract import DTYPES, assert_same_bits, oracle
+from contract import DTYPES, assert_same_bits, indices, oracle, packed
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from llvmlite import ir
 from numba.core.registry import cpu_target
 
 import mxfp4np
-from mxfp4np.backends import cpu_kernels
+from mxfp4np import MXFP4Array
+from mxfp4np.backends import cpu, cpu_kernels
 from mxfp4np.backends.memory import aligned_empty
 
 SSSE3 = "+sse,+sse2,+sse3,+ssse3,+cx16,-sse4.1,-avx,-avx2,-avx512f,-avx512bw"
@@ -144,6 +149,32 @@ def test_a_checkpoint_transposes_as_transformers_does(io):
             assert np.array_equal(part, golden[name + "__in_out"][1, 32:, 2:9])
         bias = ckpt[names[0] + "_bias"]
         assert np.array_equal(ckpt.get(names[0] + "_bias", transpose=True), bias.T)
+
+
+@given(data=st.data(), streaming=st.booleans(), transpose=st.booleans())
+@settings(max_examples=300)
+def test_small_pieces_past_the_cache_and_not(data, streaming, transpose):
+    """What large arrays go through, on small ones: several threads, odd pieces, streaming stores at any alignment."""
+    blocks, scales = data.draw(packed() | packed(max_side=70, max_axes=1))
+    order = data.draw(st.sampled_from(["pairs", "halves"]))
+    dtype = data.draw(st.sampled_from(sorted(DTYPES)))
+    whole = oracle(blocks, scales, dtype, order)
+    index = data.draw(indices(whole.shape))
+    part, expected = MXFP4Array(blocks, scales, order)[index], whole[index]
+    if transpose := transpose and part.ndim > 1:
+        expected = expected.swapaxes(-1, -2)
+    skew, pad = data.draw(st.sampled_from([0, 1, 2, 16, 32])), data.draw(st.sampled_from([0, 5, 32]))
+    shape = (*expected.shape[:-1], expected.shape[-1] + 2 * pad)
+    memory = aligned_empty((math.prod(shape) * expected.itemsize + 128,), np.dtype(np.uint8))
+    memory[:] = 0x55
+    out = memory[skew:][: math.prod(shape) * expected.itemsize].view(expected.dtype).reshape(shape)
+    out = out[..., pad : pad + expected.shape[-1]]
+    limits = {"SERIAL_BLOCKS": 8, "PIECE_BLOCKS": (3, 17), "STREAMING_BYTES": 0 if streaming else sys.maxsize}
+    with mock.patch.multiple(cpu, **limits):
+        part.decode(out=out, transpose=transpose, num_threads=data.draw(st.integers(1, 3)))
+    assert_same_bits(out, expected)
+    out[...] = np.full((), 0x55, np.uint8).repeat(expected.itemsize).view(expected.dtype)[0]
+    assert np.all(memory == 0x55), "written outside of out"
 
 
 def test_results_of_every_size_are_aligned():
