@@ -1,11 +1,19 @@
-"""What every backend must do, run against each of them by test_backends.py.
+"""What every backend must do, run against each of them by test_backends.py; and what several test files share.
 
 The oracle is independent of the library: ml_dtypes' own float4_e2m1fn and float8_e8m0fnu types, multiplied in float64.
 """
 
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
 import ml_dtypes
 import numpy as np
 from hypothesis import strategies as st
+
+import mxfp4np
 
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype("float16"), "float32": np.dtype("float32")}
 
@@ -101,3 +109,17 @@ def indices(draw, shape):
     if kind == "suffix":
         return (Ellipsis, *items[cut:])
     return tuple(items)
+
+
+def run_python(code, *arguments, timeout=120):
+    """Run code in a fresh interpreter and return what it prints."""
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(code), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(mxfp4np.__file__).parents[1])},
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout

@@ -7,14 +7,13 @@ import json
 import os
 import pickle
 import subprocess
-import sys
-import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
+from contract import run_python
 
 import mxfp4np
 from mxfp4np import CheckpointError, LayoutError, MXFP4Array, TensorNotFoundError
@@ -804,20 +803,6 @@ def test_decoded_arrays_are_new_contiguous_and_aligned(shards, io):
 
 
 # Memory
-
-
-def run_python(code, *arguments, timeout=120):
-    """Run code in a fresh interpreter and return what it prints."""
-    result = subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(code), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-        env={**os.environ, "PYTHONPATH": str(Path(mxfp4np.__file__).parents[1])},
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 MEASURE = """

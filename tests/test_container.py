@@ -5,10 +5,7 @@ import itertools
 import json
 import math
 import os
-import subprocess
-import sys
 import tempfile
-import textwrap
 import threading
 import time
 from importlib.metadata import version
@@ -18,6 +15,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from contract import run_python
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -252,20 +250,6 @@ def test_huge_headers_take_bounded_time_and_memory(tmp_path, length, size, found
     path.unlink()
     assert output.split()[0] == found
     assert int(output.split()[1]) < limit
-
-
-def run_python(code, *arguments, timeout=120):
-    """Run code in a fresh interpreter and return what it prints."""
-    result = subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(code), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-        env={**os.environ, "PYTHONPATH": str(Path(mxfp4np.__file__).parents[1])},
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 # Things that are no files
