@@ -492,13 +492,15 @@ def _plain(array: Any, dtype: DTypeLike | None, out: NDArray[Any] | None) -> Any
         if out.shape != array.shape or (dtype is not None and out.dtype != as_dtype(dtype)):
             expected = f"shape {array.shape}" + (f" and dtype {as_dtype(dtype)}" if dtype is not None else "")
             raise ValueError(f"out must have {expected}, found {out.shape} and {out.dtype}")
-        np.copyto(out, array, casting="unsafe")
-        return out
+        dtype = out.dtype
     if dtype is None:
         return array
     if array.dtype.kind == "c" and as_dtype(dtype).kind != "c":
         raise ValueError(f"complex values cannot become {as_dtype(dtype)}")
-    return array.astype(as_dtype(dtype), copy=False)
+    if out is None:
+        return array.astype(as_dtype(dtype), copy=False)
+    np.copyto(out, array, casting="unsafe")
+    return out
 
 
 def _reopen(path: PathLike | Sequence[PathLike], device: str, io: str, layout: str | None) -> Checkpoint:

@@ -140,9 +140,12 @@ class TensorFile:
                 if self._file is None:
                     self._file = self._reopen()
                 # Pages that are reserved and never touched: only their addresses matter.
-                # Private and read-only where the system has such maps, so that they count against no limit.
-                options = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, "prot": mmap.PROT_READ}
-                memory = mmap.mmap(-1, max(1, tensor.nbytes), **(options if os.name == "posix" else {}))
+                length = max(1, tensor.nbytes)
+                if hasattr(mmap, "MAP_PRIVATE"):  # so that they count against no limit
+                    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+                    memory = mmap.mmap(-1, length, flags=private, prot=mmap.PROT_READ)
+                else:
+                    memory = mmap.mmap(-1, length)
                 return np.frombuffer(memory, np.uint8)[: tensor.nbytes]
             if self._map is None:
                 with self._reopen() as file:  # the map keeps the file open

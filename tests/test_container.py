@@ -4,6 +4,7 @@ import errno
 import itertools
 import json
 import math
+import mmap
 import os
 import tempfile
 import threading
@@ -676,6 +677,24 @@ def test_pread_without_preadv(mixed, monkeypatch):
         assert_same(ckpt.get("f32", index=np.s_[::-2, 1]), mixed[1]["f32"][::-2, 1])
         whole = mixed[1]["pair"].decode("float32")
         assert_same(ckpt.get("pair", index=np.s_[1, ::2, 5:70], dtype="float32"), whole[1, ::2, 5:70])
+
+
+def test_pread_where_maps_have_no_flags(mixed, monkeypatch):
+    monkeypatch.delattr(mmap, "MAP_PRIVATE", raising=False)
+    monkeypatch.delattr(mmap, "MAP_ANONYMOUS", raising=False)
+    with mxfp4np.Checkpoint(mixed[0], io="pread") as ckpt:
+        for name, tensor in mixed[1].items():
+            assert_same(ckpt[name], tensor.decode() if isinstance(tensor, MXFP4Array) else tensor)
+
+
+@both_io
+def test_complex_values_do_not_become_real_ones(tmp_path, io):
+    mxfp4np.save_file({"c": np.full(2, 1 + 2j, np.complex64)}, tmp_path / "x.safetensors")
+    with mxfp4np.Checkpoint(tmp_path / "x.safetensors", io=io) as ckpt:
+        for arguments in ({"dtype": "float32"}, {"out": np.zeros(2, np.float32)}):
+            with pytest.raises(ValueError, match="complex values cannot become float32"):
+                ckpt.get("c", **arguments)
+        assert ckpt.get("c", out=np.zeros(2, np.complex128)).tolist() == [1 + 2j] * 2
 
 
 def test_pread_without_preadv_from_many_threads(mixed, monkeypatch):
