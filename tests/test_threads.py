@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from contract import run_python
 
 import mxfp4np
 from mxfp4np.backends import threads
@@ -51,6 +52,33 @@ def test_eight_threads_at_once():
 
 
 @needs_fork
+def test_threads_that_decode_first_at_once_share_one_table():
+    """A table that one thread makes anew while another uses it would be freed under the latter's feet."""
+    code = """
+        import threading, time
+        import numpy as np, mxfp4np
+        from mxfp4np.backends import cpu
+
+        class Slow(cpu.ReferenceBackend):
+            calls = 0
+
+            def decode(self, *args, **options):
+                Slow.calls += 1
+                super().decode(*args, **options)
+                time.sleep(0.2)
+
+        cpu.ReferenceBackend = Slow
+        pair = np.full((3, 1, 16), 0x21, np.uint8), np.full((3, 1), 127, np.uint8)
+        found = []
+        work = lambda: found.append(float(mxfp4np.decode(*pair).astype("f4").sum()))
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+        print(Slow.calls, found)
+    """
+    assert run_python(code) == "1 [72.0, 72.0, 72.0, 72.0]\n"
+
+
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_a_multiprocessing_pool_after_the_parent_decoded(method):
     assert is_right(0)

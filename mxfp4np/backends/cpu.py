@@ -6,7 +6,6 @@ use, and what happens where Numba cannot compile or keep its cache. Numba is imp
 
 from __future__ import annotations
 
-import functools
 import math
 import threading
 from collections.abc import Callable
@@ -136,7 +135,6 @@ def _geometry(
     return np.array(geometry, np.int64)
 
 
-@functools.cache
 def decode_table(name: str) -> NDArray[np.uint8]:
     """Return the table that `cpu_kernels` describes, as the reference decodes to bfloat16 or float16."""
     codes = np.arange(0, 16, 2, dtype=np.uint8) | (np.arange(1, 16, 2, dtype=np.uint8) << 4)
@@ -150,12 +148,19 @@ def decode_table(name: str) -> NDArray[np.uint8]:
     return table
 
 
-@functools.cache
-def _table_address(float16: bool) -> int:
-    return address_of(decode_table("float16" if float16 else "bfloat16"))
-
-
 _compiling = threading.Lock()
+_tables: dict[bool, tuple[int, NDArray[np.uint8]]] = {}
+
+
+def _table_address(float16: bool) -> int:
+    if float16 not in _tables:
+        with _compiling:
+            if float16 not in _tables:  # never another one: threads are using the first
+                table = decode_table("float16" if float16 else "bfloat16")
+                _tables[float16] = address_of(table), table
+    return _tables[float16][0]
+
+
 _kernels: dict[tuple[type, bool], Kernel | None] = {}
 
 
