@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from .checkpoint import TensorInfo as TensorInfo
     from .checkpoint import load_file as load_file
     from .checkpoint import save_file as save_file
+    from .conversion import convert as convert
     from .errors import BackendUnavailableError as BackendUnavailableError
     from .errors import CheckpointError as CheckpointError
     from .errors import LayoutError as LayoutError
     from .errors import MXFP4Error as MXFP4Error
     from .errors import TensorNotFoundError as TensorNotFoundError
+    from .verification import verify as verify
 
 __version__ = "0.1.0"
 
@@ -29,6 +31,8 @@ _HOMES = {
     "TensorInfo": "checkpoint",
     "load_file": "checkpoint",
     "save_file": "checkpoint",
+    "convert": "conversion",
+    "verify": "verification",
     "BackendUnavailableError": "errors",
     "CheckpointError": "errors",
     "LayoutError": "errors",

@@ -293,11 +293,13 @@ class MXFP4Array:
         >>> [index for index, part in packed.chunks(256)]
         [(slice(0, 2, None), slice(0, 64, None)), (slice(2, 3, None), slice(0, 64, None))]
         """
-        for index in split(self.shape, decoded_dtype(dtype).itemsize, max_bytes, BLOCK_SIZE):
+        for index in split(self.shape, decoded_dtype(dtype).itemsize, max_bytes, (BLOCK_SIZE,)):
             yield index, self[index]
 
 
-def split(shape: tuple[int, ...], itemsize: int, max_bytes: int, unit: int = 1) -> Iterator[tuple[int | slice, ...]]:
+def split(
+    shape: tuple[int, ...], itemsize: int, max_bytes: int, units: tuple[int, ...] = (1,)
+) -> Iterator[tuple[int | slice, ...]]:
     """Yield indices, in C order, that cut an array into parts of at most ``max_bytes``.
 
     Parameters
@@ -305,9 +307,9 @@ def split(shape: tuple[int, ...], itemsize: int, max_bytes: int, unit: int = 1) 
     shape, itemsize
         Of the array.
     max_bytes : int
-        Of one part; at least ``unit`` elements.
-    unit : int
-        The last axis is cut at multiples of this many elements.
+        Of one part; at least one unit of the last axis.
+    units : tuple of int
+        The last axes are cut at multiples of these many elements, the very last one always, others where that fits.
 
     Yields
     ------
@@ -317,10 +319,10 @@ def split(shape: tuple[int, ...], itemsize: int, max_bytes: int, unit: int = 1) 
     Raises
     ------
     ValueError
-        If not even ``unit`` elements fit.
+        If not even one unit of the last axis fits.
     """
-    if max_bytes < unit * itemsize:
-        raise ValueError(f"max_bytes must be at least {unit * itemsize}, found {max_bytes}")
+    if max_bytes < units[-1] * itemsize:
+        raise ValueError(f"max_bytes must be at least {units[-1] * itemsize}, found {max_bytes}")
     if 0 in shape:
         return
     axis, inner = len(shape), itemsize  # `inner`: bytes of one step along the axis before
@@ -332,7 +334,8 @@ def split(shape: tuple[int, ...], itemsize: int, max_bytes: int, unit: int = 1) 
         yield whole
         return
     step = max_bytes // inner
-    if axis == len(shape):
+    unit = (*[1] * len(shape), *units)[axis - 1 - len(shape)]
+    if step >= unit:
         step -= step % unit
     for outer in itertools.product(*(range(size) for size in shape[: axis - 1])):
         for begin in range(0, shape[axis - 1], step):

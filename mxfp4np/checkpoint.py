@@ -9,7 +9,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, NamedTuple, Self
 
@@ -129,7 +129,7 @@ class Checkpoint(Mapping[str, Any]):
         self.device = device
         files, index = _find_files(path)
         self._arguments = (index or files, device, io, layout)
-        self._folder = (index or files[0]).parent
+        self.index, self._folder = index, (index or files[0]).parent
         self._files: list[TensorFile] = []
         self._stored: dict[str, StoredTensor] = {}
         for file in files:
@@ -188,6 +188,16 @@ class Checkpoint(Mapping[str, Any]):
     def files(self) -> list[Path]:
         """The files it consists of."""
         return [file.path for file in self._files]
+
+    @property
+    def folder(self) -> Path:
+        """Where they are: the place of the index if there is one, or of the first file."""
+        return self._folder
+
+    @property
+    def stamps(self) -> tuple[tuple[str, int, int], ...]:
+        """Name, size and time of change in nanoseconds of each file, when it was opened."""
+        return tuple((file.path.name, *file.stamp) for file in self._files)
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -332,6 +342,7 @@ class Checkpoint(Mapping[str, Any]):
         max_bytes: int = 256 << 20,
         *,
         dtype: DTypeLike | None = None,
+        transpose: bool = False,
         backend: str | None = None,
         num_threads: int | None = None,
     ) -> Iterator[tuple[tuple[int | slice, ...], NDArray[Any]]]:
@@ -342,7 +353,7 @@ class Checkpoint(Mapping[str, Any]):
         name : str
         max_bytes : int
             Of one piece, decoded.
-        dtype, backend, num_threads : optional
+        dtype, transpose, backend, num_threads : optional
             As for `get`.
 
         Yields
@@ -351,18 +362,47 @@ class Checkpoint(Mapping[str, Any]):
             Where the piece belongs: ``whole[index] = piece`` for every piece, in C order, fills the whole.
         piece : numpy.ndarray
         """
+        for index, piece in self.pieces(name, max_bytes, dtype=dtype, transpose=transpose):
+            if isinstance(piece, MXFP4Array):
+                yield index, piece.decode(dtype, transpose=transpose, backend=backend, num_threads=num_threads)
+            else:
+                yield index, np.asarray(_plain(piece, dtype, None))
+
+    def pieces(
+        self, name: str, max_bytes: int, *, dtype: DTypeLike | None = None, transpose: bool = False
+    ) -> Iterator[tuple[tuple[int | slice, ...], Any]]:
+        """Yield a tensor as `chunks` does, but still packed, for the caller to decode.
+
+        Parameters
+        ----------
+        name, max_bytes, dtype, transpose
+            As for `chunks`.
+
+        Yields
+        ------
+        index : tuple of int and slice
+            Where the decoded piece belongs: in the transposed array if ``transpose``.
+        piece : MXFP4Array or numpy.ndarray
+            Packed ones as they are stored, not yet transposed; those of a plain tensor are, and have its dtype.
+        """
         tensor, rows = self._find(name)
         if isinstance(tensor, StoredTensor):
             itemsize = max(1, element(tensor.dtype)[0] // 8) if dtype is None else as_dtype(dtype).itemsize
             shape = array_shape(tensor) if rows is None else self.info(name).shape
-            for index in split(shape, itemsize, max_bytes):
-                yield index, np.asarray(_plain(_stored_array(tensor, index or ..., rows), dtype, None))
-        else:
-            source = _PackedSource(tensor, rows)
-            wanted = decoded_dtype("bfloat16" if dtype is None else dtype)
-            for index, part in source.array.chunks(max_bytes, wanted):
-                source.prefetch(part)
-                yield index, source.load(part).decode(wanted, backend=backend, num_threads=num_threads)
+            for place, index in _cuts(shape, itemsize, max_bytes, transpose=transpose):
+                part = _stored_array(tensor, index or ..., rows)
+                yield place, part.swapaxes(-1, -2) if transpose else part
+            return
+        source = _PackedSource(tensor, rows)
+        itemsize = decoded_dtype("bfloat16" if dtype is None else dtype).itemsize
+        cuts = _cuts(source.array.shape, itemsize, max_bytes, transpose=transpose, unit=BLOCK_SIZE)
+        ready = None
+        for cut in chain(cuts, [None]):  # a piece is read ahead while the caller has the one before
+            if cut is not None:
+                source.prefetch(part := source.array[cut[1]])
+            if ready is not None:
+                yield ready[0], source.load(ready[1])
+            ready = cut and (cut[0], part)
 
     def _find(self, name: str) -> tuple[StoredTensor | Packed, slice | None]:
         """Return a tensor, and which of its rows the name stands for if not for all."""
@@ -409,6 +449,25 @@ class Checkpoint(Mapping[str, Any]):
         close = get_close_matches(name, names, cutoff=0.5)
         hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"it has {len(self):,} tensors"
         return f"{where}: {hint}"
+
+
+def _cuts(
+    shape: tuple[int, ...], itemsize: int, max_bytes: int, *, transpose: bool, unit: int = 1
+) -> Iterator[tuple[tuple[int | slice, ...], tuple[int | slice, ...]]]:
+    """Cut an array that is wanted transposed or not; yield indices of the wanted and of the stored array.
+
+    What is stored as the last axis is cut at multiples of ``unit``.
+    """
+    if not transpose:
+        yield from ((index, index) for index in split(shape, itemsize, max_bytes, (unit,)))
+        return
+    if len(shape) < 2:
+        raise ValueError(f"transpose needs two axes or more, found shape {shape}")
+    for index in split((*shape[:-2], shape[-1], shape[-2]), itemsize, max_bytes, (unit, 1)):
+        *lead, i, j = (
+            k if n < len(shape) - 2 or isinstance(k, slice) else slice(k, k + 1) for n, k in enumerate(index)
+        )
+        yield (*lead, i, j), (*lead, j, i)
 
 
 class _Stored(Mapping[str, Any]):
@@ -548,7 +607,8 @@ def _find_index(folder: Path) -> Path | None:
     return preferred if preferred in indexes else next(iter(indexes), None)
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def weight_map_of(index: Path) -> dict[str, str]:
+    """Return which file an index says each tensor is in."""
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(
@@ -561,7 +621,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _index_files(index: Path) -> list[Path]:
-    names = sorted(set(_weight_map(index).values()))
+    names = sorted(set(weight_map_of(index).values()))
     files = [index.parent / name for name in names]
     missing = [name for name, file in zip(names, files, strict=True) if not file.exists()]
     if missing:
@@ -571,7 +631,7 @@ def _index_files(index: Path) -> list[Path]:
 
 
 def _check_index(index: Path, stored: Mapping[str, StoredTensor]) -> None:
-    for name, file in _weight_map(index).items():
+    for name, file in weight_map_of(index).items():
         if name not in stored:
             raise CheckpointError(f"{index}: tensor {name!r}: expected in {file!r}, found in none of the files")
         found = stored[name].file.path

@@ -22,10 +22,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import __version__
 from .errors import MXFP4Error
-from .format import DTYPES
+from .format import DTYPES, TRANSPOSE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from .shards import Progress
 
 _INDEX_ITEM = re.compile(r"\s*(?:(\.\.\.)|([+-]?\d+)|([+-]?\d+)?\s*:\s*([+-]?\d+)?\s*(?::\s*([+-]?\d+)?)?)\s*")
 
@@ -51,6 +53,21 @@ def parse_size(text: str) -> int:
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size: expected for instance 200MB or 5GB")
     return int(Decimal(match[1]) * 1000 ** " kmgt".index(match[2] or " "))
+
+
+def parse_task(text: str) -> tuple[int, int]:
+    """Return the numbers that a text such as ``"2/8"`` spells."""
+    match = re.fullmatch(r"\s*(\d+)\s*/\s*(\d+)\s*", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a task: expected for instance 2/8")
+    return int(match[1]), int(match[2])
+
+
+def parse_count(text: str) -> int:
+    """Return the positive integer that a text spells."""
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
 
 
 @contextmanager
@@ -90,8 +107,8 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _decode(args: argparse.Namespace) -> int:
     from .checkpoint import Checkpoint
-    from .convert import Selection
     from .report import escape, format_bytes
+    from .selection import Selection
 
     with Checkpoint(args.path, layout=args.layout) as checkpoint:
         selection = Selection(checkpoint, args.names, dtype=args.dtype, index=args.index)
@@ -100,6 +117,74 @@ def _decode(args: argparse.Namespace) -> int:
         if not args.quiet:
             print(f"wrote {escape(str(args.output))}: {format_bytes(selection.nbytes)} of tensor data")
     return 0
+
+
+@contextmanager
+def _shard_bar(what: str, *, quiet: bool) -> Iterator[Callable[[Progress], object]]:
+    """Show shard, tensor, bytes, rate and time left on a terminal."""
+    from tqdm import tqdm
+
+    disable = quiet or not sys.stderr.isatty()
+    with tqdm(desc=what, unit="B", unit_scale=True, disable=disable, leave=False) as bar:
+
+        def show(progress: Progress) -> None:
+            if disable:
+                return
+            if progress.done < bar.n:  # what is checked begins anew
+                bar.reset()
+            bar.total = progress.total
+            bar.set_postfix_str(f"{progress.shard} {progress.tensor}", refresh=False)
+            bar.update(progress.done - bar.n)
+
+        yield show
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from .conversion import convert
+
+    with _shard_bar("converting", quiet=args.quiet) as progress:
+        result = convert(
+            args.source,
+            args.target,
+            dtype=args.dtype,
+            transpose=args.transpose,
+            max_shard_size=args.max_shard_size,
+            include=args.include,
+            exclude=args.exclude,
+            layout=args.layout,
+            io=args.io,
+            device=args.device,
+            workers=args.workers,
+            task=args.task,
+            resume=args.resume,
+            force=args.force,
+            verify=args.verify,
+            dry_run=args.dry_run,
+            progress=progress,
+        )
+    if args.json:
+        print(json.dumps(result.to_json()))
+    elif not args.quiet:
+        print("\n".join(result.plan_lines() if args.dry_run else result.lines()))
+    return 1 if result.verification is not None and result.verification.findings else 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from .verification import verify
+
+    with _shard_bar("verifying", quiet=args.quiet) as progress:
+        result = verify(
+            args.source,
+            args.target,
+            transpose=args.transpose,
+            include=args.include,
+            exclude=args.exclude,
+            layout=args.layout,
+            workers=args.workers,
+            progress=progress,
+        )
+    print(json.dumps(result.to_json()) if args.json else "\n".join(result.lines()))
+    return 1 if result.findings else 0
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -143,9 +228,12 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--quiet", action="store_true", help="print results and errors only")
         return sub
 
-    def checkpoint(sub: argparse.ArgumentParser) -> None:
+    def checkpoint(sub: argparse.ArgumentParser, name: str = "path") -> None:
         sub.add_argument(
-            "path", type=Path, metavar="PATH", help="a folder, a .safetensors, .uqff or .gguf file, or a .index.json"
+            name,
+            type=Path,
+            metavar="PATH" if name == "path" else "SRC",
+            help="a folder, a .safetensors, .uqff or .gguf file, or a .index.json",
         )
         sub.add_argument("--layout", metavar="NAME", help="the layout, where files do not tell, as quark")
 
@@ -168,6 +256,35 @@ def _parser() -> argparse.ArgumentParser:
     )
     decode.add_argument("--dtype", choices=DTYPES, help="default: bfloat16, and plain tensors as they are")
     decode.add_argument("--index", type=parse_index, help="part of each tensor: '7, :128', --index=-1,:")
+
+    def patterns(sub: argparse.ArgumentParser, default: list[str] | None) -> None:
+        sub.add_argument("--include", action="append", default=default, metavar="PATTERN", help="only names like this")
+        sub.add_argument("--exclude", action="append", default=default, metavar="PATTERN", help="no names like this")
+        sub.add_argument("--workers", type=parse_count, metavar="N", help="threads (default: one for each CPU)")
+        sub.add_argument("--json", action="store_true", help="print what was done as JSON")
+
+    convert = command("convert", _convert, "Write a checkpoint with its packed tensors decoded.")
+    checkpoint(convert, "source")
+    convert.add_argument("target", type=Path, metavar="DST", help="a new or empty folder")
+    convert.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of packed tensors (default: bfloat16)")
+    convert.add_argument(
+        "--transpose", choices=TRANSPOSE, default="auto", help="auto: gpt-oss experts as transformers wants them"
+    )
+    convert.add_argument("--max-shard-size", type=parse_size, default="5GB", metavar="SIZE", help="default: 5GB")
+    convert.add_argument("--device", default="cpu", help="cpu or cuda:0 (default: cpu)")
+    convert.add_argument("--io", choices=("mmap", "pread"), default="mmap", help="pread: for network shares")
+    convert.add_argument("--resume", action="store_true", help="go on with what an earlier run left")
+    convert.add_argument("--force", action="store_true", help="start over in a folder that is not empty")
+    convert.add_argument("--verify", action="store_true", help="decode again by the reference, compare every byte")
+    convert.add_argument("--dry-run", action="store_true", help="show what would be written")
+    convert.add_argument("--task", type=parse_task, metavar="I/N", help="write part I of N, for job arrays")
+    patterns(convert, [])
+
+    verify = command("verify", _verify, "Check a checkpoint, or what it was converted to.")
+    checkpoint(verify, "source")
+    verify.add_argument("target", nargs="?", type=Path, metavar="DST", help="what SRC was converted to")
+    verify.add_argument("--transpose", choices=TRANSPOSE, help="default: as DST was converted")
+    patterns(verify, None)
     return parser
 
 

@@ -8,6 +8,7 @@ maps unsafe. This module knows nothing of MXFP4 or of how models name their tens
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import mmap
@@ -69,6 +70,11 @@ def element(dtype: str) -> tuple[int, str]:
     return DTYPES.get(dtype, (8, "uint8"))
 
 
+def nbytes_of(dtype: str, shape: tuple[int, ...]) -> int:
+    """Return the bytes of a tensor of the format."""
+    return math.prod(shape) * DTYPES[dtype][0] // 8
+
+
 class StoredTensor(NamedTuple):
     """Where one tensor lies: its header entry, and its place in the file."""
 
@@ -98,6 +104,8 @@ class TensorFile:
     tensors : dict of str to StoredTensor
         In the order of their bytes.
     metadata : dict of str to str
+    stamp : tuple of int
+        Size and time of change in nanoseconds.
 
     Raises
     ------
@@ -116,7 +124,7 @@ class TensorFile:
         self._closed = False
         self._lock = threading.Lock()
         with open_regular(path) as file:
-            self._stamp = _stamp(file)
+            self.stamp = _stamp(file)
             self._read_header(file)
 
     def _read_header(self, file: BinaryIO) -> None:
@@ -158,7 +166,7 @@ class TensorFile:
     def _reopen(self) -> BinaryIO:
         # A checkpoint may have more files than a process may keep open: each opens again when it is first needed.
         file = open_regular(self.path)
-        if _stamp(file) != self._stamp:
+        if _stamp(file) != self.stamp:
             file.close()
             raise CheckpointError(f"{self.path}: was replaced or changed after it was opened: open it again")
         return file
@@ -233,7 +241,7 @@ class SafetensorsFile(TensorFile):
                 for name in names:
                     entry = handle.get_slice(name)
                     dtype, shape = entry.get_dtype(), tuple(entry.get_shape())
-                    nbytes = math.prod(shape) * DTYPES[dtype][0] // 8
+                    nbytes = nbytes_of(dtype, shape)
                     if len(shape) > MAX_AXES or (not nbytes and math.prod(n for n in shape if n) > MAX_ELEMENTS):
                         raise CheckpointError(f"{self.path}: tensor {name!r}: no array can have shape {list(shape)}")
                     self.tensors[name] = StoredTensor(name, dtype, shape, self, offset, nbytes)
@@ -270,7 +278,7 @@ def open_regular(path: Path) -> BinaryIO:
     return os.fdopen(descriptor, "rb", buffering=0)
 
 
-def _stamp(file: BinaryIO) -> tuple[int, ...]:
+def _stamp(file: BinaryIO) -> tuple[int, int]:
     found = os.fstat(file.fileno())
     return found.st_size, found.st_mtime_ns
 
@@ -305,9 +313,25 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+        _sync_folder(path.parent)
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None and error.errno in _FULL:
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+_FULL: Final = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put a new name on disk too, where the system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def header_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None) -> bytes:
@@ -327,7 +351,7 @@ def header_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: M
     for name, (dtype, shape) in tensors.items():
         if name == "__metadata__":
             raise ValueError("a tensor cannot be called '__metadata__': the format reserves the name")
-        end = begin + math.prod(shape) * DTYPES[dtype][0] // 8
+        end = begin + nbytes_of(dtype, shape)
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
         begin = end
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
@@ -358,7 +382,7 @@ def write_safetensors(
     ValueError
         If the data is not as long as the tensors are.
     """
-    expected = sum(math.prod(shape) * DTYPES[dtype][0] // 8 for dtype, shape in tensors.values())
+    expected = sum(nbytes_of(dtype, shape) for dtype, shape in tensors.values())
     written = 0
     with atomic_file(path) as file:
         file.write(header_bytes(tensors, metadata))

@@ -22,9 +22,9 @@ from .backends.memory import aligned_empty
 from .backends.threads import default_num_threads
 from .checkpoint import Checkpoint
 from .container import write_safetensors
-from .convert import Selection
 from .format import BLOCK_SIZE, BYTES_PER_BLOCK, dtype_named
 from .report import collapse, escape, format_bytes, rows, table_lines
+from .selection import Selection
 
 EXPERTS: Final = 8
 MAX_WIDTH: Final = 1440

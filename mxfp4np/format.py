@@ -45,6 +45,9 @@ DTYPES: Final = ("bfloat16", "float16", "float32")
 """Names of the dtypes that MXFP4 decodes to."""
 
 
+TRANSPOSE: Final = ("auto", "yes", "no")
+"""Whether a converted checkpoint has its matrices transposed; ``"auto"`` if the model that loads it wants them so."""
+
 FLOAT8: Final = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
 """Names of the dtypes of one byte that checkpoints use and ml_dtypes brings."""
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from .container import StoredTensor, element
 from .errors import CheckpointError, LayoutError
-from .format import BLOCK_SIZE, BYTES_PER_BLOCK, SCALE_BIAS
+from .format import BLOCK_SIZE, BYTES_PER_BLOCK, SCALE_BIAS, TRANSPOSE
 
 Shape = tuple[int, ...]
 
@@ -89,6 +89,8 @@ class Layout:
         Whether headers tell the layout without evidence.
     gate_up : tuple of str
         What the names of weights and biases end in whose rows alternate between gate and up.
+    turned : bool
+        Whether the model that loads these weights unpacked wants them transposed, ``[.., in, out]``.
     """
 
     name: str
@@ -105,6 +107,7 @@ class Layout:
     evidence: tuple[Says, ...] = ()
     headers_suffice: bool = True
     gate_up: tuple[str, ...] = ()
+    turned: bool = False
 
     @property
     def named_packed(self) -> bool:
@@ -160,6 +163,7 @@ LAYOUTS: Final = (
         weight="",
         blocks=as_blocks,
         gate_up=("gate_up_proj", "gate_up_proj_bias"),
+        turned=True,
     ),
     Layout("compressed-tensors", ".weight_packed", ".weight_scale"),
     Layout(
@@ -218,6 +222,15 @@ LAYOUTS: Final = (
     Layout("uqff", ".weight", ".weight.scales"),
     Layout("gguf", "", None, weight="", codes_dtypes=("MXFP4",), blocks=as_inline, order="halves"),
 )
+
+
+def is_turned(layout: str, shape: Shape, transpose: str) -> bool:
+    """Tell whether a packed tensor of this layout and shape is to be transposed, by one word of `TRANSPOSE`."""
+    if transpose not in TRANSPOSE:
+        raise ValueError(f"transpose must be 'auto', 'yes' or 'no', found {transpose!r}")
+    wanted = transpose == "yes" or (transpose == "auto" and any(x.turned for x in LAYOUTS if x.name == layout))
+    return wanted and len(shape) > 1
+
 
 NVFP4_SCALES: Final = (".weight_scale_2", ".weight_global_scale", "._weight_per_tensor_scale")
 """What the second, global scale of an NVFP4 tensor is called; MXFP4 has none."""

@@ -214,3 +214,8 @@ def format_bytes(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} TB"
+
+
+def count(number: int, what: str) -> str:
+    """Return for instance ``"1 shard"`` or ``"1,234 shards"``."""
+    return f"{number:,} {what}" + ("" if number == 1 else "s")

@@ -1,9 +1,10 @@
-"""Write decoded tensors to files, piece by piece, in bounded memory."""
+"""Choose tensors of a checkpoint, and write them decoded to one file, piece by piece, in bounded memory."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final
 
@@ -43,6 +44,17 @@ class _Source:
         else:
             for index in split(self.shape, self.dtype.itemsize, PIECE_BYTES):
                 yield np.ascontiguousarray(self._array[index], dtype=self.dtype)
+
+
+def select(names: Iterable[str], include: Iterable[str], exclude: Iterable[str]) -> list[str]:
+    """Return the names that match any of the patterns to include, if there are any, and none of those to exclude."""
+    wanted, unwanted = list(include), list(exclude)
+    return [
+        name
+        for name in names
+        if (not wanted or any(fnmatchcase(name, pattern) for pattern in wanted))
+        and not any(fnmatchcase(name, pattern) for pattern in unwanted)
+    ]
 
 
 class Selection:

@@ -157,19 +157,21 @@ def test_num_threads_must_be_positive(pair, threads):
     shape=st.lists(st.integers(0, 70), max_size=3).map(tuple),
     itemsize=st.sampled_from([1, 2, 4]),
     max_bytes=st.integers(1, 5000),
-    unit=st.sampled_from([1, 32]),
+    units=st.sampled_from([(1,), (32,), (32, 1)]),
 )
-def test_split_covers_everything_once_in_order(shape, itemsize, max_bytes, unit):
-    if max_bytes < unit * itemsize:
+def test_split_covers_everything_once_in_order(shape, itemsize, max_bytes, units):
+    if max_bytes < units[-1] * itemsize:
         with pytest.raises(ValueError, match="max_bytes must be at least"):
-            list(split(shape, itemsize, max_bytes, unit))
+            list(split(shape, itemsize, max_bytes, units))
         return
     numbers = np.arange(np.prod(shape, dtype=int)).reshape(shape)
-    parts = [numbers[index] for index in split(shape, itemsize, max_bytes, unit)]
+    indices = list(split(shape, itemsize, max_bytes, units))
+    parts = [numbers[index] for index in indices]
     assert np.array_equal(np.concatenate([part.reshape(-1) for part in parts] or [[]]), numbers.reshape(-1))
     assert all(part.size * itemsize <= max_bytes for part in parts)
-    for index in split(shape, itemsize, max_bytes, unit):
-        assert not index or index[-1].start % unit == 0
+    assert all(not index or not isinstance(index[-1], slice) or index[-1].start % units[-1] == 0 for index in indices)
+    if len(units) == 2 and len(shape) > 1 and max_bytes >= 32 * itemsize * shape[-1]:
+        assert all(not isinstance(index[-2], slice) or index[-2].start % 32 == 0 for index in indices)
 
 
 def test_chunks_are_the_array(pair):

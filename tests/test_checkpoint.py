@@ -929,14 +929,15 @@ def test_get_takes_the_output_and_little_more(large, io, how):
 @pytest.mark.parametrize("max_bytes", [128, 200, 1000, 4096, 12_345, 1 << 20])
 @pytest.mark.parametrize("dtype", [None, "bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("backend", ["cpu", "numpy"])
-def test_chunks_of_a_packed_tensor_fill_the_whole(tmp_path, io, max_bytes, dtype, backend):
+@pytest.mark.parametrize("transpose", [False, True])
+def test_chunks_of_a_packed_tensor_fill_the_whole(tmp_path, io, max_bytes, dtype, backend, transpose):
     packed = pair(3, 5, 7)
     mxfp4np.save_file({"w": packed}, tmp_path / "x.safetensors")
-    whole = packed.decode(dtype)
+    whole = packed.decode(dtype, transpose=transpose)
     filled = np.zeros(whole.shape, whole.dtype)
     times = np.zeros(whole.shape, np.uint8)
     with mxfp4np.Checkpoint(tmp_path, io=io) as ckpt:
-        for index, piece in ckpt.chunks("w", max_bytes, dtype=dtype, backend=backend):
+        for index, piece in ckpt.chunks("w", max_bytes, dtype=dtype, transpose=transpose, backend=backend):
             assert piece.dtype == whole.dtype
             assert 0 < piece.nbytes <= max_bytes
             filled[index] = piece
@@ -949,14 +950,19 @@ def test_chunks_of_a_packed_tensor_fill_the_whole(tmp_path, io, max_bytes, dtype
 @pytest.mark.parametrize("max_bytes", [8, 9, 24, 100, 1000, 1 << 20])
 @pytest.mark.parametrize("dtype", [None, "float32", "float64", "bfloat16"])
 @pytest.mark.parametrize("shape", [(4, 5, 6), (17,), (), (1, 1), (0, 3), (2, 0)], ids=str)
-def test_chunks_of_a_plain_tensor_fill_the_whole(tmp_path, io, max_bytes, dtype, shape):
+@pytest.mark.parametrize("transpose", [False, True])
+def test_chunks_of_a_plain_tensor_fill_the_whole(tmp_path, io, max_bytes, dtype, shape, transpose):
     array = np.asarray(np.random.default_rng(0).standard_normal(shape), np.float32)
     mxfp4np.save_file({"x": array}, tmp_path / "x.safetensors")
     with mxfp4np.Checkpoint(tmp_path, io=io) as ckpt:
-        whole = ckpt.get("x", dtype=dtype)
+        if transpose and len(shape) < 2:
+            with pytest.raises(ValueError, match="transpose needs two axes or more"):
+                list(ckpt.chunks("x", max_bytes, dtype=dtype, transpose=True))
+            return
+        whole = ckpt.get("x", dtype=dtype, transpose=transpose)
         filled = np.zeros(whole.shape, whole.dtype)
         times = np.zeros(whole.shape, np.uint8)
-        for index, piece in ckpt.chunks("x", max_bytes, dtype=dtype):
+        for index, piece in ckpt.chunks("x", max_bytes, dtype=dtype, transpose=transpose):
             assert piece.dtype == whole.dtype
             assert 0 < piece.nbytes <= max_bytes
             filled[index] = piece

@@ -751,7 +751,7 @@ class TestErrors:
         mxfp4np.save_file({"c": np.zeros(2, np.complex64)}, tmp_path / "m.safetensors")
         _, _, err = finish(process("decode", tmp_path, "c", "-o", tmp_path / "c.npy", "--dtype", "float32"))
         assert err.count("\n") <= 1
-        assert "convert.py" not in err
+        assert "selection.py" not in err
 
     def test_version(self, command):
         assert command("--version") == (0, f"mxfp4np {mxfp4np.__version__}\n", "")

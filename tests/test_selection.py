@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mxfp4np
-from mxfp4np import convert
-from mxfp4np.convert import Selection
+from mxfp4np import selection
+from mxfp4np.selection import Selection
 
 ITEMSIZES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "U8": 1, "BOOL": 1, "F8_E5M2": 1}
 
@@ -65,7 +65,7 @@ def checkpoint(tmp_path):
 
 @pytest.fixture(params=[128, 1000, 32 << 20])
 def piece_bytes(request, monkeypatch):
-    monkeypatch.setattr(convert, "PIECE_BYTES", request.param)
+    monkeypatch.setattr(selection, "PIECE_BYTES", request.param)
     return request.param
 
 
@@ -162,8 +162,8 @@ def test_pieces_in_order(data):
             return array
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convert, "PIECE_BYTES", limit)
-        source = convert._Source(Stub(), "w", "float32", index)
+        patch.setattr(selection, "PIECE_BYTES", limit)
+        source = selection._Source(Stub(), "w", "float32", index)
         pieces = list(source.pieces())
     expected = array.decode("float32")[index]
     assert source.shape == expected.shape
@@ -249,7 +249,7 @@ import json, re, sys, threading
 from pathlib import Path
 import numpy as np
 import mxfp4np
-from mxfp4np.convert import Selection
+from mxfp4np.selection import Selection
 
 path, name, output, dtype = sys.argv[1:]
 

@@ -1,0 +1,421 @@
+"""Convert a checkpoint into an ordinary one: packed tensors decoded, all else as it is, config.json to match."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from .checkpoint import Checkpoint, PathLike
+from .container import DTYPES, SAFETENSORS_DTYPES
+from .format import decoded_dtype
+from .layouts import LAYOUTS, METADATA, is_turned
+from .report import count, escape, format_bytes
+from .selection import select
+from .shards import Item, Output, Pieces, Plan, Progress, Scratch, Task, make_shards, run_tasks
+from .verification import Verification, compare, count_overflow
+
+PIECE_BYTES: Final = 4 << 20
+"""Decoded bytes that a thread has in memory at a time: what the processor's cache holds is written fastest."""
+
+MAX_SHARD_SIZE: Final = 5_000_000_000
+
+WEIGHTS: Final = (".safetensors", ".uqff", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx")
+"""Endings of files that hold weights, which are not copied."""
+
+QUANTIZATION_KEYS: Final = ("quantization_config", "quantization")
+"""What says in a config.json how weights are packed; the second one is mlx's."""
+
+STALE: Final = frozenset(
+    {"dtypes.json"} | {says.source for layout in LAYOUTS for says in layout.evidence} - {METADATA, "config.json"}
+)
+"""Files that describe packed tensors."""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A packed tensor to be decoded."""
+
+    output: Output
+    transpose: bool
+
+    @property
+    def outputs(self) -> tuple[Output, ...]:
+        """The values."""
+        return (self.output,)
+
+    def pieces(self, checkpoint: Checkpoint, scratch: Scratch) -> Pieces:
+        """Yield the values; return how many of them are infinite, which MXFP4 has no code for."""
+        dtype, begin, overflow = decoded_dtype(DTYPES[self.output.dtype][1]), 0, 0
+        parts = checkpoint.pieces(self.output.name, PIECE_BYTES, dtype=dtype, transpose=self.transpose)
+        for _, part in parts:
+            shape = (*part.shape[:-2], part.shape[-1], part.shape[-2]) if self.transpose else part.shape
+            out = part.decode(out=scratch.empty(shape, dtype), transpose=self.transpose, num_threads=1)
+            overflow += count_overflow(part, out)
+            yield 0, begin, out
+            begin += out.nbytes
+        return overflow
+
+
+@dataclass(frozen=True)
+class Copied:
+    """A tensor that stays as it is."""
+
+    output: Output
+
+    @property
+    def outputs(self) -> tuple[Output, ...]:
+        """The tensor."""
+        return (self.output,)
+
+    def pieces(self, checkpoint: Checkpoint, scratch: Scratch) -> Pieces:  # noqa: ARG002
+        """Yield its bytes."""
+        begin = 0
+        for _, part in checkpoint.pieces(self.output.name, PIECE_BYTES):
+            yield 0, begin, np.ascontiguousarray(part)
+            begin += part.nbytes
+
+
+def plan_conversion(
+    checkpoint: Checkpoint,
+    folder: Path,
+    *,
+    beside: Path | None = None,
+    dtype: DTypeLike = "bfloat16",
+    transpose: str = "auto",
+    max_shard_size: int = MAX_SHARD_SIZE,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+) -> Plan:
+    """Return what `convert` is going to write, from headers alone.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+        The source.
+    folder : Path
+        The target.
+    beside : Path, optional
+        A folder whose other files go with the weights.
+    dtype, transpose, max_shard_size, include, exclude
+        As for `convert`.
+
+    Raises
+    ------
+    LayoutError
+        If a tensor is a broken pair, or could be in several layouts.
+    ValueError
+        If an argument does not fit.
+    """
+    wanted = decoded_dtype(dtype).name
+    include, exclude = sorted(include), sorted(exclude)
+    items: list[Item] = []
+    for name in select(checkpoint, include, exclude):
+        info = checkpoint.info(name)
+        shape = info.shape
+        if info.layout is None:
+            items.append(Copied(Output(name, info.dtype if info.dtype in DTYPES else "U8", shape)))
+        else:
+            turned = is_turned(info.layout, shape, transpose)
+            shape = (*shape[:-2], shape[-1], shape[-2]) if turned else shape
+            items.append(Decoded(Output(name, SAFETENSORS_DTYPES[wanted], shape), turned))
+    if not items:
+        raise ValueError(f"{checkpoint.folder}: no tensor is left to convert: see --include and --exclude")
+    documents, copies = {}, {}
+    if beside is not None:
+        copies = _files_beside(beside, folder)
+        if copies.pop("config.json", None):
+            config = plain_config(checkpoint.config, wanted, keep=bool(untouched(items)))
+            documents["config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    about = {"dtype": wanted, "transpose": transpose, "include": include, "exclude": exclude}
+    return Plan(folder, make_shards(items, max_shard_size), documents, copies, about, checkpoint)
+
+
+def untouched(items: Iterable[Item]) -> list[str]:
+    """Return the names of tensors that are quantised in another way, and stay so."""
+    outputs = (item.output for item in items if isinstance(item, Copied))
+    return [
+        output.name
+        for output in outputs
+        if len(output.shape) > 1
+        and (output.dtype.startswith(("F8", "F6", "F4")) or output.dtype in ("U8", "I8", "U32"))
+    ]
+
+
+def plain_config(config: dict[str, Any], dtype: str, *, keep: bool) -> dict[str, Any]:
+    """Return a config.json without what says that weights are packed.
+
+    Parameters
+    ----------
+    config : dict
+    dtype : str
+        Of the decoded weights.
+    keep : bool
+        Whether to keep what it says, for tensors that stay quantised in another way.
+    """
+    plain: dict[str, Any] = _without(config, ("expert_dtype", *(() if keep else QUANTIZATION_KEYS)))
+    for part in (plain, plain.get("text_config")):
+        if isinstance(part, dict):
+            part.update({key: dtype for key in ("dtype", "torch_dtype") if key in part})
+    if "model_type" in plain and "torch_dtype" not in plain:
+        plain["dtype"] = dtype
+    return plain
+
+
+def _without(value: Any, keys: tuple[str, ...]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {name: _without(part, keys) for name, part in value.items() if name not in keys}
+
+
+def _files_beside(folder: Path, target: Path) -> dict[str, Path]:
+    """Return the files that go with weights, tokenizers for instance; folders that hold other weights do not."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or path.name in STALE or path.resolve() == target.resolve():
+            continue
+        if path.is_dir():
+            if not path.is_symlink() and not any(_is_weights(inner) for inner in path.rglob("*")):
+                found.update((f"{path.name}/{name}", inner) for name, inner in _files_beside(path, target).items())
+        elif not _is_weights(path):
+            found[path.name] = path
+    return found
+
+
+def _is_weights(path: Path) -> bool:
+    return path.suffix in WEIGHTS or path.name.endswith(".index.json")
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert` did, or is going to do."""
+
+    folder: Path
+    shards: Mapping[str, int]
+    """Bytes of tensor data by file."""
+    written: int
+    """Bytes of tensor data that this run wrote."""
+    seconds: float
+    complete: bool
+    """Whether all shards are there; False where tasks are still to be run."""
+    overflow: Mapping[str, int]
+    """Count of values too large for the dtype, by tensor, in what this run wrote."""
+    untouched: list[str]
+    """Tensors that are quantised in another way, and were copied."""
+    loader: str
+    """Python code that loads the result."""
+    verification: Verification | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensor data in all shards."""
+        return sum(self.shards.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all of it as plain values."""
+        return {
+            "folder": str(self.folder),
+            "bytes": self.nbytes,
+            "shards": dict(self.shards),
+            "written": self.written,
+            "seconds": self.seconds,
+            "complete": self.complete,
+            "overflow": dict(self.overflow),
+            "untouched": self.untouched,
+            "verification": None if self.verification is None else self.verification.to_json(),
+        }
+
+    def plan_lines(self) -> Iterator[str]:
+        """Yield what is going to be written, for a person."""
+        for file, nbytes in self.shards.items():
+            yield f"{file}  {format_bytes(nbytes)}"
+        yield f"{count(len(self.shards), 'shard')}, {format_bytes(self.nbytes)} of tensor data, to {escape(str(self.folder))}"
+        yield from self._warnings()
+
+    def _warnings(self) -> Iterator[str]:
+        if self.untouched:
+            yield (
+                f"warning: quantised in another way, and left so, as what config.json says of it: "
+                f"{count(len(self.untouched), 'tensor')}, {escape(self.untouched[0])} first"
+            )
+        if self.overflow:
+            name = next(iter(self.overflow))
+            yield (
+                f"warning: too large for the dtype, and infinite now: {count(sum(self.overflow.values()), 'value')} in "
+                f"{count(len(self.overflow), 'tensor')}, {escape(name)} first"
+            )
+
+    def lines(self) -> Iterator[str]:
+        """Yield a report for a person."""
+        rate = f" in {self.seconds:.1f} s ({format_bytes(self.written / self.seconds)}/s)" if self.written else ""
+        done = "all there" if self.complete else "others are still to be written"
+        yield (
+            f"wrote {format_bytes(self.written)}{rate} to {escape(str(self.folder))}: "
+            f"{count(len(self.shards), 'shard')}, {format_bytes(self.nbytes)}, {done}"
+        )
+        yield from self._warnings()
+        if self.verification is not None:
+            yield from self.verification.lines()
+        if self.complete:
+            yield f"load it: {escape(self.loader)}"
+
+
+def convert(
+    source: PathLike,
+    target: PathLike,
+    *,
+    dtype: DTypeLike = "bfloat16",
+    transpose: str = "auto",
+    max_shard_size: int = MAX_SHARD_SIZE,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    layout: str | None = None,
+    io: str = "mmap",
+    device: str = "cpu",
+    workers: int | None = None,
+    task: tuple[int, int] | None = None,
+    resume: bool = False,
+    force: bool = False,
+    verify: bool = False,
+    dry_run: bool = False,
+    progress: Callable[[Progress], object] = lambda _: None,
+) -> Conversion:
+    """Write a checkpoint with its packed tensors decoded, in bounded memory; a killed run can be gone on with.
+
+    Parameters
+    ----------
+    source : path
+        As for `Checkpoint`. Of a folder or an index, the small files beside the weights are copied as well, and
+        config.json no longer says that the weights are packed.
+    target : path
+        A new or empty folder, not one around the source.
+    dtype : str, type or numpy.dtype
+        bfloat16, float16 or float32, of what was packed. All other tensors stay as they are.
+    transpose : {"auto", "yes", "no"}
+        Whether to swap the last two axes of what was packed. ``"auto"`` does it for the experts of gpt-oss under
+        Hugging Face's names, ``[expert, in, out]``, as transformers wants them.
+    max_shard_size : int
+        Bytes of a file, as huggingface_hub counts them.
+    include, exclude : iterable of str
+        Shell-style patterns of logical names: those to write, all by default, and those to leave out.
+    layout, io, device : str, optional
+        See `Checkpoint`.
+    workers : int, optional
+        Threads, each of which writes a shard at a time. By default as many as decoding uses.
+    task : (int, int), optional
+        ``(i, n)`` writes the i-th of n parts, counted from 1: for many processes or machines over one folder, in any
+        order and any number of times. The last to finish writes the index.
+    resume : bool
+        Go on with what an earlier run with the same arguments left in the folder.
+    force : bool
+        Start over in a folder that holds an earlier run, or something else, which stays where names differ.
+    verify : bool
+        Decode again by the reference backend, and compare every byte.
+    dry_run : bool
+        Return the plan and write nothing.
+    progress : callable
+        Called with a `mxfp4np.shards.Progress` by one thread at a time; raising stops the conversion.
+
+    Returns
+    -------
+    Conversion
+
+    Raises
+    ------
+    FileNotFoundError, FileExistsError
+        If the source is missing, or the target holds something.
+    CheckpointError, LayoutError
+        If the source is malformed, or the target was begun with other arguments.
+    OSError
+        If the disk is full. No shard that looks finished is left behind.
+    ValueError
+        If an argument does not fit.
+
+    Notes
+    -----
+    What has its final name is complete and on disk; ``model.safetensors.index.json`` comes last. Same arguments, same
+    bytes, whatever the workers.
+
+    Examples
+    --------
+    >>> import tempfile, numpy as np, mxfp4np
+    >>> folder = tempfile.mkdtemp()
+    >>> packed = mxfp4np.MXFP4Array(np.full((2, 1, 16), 0x21, np.uint8), np.full((2, 1), 127, np.uint8))
+    >>> mxfp4np.save_file({"w": packed}, folder + "/model.safetensors")
+    >>> mxfp4np.convert(folder, folder + "/bf16").complete
+    True
+    >>> mxfp4np.Checkpoint(folder + "/bf16").info("w").dtype
+    'BF16'
+    """
+    folder = Path(target).absolute()
+    if task is not None and not 1 <= task[0] <= task[1]:
+        raise ValueError(f"task must be i/n with 1 <= i <= n, found {task[0]}/{task[1]}")
+    if task is not None and force:
+        raise ValueError("tasks share a folder: remove it, or give --force to a run without --task")
+    if max_shard_size < 1:
+        raise ValueError(f"max_shard_size must be at least 1, found {max_shard_size}")
+    with Checkpoint(source, device, io=io, layout=layout) as checkpoint:
+        if checkpoint.folder.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{folder}: the source is in it: choose another folder")
+        plan = plan_conversion(
+            checkpoint,
+            folder,
+            beside=checkpoint.folder if Path(source).is_dir() or Path(source).suffix == ".json" else None,
+            dtype=dtype,
+            transpose=transpose,
+            max_shard_size=max_shard_size,
+            include=include,
+            exclude=exclude,
+        )
+        tasks = plan.tasks(task or (1, 1))
+        overflow: dict[str, int] = {}
+        written, complete, verification = 0, False, None
+        begin = time.perf_counter()
+        if not dry_run:
+            plan.prepare(tasks, resume=resume or task is not None, force=force, shared=task is not None)
+            tasks_left = [one for one in tasks if not one.is_done()]
+            written = sum(one.shard.nbytes for one in tasks_left)
+            overflow = run_tasks(tasks_left, workers, progress)
+            complete = plan.finish()
+        seconds = time.perf_counter() - begin
+        if verify and not dry_run:
+            verification = _verify(checkpoint, tasks, transpose, workers, progress)
+    return Conversion(
+        folder=folder,
+        shards={shard.file: shard.nbytes for shard in plan.shards},
+        written=written,
+        seconds=seconds,
+        complete=complete,
+        overflow=overflow,
+        untouched=untouched(item for shard in plan.shards for item in shard.items),
+        loader=_loader(plan),
+        verification=verification,
+    )
+
+
+def _verify(
+    checkpoint: Checkpoint,
+    tasks: list[Task],
+    transpose: str,
+    workers: int | None,
+    progress: Callable[[Progress], object],
+) -> Verification:
+    names = [output.name for task in tasks for item in task.shard.items for output in item.outputs]
+    if not tasks:
+        return Verification()
+    with Checkpoint([task.path for task in tasks]) as written:
+        return compare(checkpoint, written, names, transpose, workers=workers, progress=progress)
+
+
+def _loader(plan: Plan) -> str:
+    """Return Python code that loads what was converted."""
+    config = json.loads(plan.documents.get("config.json", b"{}"))
+    if "architectures" in config and "model_type" in config:
+        return f"transformers.AutoModelForCausalLM.from_pretrained({str(plan.folder)!r}, dtype={plan.about['dtype']!r})"
+    return f"mxfp4np.Checkpoint({str(plan.folder)!r})"

@@ -1,0 +1,455 @@
+"""Write a checkpoint's tensors, changed on the way, into the shards of a new folder.
+
+Headers make a plan, the plan has a task for each shard, and an index comes last. What has its final name is complete
+and on disk: a task may be killed and repeated, run in any process and beside all others. What happens to a tensor on
+its way is for an `Item` to say; this module knows nothing of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import threading
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO, Final, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .backends.memory import aligned_empty
+from .backends.threads import default_num_threads, parallel_for
+from .checkpoint import Checkpoint
+from .container import DTYPES, atomic_file, bytes_of, header_bytes, nbytes_of
+from .errors import CheckpointError
+from .report import format_bytes
+
+INDEX: Final = "model.safetensors.index.json"
+RECORD: Final = ".mxfp4np.json"
+"""Says which plan a folder is written by, so that no other goes on with it."""
+
+METADATA: Final = {"format": "pt"}
+"""Of each shard, as transformers wants it."""
+
+_SHARD: Final = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+_TEMPORARY: Final = re.compile(r"\.(.+)\.\d+-[0-9a-f]{8}\.tmp")
+
+
+class Output(NamedTuple):
+    """A tensor to be written."""
+
+    name: str
+    dtype: str
+    """As the safetensors format spells it."""
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data."""
+        return nbytes_of(self.dtype, self.shape)
+
+
+class Progress(NamedTuple):
+    """How far the writing of shards has come."""
+
+    shard: str
+    """Name of the file."""
+    tensor: str
+    done: int
+    """Bytes written, of all shards."""
+    total: int
+
+
+class Scratch:
+    """Memory that the pieces of a task pass through, one after the other."""
+
+    def __init__(self) -> None:
+        self._memory = aligned_empty((0,), np.dtype(np.uint8))
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+        """Return an array in the same memory as the last one."""
+        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        if size > self._memory.nbytes:
+            self._memory = aligned_empty((size,), np.dtype(np.uint8))
+        return self._memory[:size].view(dtype).reshape(shape)
+
+
+Pieces = Generator[tuple[int, int, NDArray[Any]], None, Any]
+
+
+class Item(Protocol):
+    """A tensor of the source on its way into a shard, as one tensor or several that stay together."""
+
+    @property
+    def outputs(self) -> tuple[Output, ...]:
+        """What becomes of it."""
+
+    def pieces(self, checkpoint: Checkpoint, scratch: Scratch) -> Pieces:
+        """Yield which output, from which of its bytes on, and a C-contiguous array; return what is to be reported."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file to be written."""
+
+    file: str
+    items: tuple[Item, ...]
+
+    @property
+    def header(self) -> bytes:
+        """The beginning of the file."""
+        return header_bytes({name: (dtype, shape) for name, dtype, shape in self._outputs}, METADATA)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensor data."""
+        return sum(output.nbytes for item in self.items for output in item.outputs)
+
+    @property
+    def offsets(self) -> dict[str, int]:
+        """Where the data of each output begins, behind the header."""
+        found, offset = {}, 0
+        for output in self._outputs:
+            found[output.name] = offset
+            offset += output.nbytes
+        return found
+
+    @property
+    def _outputs(self) -> list[Output]:
+        # Widest elements first, so that every tensor is aligned.
+        outputs = (output for item in self.items for output in item.outputs)
+        return sorted(outputs, key=lambda output: (-DTYPES[output.dtype][0], output.name))
+
+
+@dataclass(frozen=True)
+class Task:
+    """One shard to be written: can be pickled, repeated, and run in any process."""
+
+    folder: Path
+    shard: Shard
+    source: Checkpoint
+
+    @property
+    def path(self) -> Path:
+        """The file to be written."""
+        return self.folder / self.shard.file
+
+    def is_done(self) -> bool:
+        """Tell whether the shard is there, whole."""
+        header = self.shard.header
+        try:
+            with self.path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                return size == len(header) + self.shard.nbytes and file.read(len(header)) == header
+        except FileNotFoundError:
+            return False
+
+    def run(self, progress: Callable[[str, int], object] = lambda *_: None) -> dict[str, Any]:
+        """Write the shard, if it is not there.
+
+        Parameters
+        ----------
+        progress : callable
+            Called with the name of a tensor and the number of bytes written since the last call.
+
+        Returns
+        -------
+        dict
+            What the items report, by the name of their first output; of those that report anything.
+        """
+        reports: dict[str, Any] = {}
+        if self.is_done():
+            return reports
+        scratch, header, offsets = Scratch(), self.shard.header, self.shard.offsets
+
+        def write(file: BinaryIO) -> None:
+            file.truncate(len(header) + self.shard.nbytes)
+            file.write(header)
+            # In the order of the file.
+            for item in sorted(self.shard.items, key=lambda item: offsets[item.outputs[0].name]):
+                pieces = item.pieces(self.source, scratch)
+                while True:
+                    try:
+                        which, offset, data = next(pieces)
+                    except StopIteration as stop:
+                        if stop.value:
+                            reports[item.outputs[0].name] = stop.value
+                        break
+                    output = item.outputs[which]
+                    file.seek(len(header) + offsets[output.name] + offset)
+                    file.write(bytes_of(data))
+                    progress(output.name, data.nbytes)
+
+        _create(self.path, write)
+        _clear(self.folder, {self.shard.file})
+        return reports
+
+
+def _create(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file that appears when it is complete, unless another process puts the same one there meanwhile."""
+    try:
+        with atomic_file(path) as file:
+            write(file)
+    except FileNotFoundError:
+        if not path.exists():
+            raise
+
+
+def _put(path: Path, text: bytes) -> None:
+    _create(path, lambda file: file.write(text))
+
+
+def _copy(source: Path, target: Path) -> None:
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with source.open("rb") as original:
+            _create(target, lambda file: shutil.copyfileobj(original, file))
+
+
+def _clear(folder: Path, files: set[str]) -> None:
+    """Remove what killed processes left of these files; whoever is still at work on one will find it there."""
+    for path in folder.iterdir():
+        match = _TEMPORARY.fullmatch(path.name)
+        if match and match[1] in files:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is to be written, known from headers alone.
+
+    Attributes
+    ----------
+    folder : Path
+        The target.
+    shards : tuple of Shard
+    documents : mapping of str to bytes
+        Small files to be written beside the shards.
+    copies : mapping of str to Path
+        Files to be copied beside them, by their names in the folder.
+    about : mapping
+        What was asked for, for the record.
+    source : Checkpoint
+    """
+
+    folder: Path
+    shards: tuple[Shard, ...]
+    documents: Mapping[str, bytes]
+    copies: Mapping[str, Path]
+    about: Mapping[str, Any]
+    source: Checkpoint
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensor data."""
+        return sum(shard.nbytes for shard in self.shards)
+
+    @property
+    def index(self) -> bytes | None:
+        """The text of the index; one shard has none."""
+        if len(self.shards) == 1:
+            return None
+        weight_map = {
+            output.name: shard.file for shard in self.shards for item in shard.items for output in item.outputs
+        }
+        index = {"metadata": {"total_size": self.nbytes}, "weight_map": dict(sorted(weight_map.items()))}
+        return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
+
+    @cached_property
+    def record(self) -> bytes:
+        """What tells this plan from others: all it will write, and the state of the files it reads."""
+        digest = hashlib.sha256()
+        for shard in self.shards:
+            digest.update(shard.file.encode() + b"\0" + shard.header)
+        for name in sorted(self.documents):
+            digest.update(name.encode() + b"\0" + self.documents[name])
+        digest.update(json.dumps([sorted(self.about.items()), sorted(self.copies), self.source.stamps]).encode())
+        return (json.dumps({**self.about, "plan": digest.hexdigest()}, indent=2) + "\n").encode()
+
+    def tasks(self, part: tuple[int, int] = (1, 1)) -> list[Task]:
+        """Return a task for each shard, or every n-th from the i-th on for ``part = (i, n)``."""
+        i, n = part
+        return [Task(self.folder, shard, self.source) for shard in self.shards[i - 1 :: n]]
+
+    def prepare(self, tasks: Sequence[Task], *, resume: bool, force: bool, shared: bool) -> None:
+        """Make the folder ready for tasks, and put everything there that is not a shard.
+
+        Parameters
+        ----------
+        tasks : sequence of Task
+            What is going to be run: there must be room on the disk for it.
+        resume : bool
+            Whether to go on with what an earlier run of the same plan left.
+        force : bool
+            Whether to remove an earlier run's files, and leave any others alone.
+        shared : bool
+            Whether other processes may be at work in the folder.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        record = self.folder / RECORD
+        if force:
+            self._remove_earlier()
+        elif record.exists():
+            if not resume:
+                raise FileExistsError(
+                    f"{self.folder}: holds an earlier run: go on with --resume, or start over with --force"
+                )
+            if record.read_bytes() != self.record:
+                raise CheckpointError(
+                    f"{self.folder}: was begun with other options or from other files: give the same ones, or "
+                    "start over with --force"
+                )
+        elif any(not _TEMPORARY.fullmatch(path.name) for path in self.folder.iterdir()):
+            raise FileExistsError(f"{self.folder}: expected a new or empty folder, found something in it: see --force")
+        if not shared:
+            _clear(self.folder, self._names)
+        self._check_room([task for task in tasks if not task.is_done()])
+        _put(record, self.record)
+        for name, text in self.documents.items():
+            _put(self.folder / name, text)
+        for name, path in self.copies.items():
+            _copy(path, self.folder / name)
+
+    def finish(self) -> bool:
+        """Write the index if all shards are there, and tell whether they are."""
+        if {shard.file for shard in self.shards} - {path.name for path in self.folder.iterdir()}:
+            return False
+        index = self.index
+        if index is not None:
+            _put(self.folder / INDEX, index)
+        _clear(self.folder, self._names)
+        return True
+
+    @property
+    def _names(self) -> set[str]:
+        return {RECORD, INDEX, *self.documents, *self.copies, *(shard.file for shard in self.shards)}
+
+    def _remove_earlier(self) -> None:
+        # The index first: while it is there, the folder counts as complete.
+        for name in (INDEX, RECORD):
+            (self.folder / name).unlink(missing_ok=True)
+        for path in list(self.folder.iterdir()):
+            match = _TEMPORARY.fullmatch(path.name)
+            if _SHARD.fullmatch(path.name) or (match and (match[1] in self._names or _SHARD.fullmatch(match[1]))):
+                path.unlink()
+        for name in (*self.documents, *self.copies):
+            (self.folder / name).unlink(missing_ok=True)
+
+    def _check_room(self, tasks: Sequence[Task]) -> None:
+        needed = sum(task.shard.nbytes for task in tasks)
+        free = shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise OSError(
+                f"{self.folder}: {format_bytes(needed)} are to be written, but the disk has {format_bytes(free)} free"
+            )
+
+
+def split_into_shards(sizes: Sequence[int], max_shard_size: int) -> list[list[int]]:
+    """Divide tensors among shards, in order, as huggingface_hub does.
+
+    Parameters
+    ----------
+    sizes : sequence of int
+        Bytes of each.
+    max_shard_size : int
+        Bytes of a shard. What is larger by itself has a shard of its own.
+
+    Returns
+    -------
+    list of list of int
+        The numbers of the tensors in each shard.
+
+    Examples
+    --------
+    >>> split_into_shards([6, 6, 2, 6, 2, 2], 10)
+    [[0], [1, 2], [3, 4, 5]]
+    """
+    shards: list[list[int]] = []
+    current: list[int] = []
+    filled = 0
+    for number, size in enumerate(sizes):
+        if size > max_shard_size:
+            shards.append([number])
+            continue
+        if filled + size > max_shard_size:
+            shards.append(current)
+            current, filled = [], 0
+        current.append(number)
+        filled += size
+    return [*shards, current] if current else shards
+
+
+def make_shards(items: Sequence[Item], max_shard_size: int) -> tuple[Shard, ...]:
+    """Divide items among shards, and name these."""
+    sizes = [sum(output.nbytes for output in item.outputs) for item in items]
+    groups = split_into_shards(sizes, max_shard_size)
+    if len(groups) == 1:
+        return (Shard("model.safetensors", tuple(items)),)
+    return tuple(
+        Shard(f"model-{number:05}-of-{len(groups):05}.safetensors", tuple(items[i] for i in group))
+        for number, group in enumerate(groups, 1)
+    )
+
+
+class _StoppedError(Exception):
+    """Another task failed."""
+
+
+def run_tasks(
+    tasks: Sequence[Task],
+    workers: int | None = None,
+    progress: Callable[[Progress], object] = lambda _: None,
+) -> dict[str, Any]:
+    """Run tasks in several threads, each of which writes one shard at a time.
+
+    Parameters
+    ----------
+    tasks : sequence of Task
+    workers : int, optional
+        Threads; by default as many as decoding uses.
+    progress : callable
+        Called by one thread at a time.
+
+    Returns
+    -------
+    dict
+        What `Task.run` returns, of all tasks.
+    """
+    tasks = [task for task in tasks if not task.is_done()]
+    total, done = sum(task.shard.nbytes for task in tasks), 0
+    reports: dict[str, Any] = {}
+    errors: list[BaseException] = []
+    lock = threading.Lock()
+
+    def run(begin: int, end: int) -> None:
+        for task in tasks[begin:end]:
+
+            def advance(tensor: str, count: int, task: Task = task) -> None:
+                nonlocal done
+                with lock:
+                    if errors:
+                        raise _StoppedError
+                    done += count
+                    progress(Progress(task.shard.file, tensor, done, total))
+
+            try:
+                reports.update(task.run(advance))
+            except BaseException as error:
+                errors.append(error)
+                raise
+
+    try:
+        parallel_for(run, len(tasks), 1, workers or default_num_threads())
+    except BaseException as error:
+        errors.append(error)  # perhaps an interrupt that came while this thread was waiting: the others stop
+        if error is errors[0]:
+            raise
+        raise errors[0] from None
+    return reports
