@@ -235,7 +235,8 @@ class Conversion:
         """Yield what is going to be written, for a person."""
         for file, nbytes in self.shards.items():
             yield f"{file}  {format_bytes(nbytes)}"
-        yield f"{count(len(self.shards), 'shard')}, {format_bytes(self.nbytes)} of tensor data, to {escape(str(self.folder))}"
+        shards = count(len(self.shards), "shard")
+        yield f"{shards}, {format_bytes(self.nbytes)} of tensor data, to {escape(str(self.folder))}"
         yield from self._warnings()
 
     def _warnings(self) -> Iterator[str]:
