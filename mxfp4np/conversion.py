@@ -21,8 +21,8 @@ from .selection import select
 from .shards import Item, Output, Pieces, Plan, Progress, Scratch, Task, make_shards, run_tasks
 from .verification import Verification, compare, count_overflow
 
-PIECE_BYTES: Final = 4 << 20
-"""Decoded bytes that a thread has in memory at a time: what the processor's cache holds is written fastest."""
+PIECE_BYTES: Final = 32 << 20
+"""Decoded bytes that a thread has in memory at a time. One expert of gpt-oss-20b fits, and can be transposed whole."""
 
 MAX_SHARD_SIZE: Final = 5_000_000_000
 
