@@ -76,7 +76,15 @@ def main() -> None:
     try:
         make(work / "source", args.layers)
         rows: dict[str, list[tuple[float, int]]] = {}
-        convert = [sys.executable, "-m", "mxfp4np", "convert", "--quiet", f"--workers={args.workers}", "--max-shard-size=2GB"]
+        convert = [
+            sys.executable,
+            "-m",
+            "mxfp4np",
+            "convert",
+            "--quiet",
+            f"--workers={args.workers}",
+            "--max-shard-size=2GB",
+        ]
         commands = {
             "cp": ["cp", "-r", "--reflink=never", work / "plain", work / "out"],
             "convert": [*convert, work / "source", work / "out"],

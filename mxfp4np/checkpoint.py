@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, NamedTuple, Self
@@ -27,6 +27,7 @@ from .container import (
     as_array,
     element,
     open_regular,
+    stream_safetensors,
     write_safetensors,
 )
 from .errors import CheckpointError, LayoutError, TensorNotFoundError
@@ -682,7 +683,7 @@ def load_file(path: PathLike | Sequence[PathLike]) -> dict[str, NDArray[Any]]:
 
 
 def save_file(
-    tensors: Mapping[str, NDArray[Any] | MXFP4Array],
+    tensors: Mapping[str, NDArray[Any] | MXFP4Array] | Iterable[tuple[str, NDArray[Any] | MXFP4Array]],
     path: PathLike,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
@@ -690,8 +691,10 @@ def save_file(
 
     Parameters
     ----------
-    tensors : mapping of str to numpy.ndarray or MXFP4Array
+    tensors : mapping of str to numpy.ndarray or MXFP4Array, or iterable of such pairs
         Arrays of any strides and byte order. An `MXFP4Array` becomes the pair ``name.blocks`` and ``name.scales``.
+        Those of an iterable lie in the file as they come, and each is let go of when the next has come; of a mapping,
+        those with the widest elements come first, so that every tensor is aligned.
     path : path
         The file appears, or replaces an older one, only when it is complete.
     metadata : mapping of str to str, optional
@@ -699,7 +702,7 @@ def save_file(
     Raises
     ------
     ValueError
-        If the format has no name for a dtype, or a packed array begins or ends mid-block.
+        If the format has no name for a dtype, a packed array begins or ends mid-block, or two names are the same.
 
     Examples
     --------
@@ -709,27 +712,43 @@ def save_file(
     >>> mxfp4np.save_file({"w": packed, "bias": np.ones(3)}, path)
     >>> mxfp4np.Checkpoint(path)["bias"]
     array([1., 1., 1.])
+    >>> mxfp4np.save_file(((f"layer.{i}", np.full(2, i)) for i in range(3)), path)
+    >>> mxfp4np.Checkpoint(path)["layer.2"]
+    array([2, 2])
     """
+    if not isinstance(tensors, Mapping):
+        pairs = (part for name, tensor in tensors for part in _to_store(name, tensor))
+        streamed = ((name, SAFETENSORS_DTYPES[x.dtype.name], x.shape, _pieces_of(x)) for name, x in pairs)
+        stream_safetensors(Path(path), streamed, metadata)
+        return
     arrays: dict[str, NDArray[Any]] = {}
     for name, tensor in tensors.items():
-        parts: dict[str, NDArray[Any]] = {name: tensor} if not isinstance(tensor, MXFP4Array) else {}
-        if isinstance(tensor, MXFP4Array):
-            if tensor.start or tensor.shape[-1] % BLOCK_SIZE:
-                raise ValueError(f"tensor {name!r}: packed arrays are saved in whole blocks, found {tensor!r}")
-            layout = LAYOUTS[0]
-            parts = {f"{name}{layout.codes}": tensor.in_pairs().blocks, f"{name}{layout.scales}": tensor.scales}
-        if parts.keys() & arrays.keys():
-            raise ValueError(f"two tensors would both be called {(parts.keys() & arrays.keys()).pop()!r}")
-        arrays.update((key, np.asarray(value)) for key, value in parts.items())
-    for name, array in arrays.items():
-        if array.dtype.name not in SAFETENSORS_DTYPES:
-            raise ValueError(f"tensor {name!r}: safetensors has no dtype for {array.dtype}")
+        for key, array in _to_store(name, tensor):
+            if key in arrays:
+                raise ValueError(f"two tensors would both be called {key!r}")
+            arrays[key] = array
     # Widest elements first, so that every tensor is aligned.
     arrays = dict(sorted(arrays.items(), key=lambda item: (-item[1].itemsize, item[0])))
     specs = {name: (SAFETENSORS_DTYPES[array.dtype.name], array.shape) for name, array in arrays.items()}
-    pieces = (
-        np.ascontiguousarray(array[index], dtype=array.dtype.newbyteorder("="))
-        for array in arrays.values()
-        for index in split(array.shape, array.itemsize, WRITE_BYTES)
-    )
+    pieces = (piece for array in arrays.values() for piece in _pieces_of(array))
     write_safetensors(Path(path), specs, pieces, metadata)
+
+
+def _to_store(name: str, tensor: NDArray[Any] | MXFP4Array) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Yield what a tensor is stored as."""
+    if isinstance(tensor, MXFP4Array):
+        if tensor.start or tensor.shape[-1] % BLOCK_SIZE:
+            raise ValueError(f"tensor {name!r}: packed arrays are saved in whole blocks, found {tensor!r}")
+        layout = LAYOUTS[0]
+        yield f"{name}{layout.codes}", tensor.in_pairs().blocks
+        yield f"{name}{layout.scales}", tensor.scales
+        return
+    array = np.asarray(tensor)
+    if array.dtype.name not in SAFETENSORS_DTYPES:
+        raise ValueError(f"tensor {name!r}: safetensors has no dtype for {array.dtype}")
+    yield name, array
+
+
+def _pieces_of(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    for index in split(array.shape, array.itemsize, WRITE_BYTES):
+        yield np.ascontiguousarray(array[index], dtype=array.dtype.newbyteorder("="))

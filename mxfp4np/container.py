@@ -308,7 +308,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        with temporary.open("xb") as file:
+        with temporary.open("x+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -390,6 +390,55 @@ def write_safetensors(
             written += file.write(bytes_of(piece))
         if written != expected:
             raise ValueError(f"{path}: expected {expected:,} bytes of tensor data, was given {written:,}")
+
+
+HEADER_ROOM: Final = 1 << 20
+"""Left in front of data whose header is written last; enough for some ten thousand tensors."""
+
+
+def stream_safetensors(
+    path: Path,
+    tensors: Iterable[tuple[str, str, tuple[int, ...], Iterable[NDArray[Any]]]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a safetensors file whose tensors are not known before they come.
+
+    Parameters
+    ----------
+    path : Path
+        Replaced only when the new file is complete.
+    tensors : iterable of (name, dtype, shape, data)
+        The dtype as the format spells it, the data as C-contiguous arrays, cut anywhere.
+    metadata : mapping of str to str, optional
+    """
+    specs: dict[str, tuple[str, tuple[int, ...]]] = {}
+    with atomic_file(path) as file:
+        file.seek(HEADER_ROOM)
+        for name, dtype, shape, data in tensors:
+            if name in specs:
+                raise ValueError(f"two tensors would both be called {name!r}")
+            specs[name] = dtype, shape
+            for piece in data:
+                file.write(bytes_of(piece))
+        end, header = file.tell(), header_bytes(specs, metadata)
+        if len(header) > HEADER_ROOM or end < 16 * HEADER_ROOM:
+            _move(file, HEADER_ROOM, len(header), end - HEADER_ROOM)
+        else:  # the format lets a header end in spaces
+            header = (HEADER_ROOM - 8).to_bytes(8, "little") + header[8:].ljust(HEADER_ROOM - 8)
+        file.seek(0)
+        file.write(header)
+
+
+def _move(file: BinaryIO, begin: int, to: int, nbytes: int) -> None:
+    """Move the end of a file, in pieces; what is read next is never overwritten."""
+    step = 16 << 20
+    offsets = range(0, nbytes, step)
+    for offset in offsets if to < begin else reversed(offsets):
+        file.seek(begin + offset)
+        piece = file.read(min(step, nbytes - offset))
+        file.seek(to + offset)
+        file.write(piece)
+    file.truncate(to + nbytes)
 
 
 def bytes_of(array: NDArray[Any]) -> memoryview:

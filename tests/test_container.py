@@ -9,6 +9,7 @@ import os
 import tempfile
 import threading
 import time
+import weakref
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import mxfp4np
-from mxfp4np import CheckpointError, MXFP4Array
+from mxfp4np import CheckpointError, MXFP4Array, container
 from mxfp4np.container import DTYPES, SAFETENSORS_DTYPES, SafetensorsFile, write_safetensors
 
 IO = ("mmap", "pread")
@@ -1183,6 +1184,72 @@ def test_packed_arrays_round_trip(tmp_path, io):
             assert_same(packed.blocks, np.ascontiguousarray(part.blocks))
             assert_same(packed.scales, np.ascontiguousarray(part.scales))
             assert_same(ckpt.get(name, dtype="float32"), part.decode("float32"))
+
+
+@pytest.mark.parametrize("room", [64, 1000, 4096, 1 << 20])
+@pytest.mark.parametrize("count", [0, 1, 30])
+def test_tensors_saved_as_they_come(tmp_path, monkeypatch, room, count):
+    """Whether the header fits into the room left for it, or the data has to be moved, one way or the other."""
+    monkeypatch.setattr(container, "HEADER_ROOM", room)
+    rng = np.random.default_rng(0)
+    shapes = [(int(rng.integers(0, 5000)), 3) for _ in range(count)]
+    arrays = {f"t{i}": rng.integers(0, 256, shape, np.uint8).astype(dtype_of(i)) for i, shape in enumerate(shapes)}
+    packed = mxfp4np.MXFP4Array(np.arange(32, dtype=np.uint8).reshape(2, 16), np.array([126, 127], np.uint8))
+    path = tmp_path / "m.safetensors"
+    mxfp4np.save_file(iter([*arrays.items(), ("w", packed)]), path, {"made": "here"})
+    theirs = safetensors.numpy.load_file(path)
+    assert list(SafetensorsFile(path).tensors) == [*arrays, "w.blocks", "w.scales"] or 0 in [
+        a.size for a in arrays.values()
+    ]
+    assert theirs.keys() == {*arrays, "w.blocks", "w.scales"}
+    for name, array in arrays.items():
+        assert theirs[name].dtype == array.dtype
+        assert np.array_equal(theirs[name], array)
+    with mxfp4np.Checkpoint(path) as checkpoint:
+        assert checkpoint.metadata == {"made": "here"}
+        assert np.array_equal(checkpoint["w"], packed.decode())
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def dtype_of(i):
+    return [np.uint8, np.float32, np.float16, np.int64][i % 4]
+
+
+def test_data_moved_in_many_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(container, "HEADER_ROOM", 64)
+    array = np.arange(5 << 20, dtype=np.uint64)  # 40 MiB, of which 16 are moved at a time
+    mxfp4np.save_file(iter([("x", array)]), tmp_path / "m.safetensors")
+    assert np.array_equal(safetensors.numpy.load_file(tmp_path / "m.safetensors")["x"], array)
+
+
+def test_tensors_saved_as_they_come_are_let_go_of(tmp_path):
+    alive = weakref.WeakValueDictionary()
+
+    def make():
+        for i in range(10):
+            array = np.full(1000, i)
+            alive[i] = array
+            yield f"t{i}", array
+            del array
+            assert len(alive) <= 2
+
+    mxfp4np.save_file(make(), tmp_path / "m.safetensors")
+    assert len(SafetensorsFile(tmp_path / "m.safetensors").tensors) == 10
+
+
+def test_nothing_is_left_if_tensors_stop_coming(tmp_path):
+    def broken():
+        yield "a", np.ones(3)
+        raise RuntimeError("no more")
+
+    for tensors, error, match in (
+        (broken(), RuntimeError, "no more"),
+        (iter([("a", np.ones(3)), ("a", np.ones(3))]), ValueError, "two tensors would both be called 'a'"),
+        (iter([("a", np.array(["text"]))]), ValueError, "tensor 'a': safetensors has no dtype for"),
+    ):
+        with pytest.raises(error, match=match):
+            mxfp4np.save_file(tensors, tmp_path / "m.safetensors")
+        assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("index", [np.s_[..., 1:], np.s_[..., :31], np.s_[..., 5:37], np.s_[..., 16:48]], ids=str)
