@@ -238,10 +238,12 @@ class SafetensorsFile(TensorFile):
                 names = handle.offset_keys()
                 self.metadata = handle.metadata() or {}
                 self._refuse_duplicates(file.read(offset - 8), len(names))
+                kinds: dict[tuple[str, tuple[int, ...]], tuple[str, tuple[int, ...], int]] = {}
                 for name in names:
                     entry = handle.get_slice(name)
-                    dtype, shape = entry.get_dtype(), tuple(entry.get_shape())
-                    nbytes = nbytes_of(dtype, shape)
+                    kind = entry.get_dtype(), tuple(entry.get_shape())
+                    # Tensors of a kind share these objects, which are most of the memory of half a million tensors.
+                    dtype, shape, nbytes = kinds.get(kind) or kinds.setdefault(kind, (*kind, nbytes_of(*kind)))
                     if len(shape) > MAX_AXES or (not nbytes and math.prod(n for n in shape if n) > MAX_ELEMENTS):
                         raise CheckpointError(f"{self.path}: tensor {name!r}: no array can have shape {list(shape)}")
                     self.tensors[name] = StoredTensor(name, dtype, shape, self, offset, nbytes)

@@ -38,7 +38,7 @@ STALE: Final = frozenset(
 """Files that describe packed tensors."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Decoded:
     """A packed tensor to be decoded."""
 
@@ -63,7 +63,7 @@ class Decoded:
         return overflow
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Copied:
     """A tensor that stays as it is."""
 
