@@ -8,6 +8,8 @@ Without --folder, a temporary one: the page cache in front of a disk, whose own 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import json
 import shutil
 import statistics
 import subprocess
@@ -15,34 +17,79 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 
 import mxfp4np
 from benchmarks.compare import machine
 
-HIDDEN, EXPERTS = 2880, 32  # gpt-oss-20b
+HIDDEN, EXPERTS, VOCABULARY, HEADS, KEYS = 2880, 32, 4096, 64, 8  # gpt-oss-20b, but for the vocabulary
+
+TRANSFORMERS = """
+import sys, torch
+from transformers import AutoModelForCausalLM, Mxfp4Config
+how = Mxfp4Config(dequantize=True)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=how, dtype=torch.bfloat16)
+model.save_pretrained(sys.argv[2], max_shard_size="2GB")
+"""
 
 
 def make(folder: Path, layers: int) -> None:
-    """Write a checkpoint of gpt-oss-20b's experts, one file a layer."""
-    rng = np.random.default_rng(0)
+    """Write a checkpoint shaped like gpt-oss-20b that transformers can load."""
     folder.mkdir()
+    mxfp4np.save_file(tensors(layers), folder / "model.safetensors", {"format": "pt"})
+    config = {
+        "architectures": ["GptOssForCausalLM"],
+        "model_type": "gpt_oss",
+        "num_hidden_layers": layers,
+        "layer_types": ["full_attention"] * layers,
+        "vocab_size": VOCABULARY,
+        "num_local_experts": EXPERTS,
+        "dtype": "bfloat16",
+        "quantization_config": {"quant_method": "mxfp4"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def tensors(layers: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Make them up, one by one."""
+    rng = np.random.default_rng(0)
+
+    def plain(*shape: int) -> np.ndarray:
+        return (rng.standard_normal(shape, np.float32) / 50).astype(ml_dtypes.bfloat16)
+
+    for name in ("model.embed_tokens", "lm_head"):
+        yield f"{name}.weight", plain(VOCABULARY, HIDDEN)
+    yield "model.norm.weight", plain(HIDDEN)
     for layer in range(layers):
-        tensors = {}
+        stem = f"model.layers.{layer}."
+        yield stem + "input_layernorm.weight", plain(HIDDEN)
+        yield stem + "post_attention_layernorm.weight", plain(HIDDEN)
+        yield stem + "self_attn.sinks", plain(HEADS)
+        for name, rows, columns in (
+            ("self_attn.q_proj", 64 * HEADS, HIDDEN),
+            ("self_attn.k_proj", 64 * KEYS, HIDDEN),
+            ("self_attn.v_proj", 64 * KEYS, HIDDEN),
+            ("self_attn.o_proj", HIDDEN, 64 * HEADS),
+            ("mlp.router", EXPERTS, HIDDEN),
+        ):
+            yield f"{stem}{name}.weight", plain(rows, columns)
+            yield f"{stem}{name}.bias", plain(rows)
         for name, rows in (("gate_up_proj", 2 * HIDDEN), ("down_proj", HIDDEN)):
-            blocks = rng.integers(0, 256, (EXPERTS, rows, HIDDEN // 32, 16), np.uint8)
-            stem = f"model.layers.{layer}.mlp.experts.{name}"
-            tensors |= {f"{stem}_blocks": blocks, f"{stem}_scales": rng.integers(118, 126, blocks.shape[:-1], np.uint8)}
-        mxfp4np.save_file(tensors, folder / f"model-{layer + 1:05}-of-{layers:05}.safetensors")
+            scales = (EXPERTS, rows, HIDDEN // 32)
+            yield f"{stem}mlp.experts.{name}_bias", plain(EXPERTS, rows)
+            yield f"{stem}mlp.experts.{name}_blocks", rng.integers(0, 256, (*scales, 16), np.uint8)
+            yield f"{stem}mlp.experts.{name}_scales", rng.integers(118, 126, scales, np.uint8)
 
 
 def measured(command: list[str]) -> tuple[float, int]:
     """Run a command; return its seconds and its peak anonymous memory in bytes."""
     peak = 0
     begin = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     status = Path(f"/proc/{process.pid}/status")
     done = threading.Event()
 
@@ -91,6 +138,8 @@ def main() -> None:
             "convert --transpose no": [*convert, "--transpose=no", work / "source", work / "out"],
             "convert --io pread": [*convert, "--io=pread", work / "source", work / "out"],
         }
+        if importlib.util.find_spec("transformers"):
+            commands["transformers"] = [sys.executable, "-c", TRANSFORMERS, work / "source", work / "out"]
         measured(list(map(str, [*convert, work / "source", work / "plain"])))
         size = sum(file.stat().st_size for file in (work / "plain").iterdir())
         for _ in range(args.rounds):
