@@ -19,48 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
 
 import mxfp4np
 from benchmarks.compare import machine
-from mxfp4np.backends import cpu_kernels
-from mxfp4np.backends.memory import address_of, aligned_empty
-from mxfp4np.backends.threads import parallel_for
+from mxfp4np.backends.cpu import stream
+from mxfp4np.backends.memory import aligned_empty
+from mxfp4np.bench import fill
 from mxfp4np.format import DTYPES, decoded_dtype
 
-PIECE = 1 << 15
 ROWS, GROUPS = 5760, 90  # gpt-oss-20b: mlp1 is [32, 5760, 90, 16]
-
-
-@intrinsic
-def stream_block(typingctx, block, scale, out, word):  # noqa: ARG001
-    """Load 17 bytes, and write 32 words made of them past the cache."""
-
-    def codegen(context, builder, signature, args):  # noqa: ARG001
-        block, scale, out, word = args
-        byte, vector = ir.IntType(8), ir.VectorType(ir.IntType(8), 16)
-        codes = builder.load(builder.inttoptr(block, vector.as_pointer()), align=1)
-        codes = builder.insert_element(
-            codes, builder.load(builder.inttoptr(scale, byte.as_pointer())), ir.IntType(32)(0)
-        )
-        count = 4 * word.type.width
-        order = ir.Constant(ir.VectorType(ir.IntType(32), count), [ir.IntType(32)(i % 16) for i in range(count)])
-        words = builder.shuffle_vector(codes, codes, order)
-        store = builder.store(words, builder.inttoptr(out, words.type.as_pointer()), align=64)
-        store.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64, word), codegen
-
-
-@njit(nogil=True)
-def stream(blocks, scales, out, size, word, start, stop):
-    """Do what decoding does to memory, for a range of blocks."""
-    for i in range(start, stop):
-        stream_block(blocks + 16 * i, scales + i, out + 32 * size * i, word)
-    cpu_kernels.fence()
 
 
 Run = Callable[[], Any]
@@ -108,24 +75,18 @@ class Bench:
     def decode(self, out: np.ndarray | None, dtype: str = "bfloat16", **options: Any) -> Run:
         return lambda: self.packed.decode(dtype, out=out, num_threads=self.threads, **options)
 
-    def fill(self, out: np.ndarray) -> None:
-        flat = out.reshape(-1).view(np.uint8)
-        parallel_for(lambda i, j: flat[i:j].fill(1), len(flat), 1 << 24, self.threads)
-
     def reused(self) -> None:
         """Compare with the limits, and transposed with untransposed, in every dtype."""
         for dtype in DTYPES:
             out = self.packed.decode(dtype)
-            word = (np.uint16 if out.itemsize == 2 else np.uint32)(0)
-            addresses = address_of(self.blocks), address_of(self.scales), address_of(out), out.itemsize, word
 
-            def limit(addresses: tuple[Any, ...] = addresses) -> None:
-                parallel_for(lambda i, j: stream(*addresses, i, j), self.scales.size, PIECE, self.threads)
+            def limit(out: np.ndarray = out) -> None:
+                stream(self.blocks, self.scales, out, num_threads=self.threads)
 
             decode = self.decode(out, dtype)
             self.pair(f"{dtype}, output reused : stream", decode, limit, out.nbytes, out.nbytes)
             if dtype == "bfloat16":
-                self.pair(f"{dtype} : memset", decode, lambda out=out: self.fill(out), out.nbytes, out.nbytes)
+                self.pair(f"{dtype} : memset", decode, lambda out=out: fill(out, self.threads), out.nbytes, out.nbytes)
             turned = self.packed.decode(dtype, transpose=True)
             self.pair(
                 f"{dtype} transposed : not", self.decode(turned, dtype, transpose=True), decode, out.nbytes, out.nbytes
@@ -137,7 +98,7 @@ class Bench:
 
         def allocate_and_fill() -> np.ndarray:
             out = aligned_empty(self.packed.shape, dtype)
-            self.fill(out)
+            fill(out, self.threads)
             return out
 
         nbytes = 2 * self.packed.size

@@ -53,6 +53,13 @@ def parse_size(text: str) -> int:
     return int(Decimal(match[1]) * 1000 ** " kmgt".index(match[2] or " "))
 
 
+def parse_count(text: str) -> int:
+    """Return the positive integer that a text spells."""
+    if not re.fullmatch(r"0*[1-9]\d{0,5}", text.strip(), re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
+
+
 @contextmanager
 def progress_bar(total: int, what: str, *, quiet: bool) -> Iterator[Callable[[int], object]]:
     """Show bytes, rate and time left on a terminal; the result is called with bytes done since the last call."""
@@ -115,6 +122,21 @@ def _demo(args: argparse.Namespace) -> int:
     return 1 if result.differences else 0
 
 
+def _bench(args: argparse.Namespace) -> int:
+    from . import bench
+
+    result = bench.run(
+        args.path,
+        layout=args.layout,
+        size=args.size,
+        dtypes=[args.dtype] if args.dtype else DTYPES,
+        threads=args.threads,
+        bar=partial(progress_bar, quiet=args.quiet),
+    )
+    print(json.dumps(result.to_json()) if args.json else "\n".join(result.lines()))
+    return 0
+
+
 class _Parser(argparse.ArgumentParser):
     """Errors in one line; options anywhere between the names, which argparse leaves to a method of its own."""
 
@@ -143,10 +165,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--quiet", action="store_true", help="print results and errors only")
         return sub
 
-    def checkpoint(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument(
-            "path", type=Path, metavar="PATH", help="a folder, a .safetensors, .uqff or .gguf file, or a .index.json"
-        )
+    def checkpoint(sub: argparse.ArgumentParser, **options: Any) -> None:
+        what = "a folder, a .safetensors, .uqff or .gguf file, or a .index.json"
+        sub.add_argument("path", type=Path, metavar="PATH", help=what, **options)
         sub.add_argument("--layout", metavar="NAME", help="the layout, where files do not tell, as quark")
 
     demo = command("demo", _demo, "Write a small checkpoint shaped like gpt-oss, decode it and check every value.")
@@ -168,6 +189,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     decode.add_argument("--dtype", choices=DTYPES, help="default: bfloat16, and plain tensors as they are")
     decode.add_argument("--index", type=parse_index, help="part of each tensor: '7, :128', --index=-1,:")
+
+    bench = command("bench", _bench, "Measure how fast this machine decodes, beside what its memory allows.")
+    checkpoint(bench, nargs="?")
+    bench.add_argument("--dtype", choices=DTYPES, help="default: each of them")
+    bench.add_argument("--threads", type=parse_count, metavar="N", help="at most (default: as decoding uses)")
+    bench.add_argument("--size", type=parse_size, default=512_000_000, help="decoded to bfloat16 (default: 512MB)")
+    bench.add_argument("--json", action="store_true", help="print the figures as JSON")
     return parser
 
 
