@@ -1,69 +1,27 @@
-"""Hold the CPU decoder against the memory it runs on: each row is a pair of runs in turn, and the ratio of their rates.
-
-    python -m benchmarks.limits --threads 2
+"""The CPU decoder against the memory it runs on: each row is a pair of runs in turn, and the ratio of their rates.
 
 `stream` loads the packed bytes and streams as many output bytes, with no decoding between the two: the limit.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import statistics
 import tempfile
-import time
 import timeit
-from collections.abc import Callable
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
 
 import mxfp4np
-from benchmarks.compare import machine
-from mxfp4np.backends import cpu_kernels
-from mxfp4np.backends.memory import address_of, aligned_empty
-from mxfp4np.backends.threads import parallel_for
+from mxfp4np.backends.cpu import stream
+from mxfp4np.backends.memory import aligned_empty
+from mxfp4np.bench import Run, fill, in_turn
 from mxfp4np.format import DTYPES, decoded_dtype
 
-PIECE = 1 << 15
 ROWS, GROUPS = 5760, 90  # gpt-oss-20b: mlp1 is [32, 5760, 90, 16]
-
-
-@intrinsic
-def stream_block(typingctx, block, scale, out, word):  # noqa: ARG001
-    """Load 17 bytes, and write 32 words made of them past the cache."""
-
-    def codegen(context, builder, signature, args):  # noqa: ARG001
-        block, scale, out, word = args
-        byte, vector = ir.IntType(8), ir.VectorType(ir.IntType(8), 16)
-        codes = builder.load(builder.inttoptr(block, vector.as_pointer()), align=1)
-        codes = builder.insert_element(
-            codes, builder.load(builder.inttoptr(scale, byte.as_pointer())), ir.IntType(32)(0)
-        )
-        count = 4 * word.type.width
-        order = ir.Constant(ir.VectorType(ir.IntType(32), count), [ir.IntType(32)(i % 16) for i in range(count)])
-        words = builder.shuffle_vector(codes, codes, order)
-        store = builder.store(words, builder.inttoptr(out, words.type.as_pointer()), align=64)
-        store.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64, word), codegen
-
-
-@njit(nogil=True)
-def stream(blocks, scales, out, size, word, start, stop):
-    """Do what decoding does to memory, for a range of blocks."""
-    for i in range(start, stop):
-        stream_block(blocks + 16 * i, scales + i, out + 32 * size * i, word)
-    cpu_kernels.fence()
-
-
-Run = Callable[[], Any]
 
 
 class Bench:
@@ -78,54 +36,38 @@ class Bench:
         self.rounds, self.threads = rounds, threads
         self.rows: list[dict[str, Any]] = []
 
-    def pair(self, what: str, a: Run, b: Run, bytes_a: float, bytes_b: float, *, before: Run = lambda: None) -> None:
+    def pair(self, what: str, a: Run, b: Run, bytes_a: float, bytes_b: float, **options: Any) -> None:
         """Run two functions in turn, and keep their rates and the median of their ratios, round by round."""
-        rates: tuple[list[float], list[float]] = ([], [])
-        for _ in range(self.rounds + 1):
-            for run, nbytes, kept in ((a, bytes_a, rates[0]), (b, bytes_b, rates[1])):
-                before()
-                begin = time.perf_counter()
-                result = run()
-                kept.append(nbytes / (time.perf_counter() - begin) / 1e9)
-                del result
-        ratios = sorted(x / y for x, y in zip(*(kept[1:] for kept in rates), strict=True))
-        row = {
-            "what": what,
-            "threads": self.threads,
-            "rate": statistics.median(rates[0][1:]),
-            "other": statistics.median(rates[1][1:]),
-            "ratio": statistics.median(ratios),
-            "lowest": ratios[0],
-            "highest": ratios[-1],
-        }
-        self.rows.append(row)
-        print(
-            "| {what} | {threads} | {rate:.1f} | {other:.1f} | {ratio:.2f} | {lowest:.2f} to {highest:.2f} |".format(
-                **row
-            )
+        seconds = in_turn([a, b], self.rounds, **options)
+        rates = [[n / s / 1e9 for s in times] for n, times in zip((bytes_a, bytes_b), seconds, strict=True)]
+        ratios = sorted(x / y for x, y in zip(*rates, strict=True))
+        self.rows.append(
+            {
+                "what": what,
+                "threads": self.threads,
+                "rate": statistics.median(rates[0]),
+                "other": statistics.median(rates[1]),
+                "ratio": statistics.median(ratios),
+                "lowest": ratios[0],
+                "highest": ratios[-1],
+            }
         )
 
     def decode(self, out: np.ndarray | None, dtype: str = "bfloat16", **options: Any) -> Run:
         return lambda: self.packed.decode(dtype, out=out, num_threads=self.threads, **options)
 
-    def fill(self, out: np.ndarray) -> None:
-        flat = out.reshape(-1).view(np.uint8)
-        parallel_for(lambda i, j: flat[i:j].fill(1), len(flat), 1 << 24, self.threads)
-
     def reused(self) -> None:
         """Compare with the limits, and transposed with untransposed, in every dtype."""
         for dtype in DTYPES:
             out = self.packed.decode(dtype)
-            word = (np.uint16 if out.itemsize == 2 else np.uint32)(0)
-            addresses = address_of(self.blocks), address_of(self.scales), address_of(out), out.itemsize, word
 
-            def limit(addresses: tuple[Any, ...] = addresses) -> None:
-                parallel_for(lambda i, j: stream(*addresses, i, j), self.scales.size, PIECE, self.threads)
+            def limit(out: np.ndarray = out) -> None:
+                stream(self.blocks, self.scales, out, num_threads=self.threads)
 
             decode = self.decode(out, dtype)
             self.pair(f"{dtype}, output reused : stream", decode, limit, out.nbytes, out.nbytes)
             if dtype == "bfloat16":
-                self.pair(f"{dtype} : memset", decode, lambda out=out: self.fill(out), out.nbytes, out.nbytes)
+                self.pair(f"{dtype} : memset", decode, lambda out=out: fill(out, self.threads), out.nbytes, out.nbytes)
             turned = self.packed.decode(dtype, transpose=True)
             self.pair(
                 f"{dtype} transposed : not", self.decode(turned, dtype, transpose=True), decode, out.nbytes, out.nbytes
@@ -137,7 +79,7 @@ class Bench:
 
         def allocate_and_fill() -> np.ndarray:
             out = aligned_empty(self.packed.shape, dtype)
-            self.fill(out)
+            fill(out, self.threads)
             return out
 
         nbytes = 2 * self.packed.size
@@ -184,17 +126,18 @@ class Bench:
             run = lambda part=part, out=out: part.decode(out=out, num_threads=self.threads)  # noqa: E731
             self.pair(f"{what} : whole, per byte", run, self.decode(whole), moved, total)
         ragged, rounded = self.packed[..., 325:1590], self.packed[..., 320:1600]
-        outs = ragged.decode(), rounded.decode()
-        self.pair(
-            "columns from mid-block : rounded out, per call",
-            lambda: ragged.decode(out=outs[0], num_threads=self.threads),
-            lambda: rounded.decode(out=outs[1], num_threads=self.threads),
-            outs[1].nbytes,
-            outs[1].nbytes,
-        )
+        for dtype in DTYPES:
+            outs = ragged.decode(dtype), rounded.decode(dtype)
+            self.pair(
+                f"columns from mid-block, {dtype} : rounded out, per call",
+                lambda out=outs[0]: ragged.decode(out=out, num_threads=self.threads),
+                lambda out=outs[1]: rounded.decode(out=out, num_threads=self.threads),
+                outs[1].nbytes,
+                outs[1].nbytes,
+            )
 
     def small(self) -> None:
-        """Compare 1 MiB with a copy in the cache, and time one block."""
+        """Compare 1 MiB with a copy in the cache."""
         for dtype in DTYPES:
             count = (1 << 20) // decoded_dtype(dtype).itemsize // 32
             blocks, scales = self.blocks.reshape(-1, 16)[:count].copy(), self.scales.reshape(-1)[:count].copy()
@@ -211,28 +154,24 @@ class Bench:
                 200 << 20,
                 200 << 20,
             )
-        one = self.blocks.reshape(-1, 16)[:1].copy(), self.scales.reshape(-1)[:1].copy()
-        micros = sorted(s / 2000 * 1e6 for s in timeit.repeat(lambda: mxfp4np.decode(*one), number=2000, repeat=9))
-        print(f"\none block through mxfp4np.decode: {micros[4]:.1f} microseconds ({micros[0]:.1f} to {micros[-1]:.1f})")
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--experts", type=int, default=32, help="of 5760 x 2880 elements each (default: 32, 1.06 GB)")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", nargs="*", default=["reused", "fresh", "files", "slices", "small"])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
-    args = parser.parse_args()
-    print(f"{machine()}\n\n| what : against | threads | GB/s | against, GB/s | ratio | lowest to highest |")
-    print("|---|---:|---:|---:|---:|---:|")
-    bench = Bench(args.experts, args.rounds, args.threads)
-    for name in args.only:
-        getattr(bench, name)()
-    if args.json:
-        args.json.write_text(json.dumps({"machine": machine(), "rows": bench.rows}))
+def measure(options: Namespace) -> list[dict[str, Any]]:
+    """Return all pairs with the threads that were asked for, and those that depend on them most with one."""
+    bench = Bench(2 * options.experts, options.rounds, options.threads)
+    bench.reused()
+    bench.fresh()
+    bench.files()
+    bench.slices()
+    bench.small()
+    bench.threads = 1
+    bench.reused()
+    bench.slices()
+    return bench.rows
 
 
-if __name__ == "__main__":
-    main()
+def latency(options: Namespace) -> list[dict[str, Any]]:
+    """Time the decoding of one block, in microseconds."""
+    one = np.zeros((1, 16), np.uint8), np.zeros(1, np.uint8)
+    times = timeit.repeat(lambda: mxfp4np.decode(*one), number=2000, repeat=3 * options.rounds)
+    return [{"what": "one block through `mxfp4np.decode`", "microseconds": sorted(s / 2000 * 1e6 for s in times)}]

@@ -65,7 +65,7 @@ def parse_task(text: str) -> tuple[int, int]:
 
 def parse_count(text: str) -> int:
     """Return the positive integer that a text spells."""
-    if not text.strip().isdecimal() or int(text) < 1:
+    if not re.fullmatch(r"0*[1-9]\d{0,5}", text.strip(), re.ASCII):
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
     return int(text)
 
@@ -144,7 +144,7 @@ def _convert(args: argparse.Namespace) -> int:
 
     with _shard_bar("converting", quiet=args.quiet) as progress:
         result = convert(
-            args.source,
+            args.path,
             args.target,
             dtype=args.dtype,
             transpose=args.transpose,
@@ -174,7 +174,7 @@ def _verify(args: argparse.Namespace) -> int:
 
     with _shard_bar("verifying", quiet=args.quiet) as progress:
         result = verify(
-            args.source,
+            args.path,
             args.target,
             transpose=args.transpose,
             include=args.include,
@@ -198,6 +198,21 @@ def _demo(args: argparse.Namespace) -> int:
         raise
     print(json.dumps(result.to_json()) if args.json else "\n".join(result.lines()))
     return 1 if result.differences else 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from . import bench
+
+    result = bench.run(
+        args.path,
+        layout=args.layout,
+        size=args.size,
+        dtypes=[args.dtype] if args.dtype else DTYPES,
+        threads=args.threads,
+        bar=partial(progress_bar, quiet=args.quiet),
+    )
+    print(json.dumps(result.to_json()) if args.json else "\n".join(result.lines()))
+    return 0
 
 
 class _Parser(argparse.ArgumentParser):
@@ -228,13 +243,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--quiet", action="store_true", help="print results and errors only")
         return sub
 
-    def checkpoint(sub: argparse.ArgumentParser, name: str = "path") -> None:
-        sub.add_argument(
-            name,
-            type=Path,
-            metavar="PATH" if name == "path" else "SRC",
-            help="a folder, a .safetensors, .uqff or .gguf file, or a .index.json",
-        )
+    def checkpoint(sub: argparse.ArgumentParser, metavar: str = "PATH", **options: Any) -> None:
+        what = "a folder, a .safetensors, .uqff or .gguf file, or a .index.json"
+        sub.add_argument("path", type=Path, metavar=metavar, help=what, **options)
         sub.add_argument("--layout", metavar="NAME", help="the layout, where files do not tell, as quark")
 
     demo = command("demo", _demo, "Write a small checkpoint shaped like gpt-oss, decode it and check every value.")
@@ -264,7 +275,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--json", action="store_true", help="print what was done as JSON")
 
     convert = command("convert", _convert, "Write a checkpoint with its packed tensors decoded.")
-    checkpoint(convert, "source")
+    checkpoint(convert, "SRC")
     convert.add_argument("target", type=Path, metavar="DST", help="a new or empty folder")
     convert.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of packed tensors (default: bfloat16)")
     convert.add_argument(
@@ -281,10 +292,17 @@ def _parser() -> argparse.ArgumentParser:
     patterns(convert, [])
 
     verify = command("verify", _verify, "Check a checkpoint, or what it was converted to.")
-    checkpoint(verify, "source")
+    checkpoint(verify, "SRC")
     verify.add_argument("target", nargs="?", type=Path, metavar="DST", help="what SRC was converted to")
     verify.add_argument("--transpose", choices=TRANSPOSE, help="default: as DST was converted")
     patterns(verify, None)
+
+    bench = command("bench", _bench, "Measure how fast this machine decodes, beside what its memory allows.")
+    checkpoint(bench, nargs="?")
+    bench.add_argument("--dtype", choices=DTYPES, help="default: each of them")
+    bench.add_argument("--threads", type=parse_count, metavar="N", help="at most (default: as decoding uses)")
+    bench.add_argument("--size", type=parse_size, default=512_000_000, help="decoded to bfloat16 (default: 512MB)")
+    bench.add_argument("--json", action="store_true", help="print the figures as JSON")
     return parser
 
 

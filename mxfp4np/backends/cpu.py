@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import BackendUnavailableError
 from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, blocks_in, decoded_dtype
 from .memory import address_of, aligned_empty
 from .reference import ReferenceBackend
@@ -63,7 +64,7 @@ class CPUBackend:
             return
         transposed = _is_transposed(out)
         word = _WORDS[order, out.itemsize]
-        kernel = decode_kernel(type(word), transposed)
+        kernel = compiled("transpose_range" if transposed else "decode_range", type(word))
         if kernel is None:
             return ReferenceBackend().decode(blocks, scales, out, start=start, order=order)
         if blocks.strides[-1] != 1:  # the bytes of a block lie apart: gather them, at most half the size of `out`
@@ -75,13 +76,70 @@ class CPUBackend:
         if transposed:
             *outer, rows, per_row = scales.shape
             units, unit_blocks = math.prod(outer) * blocks_in(rows), BLOCK_SIZE * per_row
-        if scales.size <= SERIAL_BLOCKS:
-            kernel(geometry, word, 0, units)
-        else:
-            threads = num_threads or default_num_threads()
-            fewest, most = PIECE_BLOCKS
-            piece = min(most, max(fewest, scales.size // (4 * threads)))
-            parallel_for(lambda i, j: kernel(geometry, word, i, j), units, max(1, piece // unit_blocks), threads)
+        _run(kernel, geometry, word, units, unit_blocks, num_threads)
+
+
+def stream(
+    blocks: NDArray[np.uint8], scales: NDArray[np.uint8], out: NDArray[Any], *, num_threads: int | None = None
+) -> None:
+    """Move the bytes that decoding moves, past the cache, and decode nothing: the limit to hold decoding against.
+
+    Parameters
+    ----------
+    blocks : (..., G, 16) uint8
+    scales : (..., G) uint8
+    out : (..., 32 * G) bfloat16, float16 or float32
+        Aligned to 64 bytes. Filled with bytes of no meaning. The rows of all three follow each other without gaps.
+    num_threads : int, optional
+        As for decoding.
+
+    Raises
+    ------
+    BackendUnavailableError
+        If Numba's compiler is switched off.
+    ValueError
+        If there are gaps.
+    """
+    word = _WORDS["pairs", out.itemsize]
+    kernel = compiled("stream_range", type(word))
+    if kernel is None:
+        raise BackendUnavailableError("the limit of memory is measured by compiled code: unset NUMBA_DISABLE_JIT")
+    geometry = _geometry(blocks, scales, out, 0, transposed=False, streaming=True)
+    from .cpu_kernels import BLOCKS_PER_ROW
+
+    if geometry[BLOCKS_PER_ROW] != scales.size:
+        raise ValueError("expected arrays whose rows follow each other without gaps")
+    _run(kernel, geometry, word, scales.size, 1, num_threads)
+
+
+def machine_code() -> str:
+    """Return the name of the form of machine code that Numba's code generator is given for this processor."""
+    from numba.core.registry import cpu_target
+
+    from .cpu_kernels import simd
+
+    triple, _, features = cpu_target.target_context.codegen().magic_tuple()
+    form: str = simd(triple, features)
+    return form
+
+
+def _run(
+    kernel: Kernel,
+    geometry: NDArray[np.int64],
+    word: np.integer[Any],
+    units: int,
+    unit_blocks: int,
+    num_threads: int | None,
+) -> None:
+    """Run a kernel over all units, of so many blocks each: in pieces, in several threads, where that pays."""
+    blocks = units * unit_blocks
+    if blocks <= SERIAL_BLOCKS:
+        kernel(geometry, word, 0, units)
+    else:
+        threads = num_threads or default_num_threads()
+        fewest, most = PIECE_BLOCKS
+        piece = min(most, max(fewest, blocks // (4 * threads)))
+        parallel_for(lambda i, j: kernel(geometry, word, i, j), units, max(1, piece // unit_blocks), threads)
 
 
 def _is_transposed(out: NDArray[Any]) -> bool:
@@ -161,12 +219,12 @@ def _table_address(float16: bool) -> int:
     return _tables[float16][0]
 
 
-_kernels: dict[tuple[type, bool], Kernel | None] = {}
+_kernels: dict[tuple[str, type], Kernel | None] = {}
 
 
-def decode_kernel(word: type, transposed: bool) -> Kernel | None:
-    """Return the kernel compiled for words of this type, or None where Numba's compiler is switched off."""
-    key = word, transposed
+def compiled(name: str, word: type) -> Kernel | None:
+    """Return the kernel of this name for words of this type, or None where Numba's compiler is switched off."""
+    key = name, word
     if key not in _kernels:
         with _compiling:
             if key not in _kernels:
@@ -174,14 +232,14 @@ def decode_kernel(word: type, transposed: bool) -> Kernel | None:
     return _kernels[key]
 
 
-def _compile(word: type, transposed: bool) -> Kernel | None:
+def _compile(name: str, word: type) -> Kernel | None:
     import numba
 
     if numba.config.DISABLE_JIT:
         return None
     from . import cpu_kernels
 
-    function = cpu_kernels.transpose_range if transposed else cpu_kernels.decode_range
+    function = getattr(cpu_kernels, name)
     signature = (numba.types.int64[::1], getattr(numba.types, word.__name__), numba.types.int64, numba.types.int64)
     for cache in (True, False):
         try:

@@ -44,7 +44,7 @@ _I8, _I16, _I32 = (ir.IntType(bits) for bits in (8, 16, 32))
 _INTERLEAVED = [i // 2 + 16 * (i % 2) for i in range(32)]
 
 
-def simd(triple, features):
+def simd(triple: str, features: str) -> str:
     """Return which form of `decode_block` suits a code generator: its LLVM triple and its list of features."""
     enabled = features.split(",")
     if "+avx512bw" in enabled:
@@ -168,6 +168,21 @@ def _block_decoder(align, *, streaming):
 
 decode_block = _block_decoder(1, streaming=False)
 stream_block = _block_decoder(64, streaming=True)
+
+
+@intrinsic
+def move_block(typingctx, block, scale, out, word):
+    """Load the block and the scale at two addresses, and stream 32 words made of their bytes to a third."""
+
+    def codegen(context, builder, signature, args):
+        block, scale, out, word = args
+        bytes_ = builder.insert_element(_load(builder, block, _vector(_I8, 16)), _load(builder, scale, _I8), _I32(0))
+        bytes_ = _join(builder, bytes_, bytes_, [i % 16 for i in range(4 * word.type.width)])
+        store = builder.store(bytes_, builder.inttoptr(out, bytes_.type.as_pointer()), align=64)
+        store.set_metadata("nontemporal", builder.module.add_metadata([_I32(1)]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, word), codegen
 
 
 def _line_mover(align, *, streaming):
@@ -524,3 +539,12 @@ def transpose_range(geometry, word, start, stop):
                     move_line(scratch + 64 * i, target + i * step, word)
     if geometry[STREAMING]:
         fence()
+
+
+def stream_range(geometry, word, start, stop):
+    """Do to memory what decoding blocks ``start`` to ``stop - 1`` of a single row does, and decode nothing."""
+    block, scale, out = geometry[BLOCKS_ADDRESS], geometry[SCALES_ADDRESS], geometry[OUT_ADDRESS]
+    block_step, scale_step, size = geometry[BLOCKS_STEP], geometry[SCALES_STEP], geometry[ITEMSIZE]
+    for g in range(start, stop):
+        move_block(block + g * block_step, scale + g * scale_step, out + 32 * g * size, word)
+    fence()

@@ -1,31 +1,16 @@
-"""Decode the same tensor with this library, its limits and its peers, in one process, in turn; print a table.
+"""This library, its limits and its peers, decoding the same tensor in one process: `SUBJECTS` is the list of them.
 
-    python -m pip install '.[bench]'
-    python -m pip install --no-deps --ignore-requires-python gpt-oss
-    python -m benchmarks.compare
-
-`SUBJECTS` is the one list that drives the runs, the report and the table in the README (``--write README.md``). A peer
-that is not installed is left out, and said so.
+A peer that is not installed stays in the list, without figures.
 """
 
 from __future__ import annotations
 
-import argparse
-import ctypes
-import ctypes.util
-import datetime as dt
 import functools
-import json
-import os
-import platform
-import re
-import statistics
-import sys
 import tempfile
-import time
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +18,14 @@ import ml_dtypes
 import numpy as np
 
 import mxfp4np
+from mxfp4np.backends.cpu import stream
 from mxfp4np.backends.memory import aligned_empty
 from mxfp4np.backends.threads import parallel_for
+from mxfp4np.bench import Run, fill, in_turn
+from mxfp4np.format import decoded_dtype
 
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 ROW = (5760, 90)  # one expert of gpt-oss-20b's mlp1: 5760 rows of 90 blocks
-PACKAGES = ["numpy", "numba", "safetensors", "ml_dtypes", "torch", "transformers", "compressed-tensors", "mlx", "gguf"]
+PACKAGES = "safetensors", "ml_dtypes", "torch", "gpt-oss", "transformers", "compressed-tensors", "mlx", "gguf"
 REFERENCE = "gpt-oss `Checkpoint.get`"
 
 
@@ -60,12 +47,9 @@ class Data:
     @functools.cache  # noqa: B019
     def out(self, dtype: str) -> np.ndarray:
         """Return memory for the output that has been touched."""
-        out = aligned_empty(self.shape, np.dtype(dtype) if dtype != "bfloat16" else BFLOAT16)
-        out.view(f"u{out.itemsize}")[...] = 0
+        out = aligned_empty(self.shape, decoded_dtype(dtype))
+        fill(out, self.threads)
         return out
-
-
-Run = Callable[[], Any]
 
 
 @dataclass
@@ -185,12 +169,16 @@ def mlx(data: Data) -> Run:
     return lambda: mx.eval(mx.dequantize(words, scales, group_size=32, bits=4, mode="mxfp4", dtype=mx.bfloat16))
 
 
+def limit_of_memory(data: Data) -> Run:
+    return partial(stream, data.blocks, data.scales, data.out("bfloat16"), num_threads=data.threads)
+
+
 def memset(data: Data) -> Run:
-    out = data.out("bfloat16").reshape(-1).view(np.uint8)
-    libc = ctypes.CDLL(ctypes.util.find_library("c"))
-    libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
-    address = out.ctypes.data
-    return lambda: parallel_for(lambda i, j: libc.memset(address + i, 1, j - i), len(out), 1 << 21, data.threads)
+    return partial(fill, data.out("bfloat16"), data.threads)
+
+
+def allocate_and_fill(data: Data) -> Run:
+    return lambda: fill(aligned_empty(data.shape, decoded_dtype("bfloat16")), data.threads)
 
 
 def copy(data: Data) -> Run:
@@ -205,7 +193,9 @@ SUBJECTS = [
     Subject("**mxfp4np**, new output", "bfloat16", ours("bfloat16", reuse=False)),
     Subject("**mxfp4np**, output reused", "float16", ours("float16", reuse=True)),
     Subject("**mxfp4np**, output reused", "float32", ours("float32", reuse=True)),
-    Subject("limit: libc memset of the same output", "bfloat16", memset),
+    Subject("limit: `stream`, loading and storing as much", "bfloat16", limit_of_memory),
+    Subject("limit: memset of the same output", "bfloat16", memset),
+    Subject("limit: allocating the same output and filling it", "bfloat16", allocate_and_fill),
     Subject("limit: copy of the same output", "bfloat16", copy),
     Subject("Numba, plain loop, output reused", "float32", numba_loop),
     Subject("NumPy with ml_dtypes' table", "float32", numpy_ml_dtypes, 0.25),
@@ -218,128 +208,25 @@ SUBJECTS = [
 ]
 
 
-@dataclass
-class Measured:
-    """What one subject did."""
-
-    subject: Subject
-    elements: int
-    seconds: list[float]
-
-    @property
-    def rates(self) -> list[float]:
-        """Elements per second of each run."""
-        return sorted(self.elements / s for s in self.seconds)
-
-    @property
-    def rate(self) -> float:
-        """The median."""
-        return statistics.median(self.rates)
-
-
-def measure(experts: int, rounds: int, threads: int, pattern: str) -> tuple[list[Measured], dict[str, str]]:
-    """Run every subject once per round, in turn; return the figures, and why others were left out."""
-    missing: dict[str, str] = {}
+def measure(options: Namespace) -> list[dict[str, Any]]:
+    """Run every subject once a round; return a row for each, with its values per second or why there are none."""
+    rows: list[dict[str, Any]] = []
+    runs: dict[int, Run] = {}
     with tempfile.TemporaryDirectory() as folder:
-        data: dict[int, Data] = {}
-        ready: list[tuple[Measured, Run]] = []
+        data = functools.cache(lambda experts: Data(experts, Path(folder), options.threads))
         for subject in SUBJECTS:
-            if not re.search(pattern, subject.name):
-                continue
-            size = max(1, round(experts * subject.share))
-            if size not in data:
-                data[size] = Data(size, Path(folder), threads)
+            subset = data(max(1, round(options.experts * subject.share)))
+            row = {"name": subject.name, "dtype": subject.dtype, "values": subset.size, "rates": [], "missing": None}
             try:
-                run = subject.prepare(data[size])
+                run = subject.prepare(subset)
                 run()
+            except ImportError:
+                row["missing"] = "not installed"
             except Exception as error:
-                missing[subject.name] = f"{type(error).__name__}: {error}".splitlines()[0]
-                continue
-            ready.append((Measured(subject, data[size].size, []), run))
-        for i in range(rounds):
-            for measured, run in ready:
-                begin = time.perf_counter()
-                result = run()
-                measured.seconds.append(time.perf_counter() - begin)
-                del result
-            print(f"round {i + 1} of {rounds}", file=sys.stderr)
-    return [measured for measured, _ in ready], missing
-
-
-def table(results: list[Measured]) -> str:
-    """Return the figures as a Markdown table."""
-    base = next((result.rate for result in results if result.subject.name == REFERENCE), None)
-    lines = [
-        "| decoder | output | million elements/s | lowest to highest | times the reference loader |",
-        "|---|---|---:|---:|---:|",
-    ]
-    for result in results:
-        low, high = result.rates[0] / 1e6, result.rates[-1] / 1e6
-        ratio = f"{result.rate / base:,.1f}" if base else "-"
-        lines.append(
-            f"| {result.subject.name} | {result.subject.dtype} | {result.rate / 1e6:,.0f} | {low:,.0f} to {high:,.0f} "
-            f"| {ratio} |"
-        )
-    return "\n".join(lines)
-
-
-def machine() -> str:
-    """Return the processor, the versions and the date."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        model = re.search(r"model name\s*: (.*)", cpuinfo.read_text() + "\nmodel name : unknown")[1]
-    packages = []
-    for name in (
-        "numpy",
-        "numba",
-        "safetensors",
-        "ml_dtypes",
-        "torch",
-        "transformers",
-        "compressed-tensors",
-        "mlx",
-        "gguf",
-    ):
-        try:
-            packages.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            continue
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return (
-        f"{dt.datetime.now(dt.UTC):%Y-%m-%d}, {model} with {cpus} CPUs, Python {platform.python_version()}, "
-        + ", ".join(packages)
-    )
-
-
-def main() -> None:
-    """Measure, print, and write where asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--experts", type=int, default=16, help="of 5760 x 2880 elements each (default: 16, 265 million)"
-    )
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", default="", metavar="REGEX", help="subjects to run")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="replace the table between its markers in this file")
-    args = parser.parse_args()
-    results, missing = measure(args.experts, args.rounds, args.threads, args.only)
-    if args.json:
-        rows = [{"name": r.subject.name, "dtype": r.subject.dtype, "rates": r.rates} for r in results]
-        print(json.dumps({"machine": machine(), "threads": args.threads, "results": rows, "missing": missing}))
-        return
-    size = f"{results[0].elements / 1e6:,.0f} million elements"
-    caption = f"{size}, {args.threads} threads, medians of {args.rounds} runs in turn"
-    text = f"{caption} ({machine()}):\n\n{table(results)}"
-    print(text)
-    for name, reason in missing.items():
-        print(f"left out: {name}: {reason}")
-    if args.write:
-        old = args.write.read_text()
-        new = re.sub(r"(?s)(<!-- table -->\n).*?(\n<!-- end of table -->)", lambda m: m[1] + text + m[2], old)
-        args.write.write_text(new)
-
-
-if __name__ == "__main__":
-    main()
+                row["missing"] = f"{type(error).__name__}: {error}".splitlines()[0]
+            else:
+                runs[len(rows)] = run
+            rows.append(row)
+        for row, seconds in zip(runs, in_turn(list(runs.values()), options.rounds), strict=True):
+            rows[row]["rates"] = sorted(rows[row]["values"] / s for s in seconds)
+    return rows

@@ -1,0 +1,357 @@
+"""How fast this machine decodes, beside what its memory allows: the measurements of ``mxfp4np bench``.
+
+Runs that are to be compared are made in turn, round by round, so that what else a machine does falls on all of them
+alike; a share is the median of the rounds' own ratios. Rates count bytes of output.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+import platform
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import __version__
+from .array import MXFP4Array
+from .backends.cpu import machine_code, stream
+from .backends.memory import address_of, aligned_empty
+from .backends.threads import default_num_threads, parallel_for, usable_cpus
+from .checkpoint import Checkpoint
+from .demo import ProgressBar
+from .errors import CheckpointError
+from .format import BLOCK_SIZE, BYTES_PER_BLOCK, decoded_dtype
+from .report import format_bytes, rows
+
+ROUNDS: Final = 9
+SECONDS: Final = 4.0
+"""Rounds for each dtype, and seconds for all dtypes after which three rounds are enough."""
+
+FILL_BYTES: Final = 16 << 20
+"""What a thread fills at a time: as much as it decodes."""
+
+ROW_BLOCKS: Final = 90
+"""Blocks in a row of random data: 2880 values, as in gpt-oss."""
+
+Run = Callable[[], object]
+
+
+@dataclass
+class Source:
+    """Packed arrays, and for each a function that decodes it, which takes ``dtype``, ``out`` and ``num_threads``."""
+
+    what: str
+    arrays: list[MXFP4Array]
+    decoders: list[Callable[..., NDArray[Any]]]
+    names: list[str] = field(default_factory=list)
+    """Of the arrays, if they are tensors of a checkpoint."""
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return sum(array.size for array in self.arrays)
+
+
+@dataclass
+class Row:
+    """The rounds of one kind of run."""
+
+    dtype: str
+    what: str
+    nbytes: int
+    """Of output."""
+    seconds: list[float]
+    decoding: Row | None = None
+    """What this is a limit of."""
+
+    @property
+    def rates(self) -> list[float]:
+        """GB/s of the rounds, from the slowest to the fastest."""
+        return sorted(self.nbytes / 1e9 / seconds for seconds in self.seconds)
+
+    @property
+    def reached(self) -> float | None:
+        """The share of this limit that decoding reached: the median of the rounds' ratios."""
+        if self.decoding is None:
+            return None
+        return median(limit / decode for limit, decode in zip(self.seconds, self.decoding.seconds, strict=True))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures as plain objects."""
+        return {
+            "dtype": self.dtype,
+            "what": self.what,
+            "rounds": len(self.seconds),
+            "gb_per_second": median(self.rates),
+            "lowest": self.rates[0],
+            "highest": self.rates[-1],
+            "gvalues_per_second": median(self.rates) / decoded_dtype(self.dtype).itemsize,
+            "limit_of": self.decoding and self.decoding.what,
+            "reached": self.reached,
+        }
+
+    def cells(self) -> tuple[str, ...]:
+        """Return the figures for a person."""
+        spread = f"{self.rates[0]:.1f} to {self.rates[-1]:.1f}" if len(self.seconds) > 1 else ""
+        rate = f"{median(self.rates):.1f}"
+        if self.decoding is None:
+            values = median(self.rates) / decoded_dtype(self.dtype).itemsize
+            return self.dtype, self.what, rate, spread, f"{values:.2f}", ""
+        return "", f"  limit: {self.what}", rate, spread, "", f"{self.reached:.0%}"
+
+
+@dataclass
+class Result:
+    """What was measured."""
+
+    source: Source
+    threads: int
+    asked: int
+    """Bytes of bfloat16 that were asked for."""
+    rows: list[Row]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures as plain objects."""
+        return {
+            "machine": machine(),
+            "threads": self.threads,
+            "source": self.source.what,
+            "tensors": self.source.names,
+            "values": self.source.size,
+            "rows": [row.to_json() for row in self.rows],
+        }
+
+    def lines(self) -> Iterator[str]:
+        """Yield a report for a person."""
+        yield describe(machine())
+        size, threads = 2 * self.source.size, f"{self.threads} thread{'s' * (self.threads > 1)}"
+        rounds = max(len(row.seconds) for row in self.rows)
+        yield f"{self.source.what}: {format_bytes(size)} of bfloat16; {threads}, medians of {rounds} rounds in turn"
+        if size < 0.9 * self.asked:
+            yield f"less than the {format_bytes(self.asked)} asked for: there is no more, or no memory for more"
+        yield ""
+        table = [("OUTPUT", "RUN", "GB/S", "SPREAD", "G VALUES/S", "REACHED"), *(row.cells() for row in self.rows)]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        for cells in table:
+            left = [cell.ljust(width) for cell, width in zip(cells[:2], widths[:2], strict=True)]
+            right = [cell.rjust(width) for cell, width in zip(cells[2:], widths[2:], strict=True)]
+            yield "  ".join([*left, *right]).rstrip()
+        yield ""
+        yield "GB/s of output. Under each way of decoding: its limits, and the share of them that it reached. stream"
+        yield "loads the same packed bytes and stores as many bytes of output, past the cache, and decodes nothing."
+
+
+def run(
+    path: Path | None, *, layout: str | None, size: int, dtypes: Sequence[str], threads: int | None, bar: ProgressBar
+) -> Result:
+    """Measure decoding, and its limits.
+
+    Parameters
+    ----------
+    path : path, optional
+        A checkpoint: its largest packed tensors are decoded, from the mapped files. Random data by default.
+    layout : str, optional
+        As for `mxfp4np.Checkpoint`.
+    size : int
+        Bytes of bfloat16 to decode; fewer where the checkpoint or free memory is smaller.
+    dtypes : sequence of str
+        What to decode to.
+    threads : int, optional
+        At most this many.
+    bar : callable
+        As for `mxfp4np.demo.run`.
+
+    Raises
+    ------
+    CheckpointError
+        If the checkpoint has no packed tensors.
+    """
+    threads = threads or default_num_threads()
+    # Half of what is free is for the packed bytes, the output, and another one while new ones are measured.
+    value_bytes = (BYTES_PER_BLOCK + 1) / BLOCK_SIZE + 2 * max(decoded_dtype(dtype).itemsize for dtype in dtypes)
+    values = available_memory() / 2 / value_bytes
+    room = int(min(size, 2 * values))
+    if path is None:
+        source = random_source(room)
+        return Result(source, threads, size, measure(source, dtypes, threads, bar))
+    with Checkpoint(path, layout=layout) as checkpoint:
+        source = checkpoint_source(checkpoint, room)
+        return Result(source, threads, size, measure(source, dtypes, threads, bar))
+
+
+def random_source(size: int) -> Source:
+    """Return random codes and scales that decode to about so many bytes of bfloat16, but to one row at least."""
+    rng = np.random.default_rng(0)
+    shape = max(1, size // (2 * BLOCK_SIZE * ROW_BLOCKS)), ROW_BLOCKS
+    blocks = rng.integers(0, 256, (*shape, BYTES_PER_BLOCK), np.uint8)
+    array = MXFP4Array(blocks, rng.integers(118, 126, shape, np.uint8))
+    return Source("random data in memory", [array], [array.decode])
+
+
+def checkpoint_source(checkpoint: Checkpoint, size: int) -> Source:
+    """Return the largest packed tensors that decode to at most so many bytes of bfloat16; part of one if none does."""
+    packed = [row.info for row in rows(checkpoint) if row.info is not None and row.info.layout and row.info.nbytes]
+    if not packed:
+        raise CheckpointError(
+            f"{checkpoint.files[0].parent}: no packed tensor that could be decoded: see mxfp4np inspect"
+        )
+    packed.sort(key=lambda info: -info.decoded_nbytes())
+    names, left = [], size
+    for info in packed:
+        if info.decoded_nbytes() <= left:
+            names.append(info.name)
+            left -= info.decoded_nbytes()
+    if names:
+        arrays = [checkpoint.packed(name) for name in names]
+        what = f"{len(names)} of {len(packed)} packed tensors"
+        return Source(what, arrays, [partial(checkpoint.get, name) for name in names], names)
+    name = packed[0].name
+    index, array = next(checkpoint.packed(name).chunks(max(size, 2 * BLOCK_SIZE)))
+    what = f"part of 1 of {len(packed)} packed tensors"
+    return Source(what, [array], [partial(checkpoint.get, name, index=index)], [name])
+
+
+def measure(source: Source, dtypes: Sequence[str], threads: int, bar: ProgressBar) -> list[Row]:
+    """Return rows for each dtype: decoding to an output that is reused, and to new ones, each before its limits."""
+    found: list[Row] = []
+    sizes = {dtype: decoded_dtype(dtype).itemsize * source.size for dtype in dtypes}
+    memory = aligned_empty((max(sizes.values()),), np.dtype(np.uint8))
+    fill(memory, threads)
+    with bar(sum(sizes.values()), "measuring") as progress:
+        for dtype, nbytes in sizes.items():
+            found += _measure(source, memory[:nbytes], dtype, threads, SECONDS / len(dtypes))
+            progress(nbytes)
+    return found
+
+
+def _measure(source: Source, memory: NDArray[np.uint8], dtype: str, threads: int, budget: float) -> list[Row]:
+    runs = _runs(source, memory, dtype, threads)
+    found: list[Row] = []
+    decoding = None
+    for name, seconds in zip(runs, in_turn(list(runs.values()), ROUNDS, budget), strict=True):
+        is_limit = not name.startswith("decode")
+        found.append(Row(dtype, name, memory.nbytes, seconds, decoding if is_limit else None))
+        decoding = decoding if is_limit else found[-1]
+    return found
+
+
+def _runs(source: Source, memory: NDArray[np.uint8], dtype: str, threads: int) -> dict[str, Run]:
+    """Return what is run in each round, limits behind what they are limits of."""
+    outs, begin = [], 0
+    for array in source.arrays:
+        nbytes = decoded_dtype(dtype).itemsize * array.size
+        outs.append(memory[begin : begin + nbytes].view(decoded_dtype(dtype)).reshape(array.shape))
+        begin += nbytes
+
+    def decode_all() -> None:
+        for decoder, out in zip(source.decoders, outs, strict=True):
+            decoder(dtype=dtype, out=out, num_threads=threads)
+
+    def stream_all() -> None:
+        for array, out in zip(source.arrays, outs, strict=True):
+            stream(array.blocks, array.scales, out, num_threads=threads)
+
+    def decode_new() -> None:
+        for decoder in source.decoders:
+            decoder(dtype=dtype, num_threads=threads)
+
+    def fill_new() -> None:
+        for out in outs:
+            fill(aligned_empty(out.shape, out.dtype), threads)
+
+    return {
+        "decode, from the file" if source.names else "decode": decode_all,
+        "stream": stream_all,
+        "memset": lambda: fill(memory, threads),
+        "decode, new output": decode_new,
+        "allocate and fill": fill_new,
+    }
+
+
+def in_turn(
+    runs: Sequence[Run], rounds: int, budget: float = math.inf, before: Run = lambda: None
+) -> list[list[float]]:
+    """Make each run once a round, and return the seconds that each took in each round.
+
+    Parameters
+    ----------
+    runs : sequence of callable
+        What to time. A round that is not counted goes ahead, to compile and to touch memory.
+    rounds : int
+        How many rounds, at most.
+    budget : float
+        Seconds after which three rounds are enough.
+    before : callable
+        Called before each run.
+    """
+    found: list[list[float]] = [[] for _ in runs]
+    begin = time.perf_counter()
+    for i in range(rounds + 1):
+        if i > 3 and time.perf_counter() - begin > budget:
+            break
+        for run, seconds in zip(runs, found, strict=True):
+            before()
+            seconds.append(seconds_of(run))
+    return [seconds[1:] for seconds in found]
+
+
+def seconds_of(run: Run) -> float:
+    """Return the seconds that a run takes, without those of letting go of what it returns."""
+    begin = time.perf_counter()
+    result = run()
+    seconds = time.perf_counter() - begin
+    del result
+    return seconds
+
+
+def fill(array: NDArray[Any], threads: int) -> None:
+    """Fill a contiguous array with ``memset``, in several threads."""
+    address = address_of(array)
+    parallel_for(lambda i, j: ctypes.memset(address + i, 1, j - i), array.nbytes, FILL_BYTES, threads)
+
+
+def available_memory(root: str = "/") -> float:
+    """Return the bytes of memory that this process may still use, infinity where the system does not tell."""
+    found = [math.inf]
+    with contextlib.suppress(OSError):
+        text = Path(root, "proc/meminfo").read_text()
+        found += [1024 * int(kilobytes) for kilobytes in re.findall(r"MemAvailable:\s*(\d+) kB", text)]
+    with contextlib.suppress(OSError, ValueError):  # the group's limit, or "max"
+        group = Path(root, "sys/fs/cgroup")
+        limit, used = (int((group / f"memory.{what}").read_text()) for what in ("max", "current"))
+        found.append(max(0, limit - used))
+    return min(found)
+
+
+def machine(*packages: str) -> dict[str, Any]:
+    """Return the processor, how many CPUs this process may use, the form of the machine code, and versions."""
+    found = {"python": platform.python_version()}
+    for package in ("mxfp4np", "numpy", "numba", *packages):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package) if package != "mxfp4np" else __version__
+    return {"cpu": _processor(), "cpus": usable_cpus(), "code": machine_code(), "versions": found}
+
+
+def describe(machine: dict[str, Any]) -> str:
+    """Return what `machine` found in a line."""
+    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    return f"{machine['cpu']}, {machine['cpus']} CPU{'s' * (machine['cpus'] > 1)}, {machine['code']} code; {versions}"
+
+
+def _processor() -> str:
+    try:
+        model = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        model = None
+    return model[1].strip() if model else platform.processor() or platform.machine()

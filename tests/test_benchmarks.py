@@ -1,0 +1,79 @@
+"""The benchmarks' rows and reports: that they are whole and up to date, never how fast anything was."""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from benchmarks import limits, peers, report, scaling
+
+README = Path(__file__).parent.parent / "README.md"
+RESULTS = README.parent / "benchmarks" / "results" / "results.json"
+TINY = Namespace(experts=1, rounds=1, threads=2)
+
+
+def rows_of(markdown):
+    return [line for line in markdown.splitlines() if line.startswith("|")][2:]
+
+
+def test_the_table_of_the_readme_is_that_of_the_results():
+    results, text = json.loads(RESULTS.read_text()), README.read_text()
+    assert report.with_table(text, results) == text
+    rows = rows_of(text.partition(report.BEGIN)[2].partition(report.END)[0])
+    assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == [subject.name for subject in peers.SUBJECTS]
+    assert RESULTS.with_suffix(".md").read_text() == report.markdown(results)
+
+
+@pytest.mark.parametrize("old", ["", "\n", "\n| old | table |\n|---|---|\n\nand its caption\n"])
+def test_the_table_is_written_whatever_was_there(old):
+    results = json.loads(RESULTS.read_text())
+    text = report.with_table(f"before\n{report.BEGIN}{old}{report.END}\nafter\n", results)
+    assert len(rows_of(text)) == len(results["peers"]["rows"]) > 0
+    assert text.startswith(f"before\n{report.BEGIN}\n|")
+    assert text.endswith(f".\n{report.END}\nafter\n")
+    assert "old" not in text
+    assert report.with_table(text, results) == text
+
+
+@pytest.mark.parametrize("text", ["", f"{report.BEGIN}\n", f"{report.END}\n{report.BEGIN}\n"])
+def test_a_text_without_markers_is_refused(text):
+    with pytest.raises(ValueError, match="expected '<!-- table -->'"):
+        report.with_table(text, json.loads(RESULTS.read_text()))
+
+
+def test_every_subject_has_a_row_whether_it_ran_or_not(monkeypatch):
+    def not_there(_):
+        import a_package_that_is_not_there  # noqa: F401
+
+    def broken(_):
+        raise ValueError("one\ntwo")
+
+    named = peers.SUBJECTS[0]
+    subjects = [named, peers.Subject("a", "bfloat16", not_there), peers.Subject("b", "float32", broken)]
+    monkeypatch.setattr(peers, "SUBJECTS", [*subjects, peers.Subject(peers.REFERENCE, "bfloat16", not_there)])
+    monkeypatch.setattr(peers, "ROW", (64, 90))
+    rows = peers.measure(TINY)
+    assert [row["missing"] for row in rows] == [None, "not installed", "ValueError: one", "not installed"]
+    assert [len(row["rates"]) for row in rows] == [1, 0, 0, 0]
+    first, second, third, _ = rows_of(report.table("peers", rows))
+    assert first.startswith(f"| {named.name} | bfloat16 | ")
+    assert second == "| a | bfloat16 | not installed |  |  |"
+    assert third == "| b | float32 | ValueError: one |  |  |"
+
+
+@pytest.mark.parametrize(
+    ("section", "measure", "count"),
+    [
+        ("latency", limits.latency, 1),
+        ("sizes", scaling.sizes, 4 * 6),
+        ("threads", scaling.threads, 4),
+        ("limits", limits.measure, 32),
+    ],
+)
+def test_sections_give_rows(section, measure, count, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(scaling, "usable_cpus", lambda: 1)
+    rows = rows_of(report.table(section, measure(TINY)))
+    assert len(rows) == count
+    assert {row.count("|") for row in rows} == {len(report.TABLES[section]) + 1}
