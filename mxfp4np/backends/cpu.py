@@ -84,6 +84,17 @@ class CPUBackend:
             piece = min(most, max(fewest, scales.size // (4 * threads)))
             parallel_for(lambda i, j: kernel(geometry, word, i, j), units, max(1, piece // unit_blocks), threads)
 
+    def encode(
+        self,
+        x: NDArray[Any],
+        blocks: NDArray[np.uint8],
+        scales: NDArray[np.uint8],
+        *,
+        rule: str,
+        num_threads: int | None = None,  # noqa: ARG002
+    ) -> None:
+        ReferenceBackend().encode(x, blocks, scales, rule=rule)
+
 
 def _is_transposed(out: NDArray[Any]) -> bool:
     """Tell whether it is the last axis but one whose elements are next to each other."""
