@@ -57,6 +57,19 @@ def encode_oracle(x, rule):
     return codes[..., 0::2] | codes[..., 1::2] << 4, scales
 
 
+def every_magnitude(dtype):
+    """Return blocks of values of every order of magnitude, of any bits, of zeros, and with NaN and infinities."""
+    rng = np.random.default_rng(0)
+    factors = np.ldexp(1.0, rng.integers(-152, 127, (2500, 1)))
+    normal = rng.standard_normal((2500, 32)) * factors
+    ties = rng.integers(-32, 33, (2500, 32)) * factors / 4
+    special = rng.choice([np.nan, np.inf, -np.inf, -0.0, 1.0], (2500, 32), p=[0.01, 0.01, 0.01, 0.47, 0.5])
+    with np.errstate(over="ignore"):
+        values = np.concatenate([normal, ties, special, np.zeros((300, 32))]).astype(DTYPES[dtype])
+    bits = rng.integers(0, 256, (2500, 32, values.itemsize), np.uint8).view(values.dtype)[..., 0]
+    return np.concatenate([values, bits])
+
+
 def assert_encodes(x, rule, **options):
     """Compare what `mxfp4np.encode` gives with the oracle, byte for byte; return it."""
     actual = mxfp4np.encode(x, rule, **options)

@@ -1,7 +1,7 @@
 """The CPU backend: drives the range kernels of `mxfp4np.backends.cpu_kernels` with Numba.
 
 Decides what the kernels must not: how strided arrays become rows, when several threads pay, which compiled form to
-use, and what happens where Numba cannot compile or keep its cache. Numba is imported on the first decode.
+use, and what happens where Numba cannot compile or keep its cache. Numba is imported on the first call.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, blocks_in, decoded_dtype
+from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, FP4_BOUNDS, SCALE_BIAS, SCALE_NAN, blocks_in, decoded_dtype
 from .memory import address_of, aligned_empty
 from .reference import ReferenceBackend
 from .threads import default_num_threads, parallel_for
@@ -64,25 +64,20 @@ class CPUBackend:
             return
         transposed = _is_transposed(out)
         word = _WORDS[order, out.itemsize]
-        kernel = decode_kernel(type(word), transposed)
+        kernel = range_kernel("transpose_range" if transposed else "decode_range", type(word))
         if kernel is None:
             return ReferenceBackend().decode(blocks, scales, out, start=start, order=order)
         if blocks.strides[-1] != 1:  # the bytes of a block lie apart: gather them, at most half the size of `out`
             blocks = np.ascontiguousarray(blocks)
         streaming = out.nbytes >= STREAMING_BYTES and not fresh
-        geometry = _geometry(blocks, scales, out, start, transposed=transposed, streaming=streaming)
+        table = _table_address(out.dtype == _FLOAT16)
+        geometry = _geometry(blocks, scales, out, table, start, transposed=transposed, streaming=streaming)
         # A kernel counts blocks, or groups of 32 rows if it transposes.
         units, unit_blocks = scales.size, 1
         if transposed:
             *outer, rows, per_row = scales.shape
             units, unit_blocks = math.prod(outer) * blocks_in(rows), BLOCK_SIZE * per_row
-        if scales.size <= SERIAL_BLOCKS:
-            kernel(geometry, word, 0, units)
-        else:
-            threads = num_threads or default_num_threads()
-            fewest, most = PIECE_BLOCKS
-            piece = min(most, max(fewest, scales.size // (4 * threads)))
-            parallel_for(lambda i, j: kernel(geometry, word, i, j), units, max(1, piece // unit_blocks), threads)
+        _run(kernel, geometry, word, units, unit_blocks, scales.size, num_threads)
 
     def encode(
         self,
@@ -91,9 +86,40 @@ class CPUBackend:
         scales: NDArray[np.uint8],
         *,
         rule: str,
-        num_threads: int | None = None,  # noqa: ARG002
+        num_threads: int | None = None,
     ) -> None:
-        ReferenceBackend().encode(x, blocks, scales, rule=rule)
+        if x.size == 0:
+            return
+        word = _ENCODED_WORDS[x.dtype.name]
+        kernel = range_kernel("encode_range", type(word))
+        if kernel is None:
+            return ReferenceBackend().encode(x, blocks, scales, rule=rule)
+        # Where the bytes of a block lie apart, they are scattered from an array of their own.
+        codes = blocks if blocks.strides[-1] == 1 else np.empty(blocks.shape, np.uint8)
+        table = address_of(encode_table("float16" if x.dtype == _FLOAT16 else "bfloat16", rule))
+        geometry = _geometry(codes, scales, x, table)
+        _run(kernel, geometry, word, scales.size, 1, scales.size, num_threads)
+        if codes is not blocks:
+            blocks[...] = codes
+
+
+def _run(
+    kernel: Kernel,
+    geometry: NDArray[np.int64],
+    word: np.integer[Any],
+    units: int,
+    unit_blocks: int,
+    blocks: int,
+    num_threads: int | None,
+) -> None:
+    """Call a kernel for all its units, in several threads if there are blocks enough."""
+    if blocks <= SERIAL_BLOCKS:
+        kernel(geometry, word, 0, units)
+    else:
+        threads = num_threads or default_num_threads()
+        fewest, most = PIECE_BLOCKS
+        piece = min(most, max(fewest, blocks // (4 * threads)))
+        parallel_for(lambda i, j: kernel(geometry, word, i, j), units, max(1, piece // unit_blocks), threads)
 
 
 def _is_transposed(out: NDArray[Any]) -> bool:
@@ -108,16 +134,22 @@ _WORDS: dict[tuple[str, int], np.integer[Any]] = {
     ("halves", 2): np.int16(0),
     ("halves", 4): np.int32(0),
 }
+_ENCODED_WORDS: dict[str, np.integer[Any]] = {
+    "bfloat16": np.uint16(0),
+    "float16": np.int16(0),
+    "float32": np.uint32(0),
+}
 
 
 def _geometry(
     blocks: NDArray[np.uint8],
     scales: NDArray[np.uint8],
     out: NDArray[Any],
-    start: int,
+    table: int,
+    start: int = 0,
     *,
-    transposed: bool,
-    streaming: bool,
+    transposed: bool = False,
+    streaming: bool = False,
 ) -> NDArray[np.int64]:
     """Describe the arrays to a kernel, in the order that `cpu_kernels` names, with as few row axes as strides allow."""
     per_row, length = scales.shape[-1], out.shape[-1]
@@ -139,7 +171,7 @@ def _geometry(
         if rows and whole and rows[-1][1:] == (per_row * block_step, per_row * scale_step, length * out_step):
             per_row *= rows.pop()[0]
             length = BLOCK_SIZE * per_row
-    geometry = [address_of(blocks), address_of(scales), address_of(out), _table_address(out.dtype == _FLOAT16)]
+    geometry = [address_of(blocks), address_of(scales), address_of(out), table]
     geometry += block_step, scale_step, out_step, per_row, start, length, out.itemsize, streaming
     geometry += matrix
     for row in rows:
@@ -166,13 +198,36 @@ def _table_address(float16: bool) -> int:
     return address_of(decode_table("float16" if float16 else "bfloat16"))
 
 
+@functools.cache
+def encode_table(name: str, rule: str) -> NDArray[np.uint8]:
+    """Return the table that `cpu_kernels` describes, for values of bfloat16 or float16."""
+    dtype, mantissa = decoded_dtype(name), 10 if name == "float16" else 7
+    magnitudes = np.arange(1 << 15, dtype=np.uint16).view(dtype)
+    values = np.zeros((1 << 15, BLOCK_SIZE), dtype)
+    values[:, 0] = magnitudes
+    blocks, scales = np.empty((1 << 15, 1, BYTES_PER_BLOCK), np.uint8), np.empty((1 << 15, 1), np.uint8)
+    ReferenceBackend().encode(values, blocks, scales, rule=rule)
+    finite = magnitudes[scales[:, 0] != SCALE_NAN].astype(np.float64)
+    bounds = np.ldexp(FP4_BOUNDS, np.arange(256)[:, None] - SCALE_BIAS)
+    lines = np.empty((256, 8), np.uint16)
+    lines[:, 0:7:2] = np.searchsorted(finite, bounds[:, 0::2], side="right") - 1  # half way is still the even code
+    lines[:, 1:7:2] = np.searchsorted(finite, bounds[:, 1::2], side="left") - 1
+    regular = lines[:, 0] >= 1 << mantissa
+    lines[:, 7] = np.where(regular, lines[:, 0] + 1 - (1 << (mantissa - 2)), 0)
+    lines[SCALE_NAN] = [0x7FFF] * 7 + [0xFFFF]
+    table = aligned_empty((scales.size + 2 * lines.nbytes,), np.dtype(np.uint8))
+    table[: scales.size] = scales[:, 0]
+    table[scales.size :] = lines.repeat(2).view(np.uint8)
+    return table
+
+
 _compiling = threading.Lock()
-_kernels: dict[tuple[type, bool], Kernel | None] = {}
+_kernels: dict[tuple[str, type], Kernel | None] = {}
 
 
-def decode_kernel(word: type, transposed: bool) -> Kernel | None:
-    """Return the kernel compiled for words of this type, or None where Numba's compiler is switched off."""
-    key = word, transposed
+def range_kernel(name: str, word: type) -> Kernel | None:
+    """Return the kernel of this name compiled for words of this type, or None if Numba's compiler is switched off."""
+    key = name, word
     if key not in _kernels:
         with _compiling:
             if key not in _kernels:
@@ -180,14 +235,14 @@ def decode_kernel(word: type, transposed: bool) -> Kernel | None:
     return _kernels[key]
 
 
-def _compile(word: type, transposed: bool) -> Kernel | None:
+def _compile(name: str, word: type) -> Kernel | None:
     import numba
 
     if numba.config.DISABLE_JIT:
         return None
     from . import cpu_kernels
 
-    function = cpu_kernels.transpose_range if transposed else cpu_kernels.decode_range
+    function = getattr(cpu_kernels, name)
     signature = (numba.types.int64[::1], getattr(numba.types, word.__name__), numba.types.int64, numba.types.int64)
     for cache in (True, False):
         try:
