@@ -24,7 +24,7 @@ import ml_dtypes
 import numpy as np
 
 import mxfp4np
-from benchmarks.compare import machine
+from mxfp4np.bench import describe, machine
 
 HIDDEN, EXPERTS, VOCABULARY, HEADS, KEYS = 2880, 32, 4096, 64, 8  # gpt-oss-20b, but for the vocabulary
 
@@ -146,7 +146,9 @@ def main() -> None:
             for name, command in commands.items():
                 rows.setdefault(name, []).append(measured(list(map(str, command))))
                 shutil.rmtree(work / "out")
-        print(f"{machine()}, {size / 1e9:.2f} GB to {args.folder or chr(97) + ' disk'}\n")
+        print(
+            f"{describe(machine('torch', 'transformers', 'torchao'))}, {size / 1e9:.2f} GB to {args.folder or chr(97) + ' disk'}\n"
+        )
         print("| what | GB/s | of `cp` | lowest to highest | peak anonymous MB |\n|---|---:|---:|---:|---:|")
         for name, runs in rows.items():
             ratios = [theirs[0] / ours[0] for theirs, ours in zip(rows["cp"], runs, strict=True)]

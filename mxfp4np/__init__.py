@@ -10,6 +10,7 @@ import numpy  # noqa: ICN001, F401  (the one dependency that importing the packa
 if TYPE_CHECKING:
     from .array import MXFP4Array as MXFP4Array
     from .array import decode as decode
+    from .array import encode as encode
     from .checkpoint import Checkpoint as Checkpoint
     from .checkpoint import TensorInfo as TensorInfo
     from .checkpoint import load_file as load_file
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "MXFP4Array": "array",
     "decode": "array",
+    "encode": "array",
     "Checkpoint": "checkpoint",
     "TensorInfo": "checkpoint",
     "load_file": "checkpoint",

@@ -1,4 +1,4 @@
-"""What MXFP4 is: block geometry, the E2M1 values, the E8M0 scale, the output dtypes.
+"""What MXFP4 is: block geometry, the E2M1 values, the E8M0 scale, the rules that choose one, the dtypes of values.
 
 Constants and pure functions only. Every other module takes these facts from here, and this module knows
 nothing of files, tensor names, threads or devices.
@@ -41,9 +41,14 @@ SCALE_NAN: Final = 255
 FP4_VALUES: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """The value of each four-bit E2M1 code: one sign bit, two exponent bits (bias 1), one mantissa bit."""
 
-DTYPES: Final = ("bfloat16", "float16", "float32")
-"""Names of the dtypes that MXFP4 decodes to."""
+FP4_BOUNDS: Final = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
+"""Half way between one magnitude of E2M1 and the next: what lies there rounds to the even code of the two."""
 
+RULES: Final = ("even", "floor", "rceil", "ceil")
+"""How an encoder chooses the exponent that a block shares; see `mxfp4np.encode`."""
+
+DTYPES: Final = ("bfloat16", "float16", "float32")
+"""Names of the dtypes that MXFP4 decodes to, and is encoded from."""
 
 TRANSPOSE: Final = ("auto", "yes", "no")
 """Whether a converted checkpoint has its matrices transposed; ``"auto"`` if the model that loads it wants them so."""

@@ -1,6 +1,7 @@
 """What every backend must do, run against each of them by test_backends.py; and what several test files share.
 
-The oracle is independent of the library: ml_dtypes' own float4_e2m1fn and float8_e8m0fnu types, multiplied in float64.
+The oracles are independent of the library: decoding is by ml_dtypes' own float4_e2m1fn and float8_e8m0fnu types, in
+float64; encoding by comparing with every scale and every value.
 """
 
 import os
@@ -27,6 +28,56 @@ def oracle(blocks, scales, dtype, order="pairs"):
     with np.errstate(over="ignore"):
         values = (elements * factors[..., None]).astype(DTYPES[dtype])
     return values.reshape(*scales.shape[:-1], scales.shape[-1] * 32)
+
+
+RULES = {"even": (3.5, "right"), "floor": (4, "right"), "rceil": (6, "left"), "ceil": (4, "left")}
+"""A rule gives the largest e with ``bound * 2**e <= a`` ("right"), or the smallest with ``bound * 2**e >= a`` ("left").
+
+In the words of the formulas: with floor, ``2**e`` is the largest that ``a`` contains 4 times; so with even, once ``a``
+is rounded to one bit behind the point, half up, from 3.5 to 4; with ceil and rceil, it is the smallest that covers
+``a`` 4 or 6 times.
+"""
+
+
+@np.errstate(invalid="ignore")
+def encode_oracle(x, rule):
+    """Encode by search: of all scales for the rule's, and of all values for the nearest, even codes first."""
+    values = x.astype(np.float64).reshape(*x.shape[:-1], x.shape[-1] // 32, 32)
+    largest = np.abs(values).max(axis=-1)
+    bound, side = RULES[rule]
+    first = -126 if side == "right" else -127
+    scales = np.searchsorted(bound * 2.0 ** np.arange(first, first + 254), largest, side=side).astype(np.uint8)
+    scales[~np.isfinite(largest)] = 255
+    order = np.array([0, 2, 4, 6, 1, 3, 5, 7], np.uint8)
+    magnitudes = np.abs(values) / 2.0 ** (scales[..., None].astype(np.float64) - 127)
+    distances = np.abs(magnitudes[..., None] - order.view(ml_dtypes.float4_e2m1fn).astype(np.float64))
+    codes = order[np.argmin(distances, axis=-1)]
+    codes[scales == 255] = 0
+    codes[np.signbit(values)] += 8
+    return codes[..., 0::2] | codes[..., 1::2] << 4, scales
+
+
+def every_magnitude(dtype):
+    """Return blocks of values of every order of magnitude, of any bits, of zeros, and with NaN and infinities."""
+    rng = np.random.default_rng(0)
+    factors = np.ldexp(1.0, rng.integers(-152, 127, (2500, 1)))
+    normal = rng.standard_normal((2500, 32)) * factors
+    ties = rng.integers(-32, 33, (2500, 32)) * factors / 4
+    special = rng.choice([np.nan, np.inf, -np.inf, -0.0, 1.0], (2500, 32), p=[0.01, 0.01, 0.01, 0.47, 0.5])
+    with np.errstate(over="ignore"):
+        values = np.concatenate([normal, ties, special, np.zeros((300, 32))]).astype(DTYPES[dtype])
+    bits = rng.integers(0, 256, (2500, 32, values.itemsize), np.uint8).view(values.dtype)[..., 0]
+    return np.concatenate([values, bits])
+
+
+def assert_encodes(x, rule, **options):
+    """Compare what `mxfp4np.encode` gives with the oracle, byte for byte; return it."""
+    actual = mxfp4np.encode(x, rule, **options)
+    blocks, scales = encode_oracle(x, rule)
+    assert actual.shape == x.shape
+    assert np.array_equal(actual.scales, scales)
+    assert np.array_equal(actual.blocks, blocks)
+    return actual
 
 
 def assert_same_bits(actual, expected):
@@ -86,6 +137,29 @@ def strided(draw, shape, dtype):
         return np.zeros([shape[i] for i in order], dtype).transpose(np.argsort(order))
     memory = np.zeros(int(np.prod(shape)) * dtype.itemsize + 1, np.uint8)
     return memory[1:].view(dtype).reshape(shape)
+
+
+@st.composite
+def values(draw, max_side=3, max_axes=3):
+    """Draw values to encode, of any dtype, magnitude, shape and strides, special ones among them."""
+    dtype = DTYPES[draw(st.sampled_from(sorted(DTYPES)))]
+    lead = draw(st.lists(st.integers(0, max_side), max_size=max_axes))
+    shape = (*lead, 32 * draw(st.integers(0, max_side)))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    kind = draw(st.sampled_from(["bits", "normal", "packed"]))
+    x = draw(strided(shape, dtype))
+    if kind == "bits":
+        x[...] = rng.integers(0, 256, (*shape, dtype.itemsize), np.uint8).view(dtype)[..., 0]
+        return x
+    if kind == "normal":
+        magnitude = 2.0 ** rng.integers(-152, 126, (*shape[:-1], shape[-1] // 32, 1))
+        array = (rng.standard_normal((*shape[:-1], shape[-1] // 32, 32)) * magnitude).reshape(shape)
+    else:  # quarters of values, so that ties are frequent
+        array = rng.integers(-32, 33, shape) * 2.0 ** (draw(st.integers(-154, 121)))
+    special = rng.choice(np.array([np.nan, -np.nan, np.inf, -np.inf, 0.0, -0.0]), shape)
+    with np.errstate(over="ignore"):
+        x[...] = np.where(rng.random(shape) < draw(st.sampled_from([0, 0.01, 1])), special, array)
+    return x
 
 
 @st.composite

@@ -11,7 +11,7 @@ from unittest import mock
 import llvmlite.binding as llvm
 import numpy as np
 import pytest
-from contract import DTYPES, assert_same_bits, indices, oracle, packed
+from contract import DTYPES, RULES, assert_encodes, assert_same_bits, indices, oracle, packed, values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llvmlite import ir
@@ -36,7 +36,7 @@ import itertools, sys
 sys.path.insert(0, sys.argv[1])
 import numpy as np
 from numba.core.registry import cpu_target
-from contract import DTYPES, assert_same_bits, every_pair, oracle
+from contract import DTYPES, RULES, assert_encodes, assert_same_bits, every_magnitude, every_pair, oracle
 from mxfp4np.backends import cpu_kernels
 from mxfp4np.backends.memory import aligned_empty
 import mxfp4np
@@ -57,6 +57,10 @@ for dtype, order in itertools.product(DTYPES, ("pairs", "halves")):
         assert_same_bits(array.decode(out=out), expected)
         out = out.reshape(40, 512, 256)
         assert_same_bits(array.decode(out=out, transpose=True), expected.swapaxes(-1, -2))
+for dtype, rule in itertools.product(DTYPES, RULES):
+    x = every_magnitude(dtype)
+    for part in (x, x.reshape(-1, 3200), x[::2], x.reshape(-1, 64)[:, ::2], x.reshape(-1)[5:-27]):
+        assert_encodes(part, rule)
 triple, _, features = cpu_target.target_context.codegen().magic_tuple()
 print(cpu_kernels.simd(triple, features))
 """
@@ -180,3 +184,24 @@ def test_small_pieces_past_the_cache_and_not(data, streaming, transpose):
 def test_results_of_every_size_are_aligned():
     for n in (1, 3, 100, 4097):
         assert aligned_empty((n,), np.dtype("f4")).ctypes.data % 64 == 0
+
+
+@given(x=values(max_side=70, max_axes=1), rule=st.sampled_from(sorted(RULES)), threads=st.integers(1, 3))
+@settings(max_examples=200)
+def test_small_pieces_of_values(x, rule, threads):
+    with mock.patch.multiple(cpu, SERIAL_BLOCKS=8, PIECE_BLOCKS=(3, 17)):
+        assert_encodes(x, rule, num_threads=threads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_any_number_of_blocks(dtype):
+    """Blocks encoded by their bases and by their bounds, one by one and two by two; nothing is written around them."""
+    x = np.random.default_rng(0).standard_normal((7, 32 * 70)).astype(DTYPES[dtype])
+    x[3, :32], x[4, -32:], x[5, 640:650] = 0, np.nan, 1e-38
+    for count in range(1, 71):
+        memory = np.full((9, 16 * count + 32), 99, np.uint8)
+        blocks = memory[1:-1, 16:-16].reshape(7, count, 16)
+        assert np.shares_memory(blocks, memory)
+        assert_encodes(x[:, : 32 * count], "even", out=MXFP4Array(blocks, np.empty((7, count), np.uint8)))
+        memory[1:-1, 16:-16] = 99
+        assert np.all(memory == 99)

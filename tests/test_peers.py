@@ -5,7 +5,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from contract import assert_same_bits, every_pair
+from contract import RULES, assert_same_bits, every_pair
 
 import mxfp4np
 
@@ -105,3 +105,59 @@ def test_gguf_weights_are_what_gguf_gives():
         for tensor in reader.tensors:
             theirs = gguf.dequantize(tensor.data, tensor.tensor_type)
             assert np.array_equal(ours.get(tensor.name, dtype="float32"), theirs)
+
+
+def values_to_encode():
+    """Return 10 million values in blocks: all kinds of bits, all magnitudes, all bounds of rules and roundings."""
+    rng = np.random.default_rng(0)
+    any_bits = rng.integers(0, 2**32, (60_000, 32), np.uint32).view(np.float32)
+    magnitudes = 2.0 ** rng.integers(-150, 126, (160_000, 1))
+    any_magnitude = (rng.standard_normal((160_000, 32)) * magnitudes).astype(np.float32)
+    # The largest of a block, or any element of one, at a bound or next to it.
+    bounds = np.multiply.outer([1, 1.25, 1.5, 1.75], 2.0 ** np.arange(-149, 128)).astype(np.float32).reshape(-1)
+    bounds = (bounds.view(np.int32)[:, None] + np.arange(-30, 31, dtype=np.int32)).reshape(-1).view(np.float32)
+    largest = np.repeat(bounds[:, None], 32, axis=1) * rng.uniform(-1, 1, (len(bounds), 32)).astype(np.float32)
+    largest[:, 7] = bounds
+    ratios = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5, 6, 0]) / 4
+    elements = rng.choice(ratios, (30_000, 32)) * 2.0 ** rng.integers(-126, 126, (30_000, 1)).astype(np.float64)
+    elements = elements.astype(np.float32).view(np.int32) + rng.integers(-1, 2, elements.shape, np.int32)
+    elements = np.copysign(np.maximum(elements, 0).view(np.float32), rng.choice([-1, 1], elements.shape))
+    x = np.concatenate([any_bits, any_magnitude, largest, elements.astype(np.float32)])
+    x[:1000] = 0
+    x[:500, 3:9] = -0.0
+    special = rng.integers(0, x.size, 20_000)
+    x.reshape(-1)[special] = rng.choice(np.array([np.nan, -np.nan, np.inf, -np.inf, -0.0], np.float32), 20_000)
+    assert x.size > 10_000_000
+    return x
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_encoded_values_are_what_torchao_gives(dtype):
+    import torch
+    from torchao.prototype.mx_formats.config import ScaleCalculationMode
+    from torchao.prototype.mx_formats.mx_tensor import to_mx
+
+    with np.errstate(all="ignore"):
+        x = values_to_encode()
+    source = torch.from_numpy(x)
+    if dtype == "bfloat16":
+        source = source.to(torch.bfloat16)
+        x = source.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    with np.errstate(invalid="ignore"):
+        largest = np.abs(x.astype(np.float64)).max(axis=-1)
+    infinite = np.isinf(x).any(axis=-1) & ~np.isnan(largest)
+    for rule in RULES:
+        ours = mxfp4np.encode(x, rule)
+        blocks, scales = ours.blocks[:, 0], ours.scales[:, 0]
+        theirs, codes = to_mx(source, torch.float4_e2m1fn_x2, 32, ScaleCalculationMode[rule.upper()])
+        theirs, codes = theirs.view(torch.uint8).numpy()[:, 0], codes.numpy()
+        # The cases in which they differ by the docstring of `encode`, and none else.
+        missed = np.zeros_like(infinite)
+        if rule == "rceil":
+            missed = (scales == theirs + 1) & np.isfinite(largest) & (largest > 6 * 2.0 ** (theirs - 127.0))
+            assert np.all(largest[missed] / 6 < 2.0 ** (theirs[missed] - 127.0) * (1 + 1e-5))
+        assert np.array_equal(scales[~infinite & ~missed], theirs[~infinite & ~missed])
+        assert np.all(scales[infinite] == 255)
+        same = ~infinite & ~missed & ~np.isnan(largest) & ((scales > 0) | (largest == 0))
+        assert np.array_equal(blocks[same], codes[same])
+        assert same.mean() > 0.75

@@ -226,6 +226,8 @@ scales = np.arange(256, dtype=np.uint8)
 for dtype in ("bfloat16", "float16", "float32"):
     a, b = (mxfp4np.decode(blocks, scales, dtype, backend=backend) for backend in ("cpu", "numpy"))
     assert a.tobytes() == b.tobytes(), dtype
+    a, b = (mxfp4np.encode(a, backend=backend) for backend in ("cpu", "numpy"))
+    assert a.blocks.tobytes() + a.scales.tobytes() == b.blocks.tobytes() + b.scales.tobytes(), dtype
 print("right")
 """
 

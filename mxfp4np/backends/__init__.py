@@ -1,7 +1,7 @@
 """One interface for everything that touches packed bytes, and the rule that picks who does.
 
-A backend decodes arrays into an array. It knows no file, no tensor name and no model. To add a device, add a
-module with an object that follows `Backend`, and its line in `get_backend`.
+A backend decodes arrays into an array, and encodes an array into arrays. It knows no file, no tensor name and no model.
+To add a device, add a module with an object that follows `Backend`, and its line in `get_backend`.
 """
 
 from __future__ import annotations
@@ -56,6 +56,32 @@ class Backend(Protocol):
             Where the elements of a block lie; see `mxfp4np.format.ORDERS`.
         fresh : bool
             Whether ``out`` is new memory, which nothing has touched yet.
+        num_threads : int, optional
+            At most this many threads; as many as the process may use by default.
+        """
+        ...
+
+    def encode(
+        self,
+        x: NDArray[Any],
+        blocks: NDArray[np.uint8],
+        scales: NDArray[np.uint8],
+        *,
+        rule: str,
+        num_threads: int | None = None,
+    ) -> None:
+        """Encode ``x`` into packed blocks, in pairs.
+
+        Parameters
+        ----------
+        x : (..., 32 * G) bfloat16, float16 or float32
+            Values, any strides. Shares no memory with the outputs.
+        blocks : (..., G, 16) uint8
+            Codes, written whole, any strides.
+        scales : (..., G) uint8
+            E8M0 scales, written whole, any strides.
+        rule : {"even", "floor", "rceil", "ceil"}
+            How scales are chosen; see `mxfp4np.encode`.
         num_threads : int, optional
             At most this many threads; as many as the process may use by default.
         """

@@ -1,7 +1,7 @@
 """The CPU backend: drives the range kernels of `mxfp4np.backends.cpu_kernels` with Numba.
 
 Decides what the kernels must not: how strided arrays become rows, when several threads pay, which compiled form to
-use, and what happens where Numba cannot compile or keep its cache. Numba is imported on the first decode.
+use, and what happens where Numba cannot compile or keep its cache. Numba is imported on the first call.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BackendUnavailableError
-from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, blocks_in, decoded_dtype
+from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, FP4_BOUNDS, SCALE_BIAS, SCALE_NAN, blocks_in, decoded_dtype
 from .memory import address_of, aligned_empty
 from .reference import ReferenceBackend
 from .threads import default_num_threads, parallel_for
@@ -64,19 +64,43 @@ class CPUBackend:
             return
         transposed = _is_transposed(out)
         word = _WORDS[order, out.itemsize]
-        kernel = compiled("transpose_range" if transposed else "decode_range", type(word))
+        kernel = range_kernel("transpose_range" if transposed else "decode_range", type(word))
         if kernel is None:
             return ReferenceBackend().decode(blocks, scales, out, start=start, order=order)
         if blocks.strides[-1] != 1:  # the bytes of a block lie apart: gather them, at most half the size of `out`
             blocks = np.ascontiguousarray(blocks)
         streaming = out.nbytes >= STREAMING_BYTES and not fresh
-        geometry = _geometry(blocks, scales, out, start, transposed=transposed, streaming=streaming)
+        table = _table_address(_table_name(out.dtype))
+        geometry = _geometry(blocks, scales, out, table, start, transposed=transposed, streaming=streaming)
         # A kernel counts blocks, or groups of 32 rows if it transposes.
         units, unit_blocks = scales.size, 1
         if transposed:
             *outer, rows, per_row = scales.shape
             units, unit_blocks = math.prod(outer) * blocks_in(rows), BLOCK_SIZE * per_row
         _run(kernel, geometry, word, units, unit_blocks, num_threads)
+
+    def encode(
+        self,
+        x: NDArray[Any],
+        blocks: NDArray[np.uint8],
+        scales: NDArray[np.uint8],
+        *,
+        rule: str,
+        num_threads: int | None = None,
+    ) -> None:
+        if x.size == 0:
+            return
+        word = _ENCODED_WORDS[x.dtype.name]
+        kernel = range_kernel("encode_range", type(word))
+        if kernel is None:
+            return ReferenceBackend().encode(x, blocks, scales, rule=rule)
+        # Where the bytes of a block lie apart, they are scattered from an array of their own.
+        codes = blocks if blocks.strides[-1] == 1 else np.empty(blocks.shape, np.uint8)
+        table = _table_address(_table_name(x.dtype), rule)
+        geometry = _geometry(codes, scales, x, table)
+        _run(kernel, geometry, word, scales.size, 1, num_threads)
+        if codes is not blocks:
+            blocks[...] = codes
 
 
 def stream(
@@ -101,7 +125,7 @@ def stream(
         If there are gaps.
     """
     word = _WORDS["pairs", out.itemsize]
-    kernel = compiled("stream_range", type(word))
+    kernel = range_kernel("stream_range", type(word))
     if kernel is None:
         raise BackendUnavailableError("the limit of memory is measured by compiled code: unset NUMBA_DISABLE_JIT")
     geometry = _geometry(blocks, scales, out, 0, transposed=False, streaming=True)
@@ -154,16 +178,22 @@ _WORDS: dict[tuple[str, int], np.integer[Any]] = {
     ("halves", 2): np.int16(0),
     ("halves", 4): np.int32(0),
 }
+_ENCODED_WORDS: dict[str, np.integer[Any]] = {
+    "bfloat16": np.uint16(0),
+    "float16": np.int16(0),
+    "float32": np.uint32(0),
+}
 
 
 def _geometry(
     blocks: NDArray[np.uint8],
     scales: NDArray[np.uint8],
     out: NDArray[Any],
-    start: int,
+    table: int,
+    start: int = 0,
     *,
-    transposed: bool,
-    streaming: bool,
+    transposed: bool = False,
+    streaming: bool = False,
 ) -> NDArray[np.int64]:
     """Describe the arrays to a kernel, in the order that `cpu_kernels` names, with as few row axes as strides allow."""
     per_row, length = scales.shape[-1], out.shape[-1]
@@ -185,7 +215,7 @@ def _geometry(
         if rows and whole and rows[-1][1:] == (per_row * block_step, per_row * scale_step, length * out_step):
             per_row *= rows.pop()[0]
             length = BLOCK_SIZE * per_row
-    geometry = [address_of(blocks), address_of(scales), address_of(out), _table_address(out.dtype == _FLOAT16)]
+    geometry = [address_of(blocks), address_of(scales), address_of(out), table]
     geometry += block_step, scale_step, out_step, per_row, start, length, out.itemsize, streaming
     geometry += matrix
     for row in rows:
@@ -206,24 +236,51 @@ def decode_table(name: str) -> NDArray[np.uint8]:
     return table
 
 
+def encode_table(name: str, rule: str) -> NDArray[np.uint8]:
+    """Return the table that `cpu_kernels` describes, for values of bfloat16 or float16."""
+    dtype, mantissa = decoded_dtype(name), 10 if name == "float16" else 7
+    magnitudes = np.arange(1 << 15, dtype=np.uint16).view(dtype)
+    values = np.zeros((1 << 15, BLOCK_SIZE), dtype)
+    values[:, 0] = magnitudes
+    blocks, scales = np.empty((1 << 15, 1, BYTES_PER_BLOCK), np.uint8), np.empty((1 << 15, 1), np.uint8)
+    ReferenceBackend().encode(values, blocks, scales, rule=rule)
+    finite = magnitudes[scales[:, 0] != SCALE_NAN].astype(np.float64)
+    bounds = np.ldexp(FP4_BOUNDS, np.arange(256)[:, None] - SCALE_BIAS)
+    lines = np.empty((256, 8), np.uint16)
+    lines[:, 0:7:2] = np.searchsorted(finite, bounds[:, 0::2], side="right") - 1  # half way is still the even code
+    lines[:, 1:7:2] = np.searchsorted(finite, bounds[:, 1::2], side="left") - 1
+    regular = lines[:, 0] >= 1 << mantissa
+    lines[:, 7] = np.where(regular, lines[:, 0] + 1 - (1 << (mantissa - 2)), 0)
+    lines[SCALE_NAN] = [0x7FFF] * 7 + [0xFFFF]
+    table = aligned_empty((scales.size + 2 * lines.nbytes,), np.dtype(np.uint8))
+    table[: scales.size] = scales[:, 0]
+    table[scales.size :] = lines.repeat(2).view(np.uint8)
+    return table
+
+
 _compiling = threading.Lock()
-_tables: dict[bool, tuple[int, NDArray[np.uint8]]] = {}
+_tables: dict[tuple[str, ...], tuple[int, NDArray[np.uint8]]] = {}
 
 
-def _table_address(float16: bool) -> int:
-    if float16 not in _tables:
+def _table_address(*key: str) -> int:
+    """Return where the table lies that decodes to a dtype, or that encodes from a dtype by a rule."""
+    if key not in _tables:
         with _compiling:
-            if float16 not in _tables:  # never another one: threads are using the first
-                table = decode_table("float16" if float16 else "bfloat16")
-                _tables[float16] = address_of(table), table
-    return _tables[float16][0]
+            if key not in _tables:  # never another one: threads are using the first
+                table = encode_table(*key) if len(key) == 2 else decode_table(*key)
+                _tables[key] = address_of(table), table
+    return _tables[key][0]
+
+
+def _table_name(dtype: np.dtype[Any]) -> str:
+    return "float16" if dtype == _FLOAT16 else "bfloat16"  # float32 values are bfloat16 ones, and 16 bits more
 
 
 _kernels: dict[tuple[str, type], Kernel | None] = {}
 
 
-def compiled(name: str, word: type) -> Kernel | None:
-    """Return the kernel of this name for words of this type, or None where Numba's compiler is switched off."""
+def range_kernel(name: str, word: type) -> Kernel | None:
+    """Return the kernel of this name compiled for words of this type, or None if Numba's compiler is switched off."""
     key = name, word
     if key not in _kernels:
         with _compiling:

@@ -1,4 +1,4 @@
-"""Range kernels: the loops that turn packed bytes into values on the CPU, and the intrinsics they stand on.
+"""Range kernels: the loops that turn packed bytes into values on the CPU, and back, and the intrinsics they stand on.
 
 No policy here: no validation, no allocation, no threads. A kernel works on raw addresses that its driver
 (`mxfp4np.backends.cpu`) has checked, so that one compiled form serves every stride, alignment and rank, releases the
@@ -38,7 +38,25 @@ ROW_AXES = 15
 TABLE_LINE, LOW_BYTES, HIGH_BYTES = 64, 32, 48
 
 # What is compiled follows from the type of a kernel's argument `word`: its width is that of the elements, its sign says
-# in which order they lie in a block: unsigned in pairs, signed in halves (see `mxfp4np.format.ORDERS`).
+# in which order they lie in a block: unsigned in pairs, signed in halves (see `mxfp4np.format.ORDERS`). To encode, the
+# sign says which of the values of 16 bits they are: unsigned bfloat16, signed float16.
+
+# Encoding compares bits of values as integers, which have the same order as the values. What it needs of a float32 are
+# the first 16 bits, a bfloat16, and whether any of the others is set: if so, the last of the 16 is. Then no value comes
+# to lie on a bound, nor moves across one, since bounds, of scales and of codes, need three bits of mantissa.
+#
+# The table to encode by, one for each rule, begins with a byte for all that can be the largest bits of a block, without
+# their sign: the scale. Then comes a line of 32 bytes for each scale: eight words, each of them twice. Seven are the
+# largest bits that get the codes 0 to 6; the last is a base. With M bits of mantissa, and `tie` being bit M - 1, which
+# is set half way to an even code, d = max(0, bits + tie - base) >> (M - 2) counts quarters of binades:
+#
+#   d                   0     1 to 6   7 to 9   10, 11   12, 13   14, 15   16, 17   18 to 20
+#   value / 2**e from   0     0.25     0.75     1.25     1.75     2.5      3.5      5
+#   code                0     1        2        3        4        5        6        7
+#
+# Where a bound is subnormal that is not so: lines of the smallest scales have the base 0. Others are odd numbers.
+ENCODE_LINES, ENCODE_LINE, ENCODE_BASE = 32768, 32, 28
+CODES_FROM_5 = 1, 1, 2, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 7
 
 _I8, _I16, _I32 = (ir.IntType(bits) for bits in (8, 16, 32))
 _INTERLEAVED = [i // 2 + 16 * (i % 2) for i in range(32)]
@@ -548,3 +566,189 @@ def stream_range(geometry, word, start, stop):
     for g in range(start, stop):
         move_block(block + g * block_step, scale + g * scale_step, out + 32 * g * size, word)
     fence()
+
+
+def _magnitudes(builder, words):
+    return builder.and_(words, _constants(_I16, [0x7FFF] * words.type.count))
+
+
+def _splat(builder, address, count):
+    """Return a vector that repeats a word which the table has twice."""
+    both = builder.insert_element(
+        ir.Constant(_vector(_I32, count // 2), ir.Undefined), _load(builder, address, _I32, 4), _I32(0)
+    )
+    return builder.bitcast(_join(builder, both, both, [0] * (count // 2)), _vector(_I16, count))
+
+
+@intrinsic
+def squeeze_block(typingctx, block, target, word):
+    """Write the block at one address as words to another, if it is not words; return its largest bits."""
+
+    def codegen(context, builder, signature, args):
+        block, target, word = args
+        if word.type.width == 16:
+            words = _load(builder, block, _vector(_I16, 32))
+        else:
+            values = _load(builder, block, _vector(_I32, 32))
+            behind = builder.and_(values, _constants(_I32, [0xFFFF] * 32))
+            behind = _call(builder, "llvm.umin.v32i32", behind.type, behind, _constants(_I32, [1] * 32))
+            words = builder.or_(builder.lshr(values, _constants(_I32, [16] * 32)), behind)
+            words = builder.trunc(words, _vector(_I16, 32))
+            builder.store(words, builder.inttoptr(target, words.type.as_pointer()), align=64)
+        largest = _call(builder, "llvm.vector.reduce.smax.v32i16", _I16, _magnitudes(builder, words))
+        return builder.zext(largest, target.type)
+
+    return types.int64(types.int64, types.int64, word), codegen
+
+
+@intrinsic
+def encode_block(typingctx, words, line, out):
+    """Write the codes of the words at one address to another, by a line of the table, whatever it is."""
+
+    def codegen(context, builder, signature, args):
+        words, line, out = args
+        words = _load(builder, words, _vector(_I16, 32))
+        magnitudes = _magnitudes(builder, words)
+        codes = builder.and_(builder.lshr(words, _constants(_I16, [12] * 32)), _constants(_I16, [8] * 32))
+        for code in range(7):
+            beyond = builder.icmp_signed(">", magnitudes, _splat(builder, _offset(builder, line, 4 * code), 32))
+            codes = builder.add(codes, builder.zext(beyond, codes.type))
+        pairs = builder.bitcast(codes, _vector(_I32, 16))
+        pairs = builder.or_(pairs, builder.lshr(pairs, _constants(_I32, [12] * 16)))
+        pairs = builder.trunc(pairs, _vector(_I8, 16))
+        builder.store(pairs, builder.inttoptr(out, pairs.type.as_pointer()), align=1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
+
+
+def _has_avx2(context):
+    _, _, features = context.codegen().magic_tuple()
+    return "+avx2" in features.split(",")
+
+
+def _codes_avx2(builder, address, line, mantissa):
+    """Return the 16 bytes, each in a word, of the 32 words at an address, by a line with a base.
+
+    In each half are those of eight words, then those of the eight words 32 bytes further.
+    """
+    words_type, bytes_type = _vector(_I16, 16), _vector(_I8, 32)
+    base = _splat(builder, _offset(builder, line, ENCODE_BASE), 16)
+    halves = [_load(builder, _offset(builder, address, offset), words_type) for offset in (0, 32)]
+    quarters = []
+    for words in halves:
+        tie = builder.lshr(words, _constants(_I16, [mantissa - 1] * 16))
+        tie = builder.and_(tie, _constants(_I16, [1] * 16))
+        bits = builder.add(_magnitudes(builder, words), tie)
+        bits = _call(builder, "llvm.usub.sat.v16i16", words_type, bits, base)
+        quarters.append(builder.lshr(bits, _constants(_I16, [mantissa - 2] * 16)))
+    quarters = _call(builder, "llvm.x86.avx2.packuswb", bytes_type, *quarters)
+    codes = _call(builder, "llvm.usub.sat.v32i8", bytes_type, quarters, _constants(_I8, [5] * 32))
+    codes = _call(builder, "llvm.x86.avx2.pshuf.b", bytes_type, _constants(_I8, CODES_FROM_5 * 2), codes)
+    codes = _call(builder, "llvm.umin.v32i8", bytes_type, codes, quarters)  # 0 for 0, and changes no other
+    signs = _call(builder, "llvm.x86.avx2.packsswb", bytes_type, *halves)
+    negative = builder.icmp_signed("<", signs, _constants(_I8, [0] * 32))
+    codes = builder.select(negative, builder.or_(codes, _constants(_I8, [8] * 32)), codes)
+    return _call(builder, "llvm.x86.avx2.pmadd.ub.sw", words_type, codes, _constants(_I8, [1, 16] * 16))
+
+
+@intrinsic
+def has_pairs(typingctx):
+    """Return whether `encode_pair` is there: the machine has AVX2."""
+
+    def codegen(context, builder, signature, args):
+        return ir.Constant(ir.IntType(1), _has_avx2(context))
+
+    return types.boolean(), codegen
+
+
+@intrinsic
+def encode_pair(typingctx, words, first, second, out, word):
+    """Write the codes of two blocks of words, by two lines of the table that have bases."""
+
+    def codegen(context, builder, signature, args):
+        if _has_avx2(context):
+            words, first, second, out, _ = args
+            mantissa = 10 if signature.args[4] == types.int16 else 7
+            blocks = [
+                _codes_avx2(builder, _offset(builder, words, 64 * i), line, mantissa)
+                for i, line in enumerate((first, second))
+            ]
+            codes = _call(builder, "llvm.x86.avx2.packuswb", _vector(_I8, 32), *blocks)
+            codes = builder.bitcast(codes, _vector(_I32, 8))
+            codes = _join(builder, codes, codes, [0, 4, 1, 5, 2, 6, 3, 7])
+            builder.store(codes, builder.inttoptr(out, codes.type.as_pointer()), align=1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, types.int64, word), codegen
+
+
+@intrinsic
+def store_byte(typingctx, value, out):
+    """Write a uint8 to an address."""
+
+    def codegen(context, builder, signature, args):
+        builder.store(args[0], builder.inttoptr(args[1], _I8.as_pointer()))
+        return context.get_dummy_value()
+
+    return types.void(types.uint8, types.int64), codegen
+
+
+reserve_words = _reserver(BUFFER_BLOCKS * 64)
+
+
+@njit(nogil=True, inline="always")
+def _gather(source, step, target, size, count):
+    """Copy so many elements of 2 or 4 bytes that lie apart."""
+    for _ in range(count):
+        copy_2(source, target)
+        if size == 4:
+            copy_2(source + 2, target + 2)
+        source += step
+        target += size
+
+
+def encode_range(geometry, word, start, stop):
+    """Encode blocks ``start`` to ``stop - 1``, counted over all rows in C order, from words of the type of ``word``.
+
+    The geometry is that of decoding, ``out`` being what is encoded.
+    """
+    table = geometry[TABLE_ADDRESS]
+    lines = table + ENCODE_LINES
+    size = geometry[ITEMSIZE]
+    step = geometry[OUT_STEP]
+    per_row = geometry[BLOCKS_PER_ROW]
+    block_step = geometry[BLOCKS_STEP]
+    scale_step = geometry[SCALES_STEP]
+    gathered = reserve_buffer()
+    squeezed = reserve_words()
+    while start < stop:
+        row = start // per_row
+        first = start - row * per_row
+        out, scales, x = geometry[BLOCKS_ADDRESS], geometry[SCALES_ADDRESS], geometry[OUT_ADDRESS]
+        out, scales, x = _along_axes(geometry, row, out, scales, x)
+        out += first * block_step
+        scales += first * scale_step
+        x += 32 * first * step
+        count = min(stop - start, per_row - first, BUFFER_BLOCKS)
+        start += count
+        if step != size:
+            _gather(x, step, gathered, size, 32 * count)
+            x = gathered
+        # All scales of a part before all codes: a code waits for its scale, which waits for all of its block.
+        smallest = 255
+        for k in range(count):
+            scale = load_byte(table + squeeze_block(x + 32 * size * k, squeezed + 64 * k, word))
+            store_byte(scale, scales + k * scale_step)
+            smallest = min(smallest, scale)
+        words = x if size == 2 else squeezed
+        done = 0
+        if has_pairs() and block_step == 16 and load_byte(lines + ENCODE_LINE * smallest + ENCODE_BASE) != 0:
+            done = count // 2 * 2
+            for k in range(0, done, 2):
+                line = lines + ENCODE_LINE * load_byte(scales + k * scale_step)
+                other = lines + ENCODE_LINE * load_byte(scales + (k + 1) * scale_step)
+                encode_pair(words + 64 * k, line, other, out + 16 * k, word)
+        for k in range(done, count):
+            line = lines + ENCODE_LINE * load_byte(scales + k * scale_step)
+            encode_block(words + 64 * k, line, out + k * block_step)

@@ -1,7 +1,7 @@
 """The reference backend: NumPy, slow and obvious, the definition of correct.
 
-It follows the formula of `mxfp4np.format` in float64, where every product is exact, so that the only rounding is
-the one into the output dtype.
+It follows the formulas of `mxfp4np.format` and `mxfp4np.encode` in float64, where every product is exact, so that the
+only rounding is the one into the output dtype or into codes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..format import BLOCK_SIZE, FP4_VALUES, SCALE_BIAS, SCALE_NAN
+from ..format import BLOCK_SIZE, FP4_BOUNDS, FP4_VALUES, SCALE_BIAS, SCALE_NAN
 from .memory import aligned_empty
 
 BLOCKS_AT_ONCE = 1 << 15
@@ -56,6 +56,27 @@ class ReferenceBackend:
                 end = BLOCK_SIZE * (g + BLOCKS_AT_ONCE) - start
                 _decode(blocks[g : g + BLOCKS_AT_ONCE], scales[g : g + BLOCKS_AT_ONCE], out[begin:end], skip, order)
 
+    def encode(
+        self,
+        x: NDArray[Any],
+        blocks: NDArray[np.uint8],
+        scales: NDArray[np.uint8],
+        *,
+        rule: str,
+        num_threads: int | None = None,  # noqa: ARG002
+    ) -> None:
+        if scales.size <= BLOCKS_AT_ONCE:
+            _encode(x, blocks, scales, rule)
+        elif scales.ndim > 1:
+            step = max(1, BLOCKS_AT_ONCE * len(scales) // scales.size)
+            for i in range(0, len(scales), step):
+                j = i if step == 1 else slice(i, i + step)
+                self.encode(x[j], blocks[j], scales[j], rule=rule)
+        else:
+            for g in range(0, len(scales), BLOCKS_AT_ONCE):
+                h = g + BLOCKS_AT_ONCE
+                _encode(x[BLOCK_SIZE * g : BLOCK_SIZE * h], blocks[g:h], scales[g:h], rule)
+
 
 def _decode(blocks: NDArray[np.uint8], scales: NDArray[np.uint8], out: NDArray[Any], start: int, order: str) -> None:
     nibbles = [blocks & 0x0F, blocks >> 4]
@@ -68,3 +89,34 @@ def _decode(blocks: NDArray[np.uint8], scales: NDArray[np.uint8], out: NDArray[A
     rows = values.reshape(*scales.shape[:-1], scales.shape[-1] * BLOCK_SIZE)
     with np.errstate(over="ignore"):  # overflow to infinity is part of the definition
         out[...] = rows[..., start : start + out.shape[-1]].astype(out.dtype)
+
+
+def _shared_scales(largest: NDArray[np.float64], rule: str) -> NDArray[np.uint8]:
+    """Return the scale that a rule gives to blocks by their largest magnitudes."""
+    mantissa, exponent = np.frexp(largest)  # largest = mantissa * 2**exponent, mantissa in [1/2, 1)
+    rounded_up = {
+        "floor": np.False_,
+        "even": mantissa >= 0.875,
+        "rceil": mantissa > 0.75,
+        "ceil": mantissa > 0.5,
+    }[rule]
+    scales = np.maximum(exponent - 3 + rounded_up, -SCALE_BIAS) + SCALE_BIAS
+    scales[largest == 0] = 0
+    scales[~np.isfinite(largest)] = SCALE_NAN
+    chosen: NDArray[np.uint8] = scales.astype(np.uint8)
+    return chosen
+
+
+@np.errstate(invalid="ignore")  # signalling NaNs are as good as any
+def _encode(x: NDArray[Any], blocks: NDArray[np.uint8], scales: NDArray[np.uint8], rule: str) -> None:
+    values = x.astype(np.float64).reshape(*scales.shape, BLOCK_SIZE)
+    magnitudes = np.abs(values)
+    chosen = _shared_scales(magnitudes.max(axis=-1), rule)
+    magnitudes[chosen == SCALE_NAN] = 0
+    magnitudes = np.ldexp(magnitudes, SCALE_BIAS - chosen[..., None].astype(np.intc))
+    codes = np.searchsorted(FP4_BOUNDS, magnitudes)  # how many bounds are below
+    tied = magnitudes == np.array([*FP4_BOUNDS, np.inf])[codes]
+    codes += tied & (codes % 2 == 1)
+    codes += 8 * np.signbit(values)
+    blocks[...] = codes[..., 0::2] | codes[..., 1::2] << 4
+    scales[...] = chosen
