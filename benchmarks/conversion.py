@@ -146,9 +146,8 @@ def main() -> None:
             for name, command in commands.items():
                 rows.setdefault(name, []).append(measured(list(map(str, command))))
                 shutil.rmtree(work / "out")
-        print(
-            f"{describe(machine('torch', 'transformers', 'torchao'))}, {size / 1e9:.2f} GB to {args.folder or chr(97) + ' disk'}\n"
-        )
+        where = args.folder or "a disk"
+        print(f"{describe(machine('torch', 'transformers'))}\n\n{size / 1e9:.2f} GB, to {where}:\n")
         print("| what | GB/s | of `cp` | lowest to highest | peak anonymous MB |\n|---|---:|---:|---:|---:|")
         for name, runs in rows.items():
             ratios = [theirs[0] / ours[0] for theirs, ours in zip(rows["cp"], runs, strict=True)]

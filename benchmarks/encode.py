@@ -135,7 +135,9 @@ def main() -> None:
     bench = EncodeBench(args.rows, args.rounds, args.threads)
     for what in args.only or ["first", "limits", "torchao"]:
         getattr(bench, what)()
-    print(json.dumps({"machine": machine(), "rows": bench.rows}) if args.json else machine())
+    print(
+        json.dumps({"machine": machine(), "rows": bench.rows}) if args.json else describe(machine("torch", "torchao"))
+    )
 
 
 if __name__ == "__main__":
