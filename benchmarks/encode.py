@@ -22,7 +22,7 @@ import mxfp4np
 from benchmarks.limits import PIECE, Bench
 from mxfp4np.backends.memory import address_of, aligned_empty
 from mxfp4np.backends.threads import parallel_for
-from mxfp4np.bench import machine
+from mxfp4np.bench import describe, machine
 from mxfp4np.format import DTYPES, RULES, decoded_dtype
 
 
