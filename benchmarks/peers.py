@@ -1,4 +1,4 @@
-"""This library, its limits and its peers, decoding the same tensor in one process: `SUBJECTS` is the list of them.
+"""This library, its limits and its peers, decoding the same tensor in one process: `GROUPS` is the list of them.
 
 A peer that is not installed stays in the list, without figures.
 """
@@ -187,7 +187,7 @@ def copy(data: Data) -> Run:
     return lambda: parallel_for(lambda i, j: np.copyto(out[i:j], source[i:j]), len(out), 1 << 21, data.threads)
 
 
-SUBJECTS = [
+OURS = [
     Subject("**mxfp4np**, output reused", "bfloat16", ours("bfloat16", reuse=True)),
     Subject("**mxfp4np**, output reused, 1 thread", "bfloat16", ours("bfloat16", reuse=True, threads=1)),
     Subject("**mxfp4np**, new output", "bfloat16", ours("bfloat16", reuse=False)),
@@ -197,6 +197,8 @@ SUBJECTS = [
     Subject("limit: memset of the same output", "bfloat16", memset),
     Subject("limit: allocating the same output and filling it", "bfloat16", allocate_and_fill),
     Subject("limit: copy of the same output", "bfloat16", copy),
+]
+PEERS = [
     Subject("Numba, plain loop, output reused", "float32", numba_loop),
     Subject("NumPy with ml_dtypes' table", "float32", numpy_ml_dtypes, 0.25),
     Subject(REFERENCE, "bfloat16", gpt_oss),
@@ -206,27 +208,36 @@ SUBJECTS = [
     Subject("MLX `dequantize`, CPU", "bfloat16", mlx, 0.25),
     Subject("gguf-py `dequantize`", "float32", gguf, 0.0625),
 ]
+GROUPS = OURS, PEERS
+"""Who is run in turn. Peers let go of much memory, and who came next would wait for the system to clear it again."""
 
 
 def measure(options: Namespace) -> list[dict[str, Any]]:
-    """Run every subject once a round; return a row for each, with its values per second or why there are none."""
+    """Run every subject of a group once a round; return a row for each, its values per second or why there are none."""
     rows: list[dict[str, Any]] = []
-    runs: dict[int, Run] = {}
     with tempfile.TemporaryDirectory() as folder:
         data = functools.cache(lambda experts: Data(experts, Path(folder), options.threads))
-        for subject in SUBJECTS:
-            subset = data(max(1, round(options.experts * subject.share)))
-            row = {"name": subject.name, "dtype": subject.dtype, "values": subset.size, "rates": [], "missing": None}
-            try:
-                run = subject.prepare(subset)
-                run()
-            except ImportError:
-                row["missing"] = "not installed"
-            except Exception as error:
-                row["missing"] = f"{type(error).__name__}: {error}".splitlines()[0]
-            else:
-                runs[len(rows)] = run
-            rows.append(row)
-        for row, seconds in zip(runs, in_turn(list(runs.values()), options.rounds), strict=True):
-            rows[row]["rates"] = sorted(rows[row]["values"] / s for s in seconds)
+        for group in GROUPS:
+            runs: dict[int, Run] = {}
+            for subject in group:
+                subset = data(max(1, round(options.experts * subject.share)))
+                row = {
+                    "name": subject.name,
+                    "dtype": subject.dtype,
+                    "values": subset.size,
+                    "rates": [],
+                    "missing": None,
+                }
+                try:
+                    run = subject.prepare(subset)
+                    run()
+                except ImportError:
+                    row["missing"] = "not installed"
+                except Exception as error:
+                    row["missing"] = f"{type(error).__name__}: {error}".splitlines()[0]
+                else:
+                    runs[len(rows)] = run
+                rows.append(row)
+            for i, seconds in zip(runs, in_turn(list(runs.values()), options.rounds), strict=True):
+                rows[i]["rates"] = sorted(rows[i]["values"] / s for s in seconds)
     return rows

@@ -21,7 +21,9 @@ def test_the_table_of_the_readme_is_that_of_the_results():
     results, text = json.loads(RESULTS.read_text()), README.read_text()
     assert report.with_table(text, results) == text
     rows = rows_of(text.partition(report.BEGIN)[2].partition(report.END)[0])
-    assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == [subject.name for subject in peers.SUBJECTS]
+    assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == [
+        subject.name for group in peers.GROUPS for subject in group
+    ]
     assert RESULTS.with_suffix(".md").read_text() == report.markdown(results)
 
 
@@ -49,9 +51,10 @@ def test_every_subject_has_a_row_whether_it_ran_or_not(monkeypatch):
     def broken(_):
         raise ValueError("one\ntwo")
 
-    named = peers.SUBJECTS[0]
-    subjects = [named, peers.Subject("a", "bfloat16", not_there), peers.Subject("b", "float32", broken)]
-    monkeypatch.setattr(peers, "SUBJECTS", [*subjects, peers.Subject(peers.REFERENCE, "bfloat16", not_there)])
+    named = peers.OURS[0]
+    others = [peers.Subject("a", "bfloat16", not_there), peers.Subject("b", "float32", broken)]
+    others.append(peers.Subject(peers.REFERENCE, "bfloat16", not_there))
+    monkeypatch.setattr(peers, "GROUPS", ([named], others))
     monkeypatch.setattr(peers, "ROW", (64, 90))
     rows = peers.measure(TINY)
     assert [row["missing"] for row in rows] == [None, "not installed", "ValueError: one", "not installed"]

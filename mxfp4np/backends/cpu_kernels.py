@@ -67,6 +67,8 @@ def simd(triple: str, features: str) -> str:
     enabled = features.split(",")
     if "+avx512bw" in enabled:
         return "avx512"
+    if "+avx2" in enabled:
+        return "avx2"
     if "+ssse3" in enabled:
         return "ssse3"
     if triple.startswith("aarch64"):
@@ -115,6 +117,29 @@ def _lookup_avx512(builder, codes, line, *, halves):
     return _call(builder, "llvm.x86.avx512.permvar.hi.512", _vector(_I16, 32), table, indices)
 
 
+def _lookup_avx2(builder, codes, line, *, halves):
+    """Look up the low bytes of all 32 words, and the high bytes, with one shuffle of bytes each."""
+    # Interleaving the two works on parts of 128 bits: what they make 16 words in a row of is two quarters apart.
+    if halves:
+        low, high = builder.and_(codes, _constants(_I8, [15] * 16)), builder.lshr(codes, _constants(_I8, [4] * 16))
+        indices = _join(builder, low, high, [8 * part + i % 8 + i // 8 * 16 for part in range(2) for i in range(16)])
+    else:
+        quarters = _join(builder, codes, codes, [4 * part + i for part in (0, 2, 1, 3) for i in range(4)])
+        both = builder.zext(quarters, _vector(_I16, 16))  # then, each nibble in a byte
+        both = builder.or_(both, builder.shl(both, _constants(_I16, [4] * 16)))
+        indices = builder.bitcast(builder.and_(both, _constants(_I16, [0x0F0F] * 16)), _vector(_I8, 32))
+    planes = []
+    for plane in (LOW_BYTES, HIGH_BYTES):
+        table = _load(builder, _offset(builder, line, plane), _vector(_I8, 16), 16)
+        table = _join(builder, table, table, [i % 16 for i in range(32)])
+        planes.append(_call(builder, "llvm.x86.avx2.pshuf.b", _vector(_I8, 32), table, indices))
+    words = []
+    for half in (0, 8):
+        order = [half + 16 * part + i // 2 + 32 * (i % 2) for part in range(2) for i in range(16)]
+        words.append(builder.bitcast(_join(builder, *planes, order), _vector(_I16, 16)))
+    return _join(builder, *words, range(32))
+
+
 def _lookup_bytes(builder, codes, line, shuffle, *, halves):
     """Look up low and high bytes, 16 at a time, with a shuffle of bytes."""
     bytes_ = _vector(_I8, 16)
@@ -149,6 +174,8 @@ def decoded(form, builder, block, line, *, halves=False):
     codes = _load(builder, block, _vector(_I8, 16))
     if form == "avx512":
         return _lookup_avx512(builder, codes, line, halves=halves)
+    if form == "avx2":
+        return _lookup_avx2(builder, codes, line, halves=halves)
     shuffle = {"ssse3": "llvm.x86.ssse3.pshuf.b.128", "neon": "llvm.aarch64.neon.tbl1.v16i8"}[form]
     return _lookup_bytes(builder, codes, line, shuffle, halves=halves)
 
@@ -239,19 +266,18 @@ def _copier(count, align, *, streaming):
     return copy
 
 
-copy_2 = _copier(2, 1, streaming=False)
-copy_64 = _copier(64, 1, streaming=False)
+copy_1 = _copier(1, 1, streaming=False)
 stream_64 = _copier(64, 64, streaming=True)
 
 
-def _reserver(nbytes):
+def _reserver(nbytes, align):
     @intrinsic
     def reserve(typingctx):
-        """Reserve so many bytes on the stack, aligned to a line of the cache, and return their address."""
+        """Reserve so many bytes on the stack, aligned, and return their address."""
 
         def codegen(context, builder, signature, args):
-            memory = cgutils.alloca_once(builder, _vector(_I8, 64), nbytes // 64)
-            memory.align = 64
+            memory = cgutils.alloca_once(builder, _I8, nbytes)
+            memory.align = align
             return builder.ptrtoint(memory, ir.IntType(64))
 
         return types.int64(), codegen
@@ -259,10 +285,31 @@ def _reserver(nbytes):
     return reserve
 
 
+@intrinsic
+def stream_joined(typingctx, first, second, count, out):
+    """Copy ``count`` bytes from one address and the rest of a line from another, each at its place in the line."""
+
+    def codegen(context, builder, signature, args):
+        first, second = (_load(builder, address, _vector(_I8, 64)) for address in args[:2])
+        count = builder.insert_element(
+            ir.Constant(_vector(_I8, 64), ir.Undefined), builder.trunc(args[2], _I8), _I32(0)
+        )
+        counts = _join(builder, count, count, [0] * 64)
+        is_first = builder.icmp_unsigned("<", _constants(_I8, range(64)), counts)
+        line = builder.select(is_first, first, second)
+        store = builder.store(line, builder.inttoptr(args[3], line.type.as_pointer()), align=64)
+        store.set_metadata("nontemporal", builder.module.add_metadata([_I32(1)]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, types.int64), codegen
+
+
 PREFETCH_ROWS = 3
-BUFFER_BLOCKS = 64
-reserve_buffer = _reserver(BUFFER_BLOCKS * 128)
-reserve_tile = _reserver(32 * 64)  # table words of 32 rows and 32 columns
+# Bytes of the ring in which lines are made: as many as addresses have different lowest bits; how far decoding is ahead
+# of streaming at least, and at most; and how far behind a line that is streamed nothing may be loaded.
+RING, RING_LAG, RING_LEAD, RING_GAP = 4096, 2048, 3072, 512
+reserve_ring = _reserver(RING + RING + 128, 16)  # to be aligned to its size, and with a block behind its end
+reserve_tile = _reserver(32 * 64, 64)  # table words of 32 rows and 32 columns
 
 
 @intrinsic
@@ -326,6 +373,16 @@ def _transposed(builder, rows):
                 order = [part + i % 8 + i // 8 % 2 * 16 + i // 16 * 32 for i in range(32)]
                 columns[half + part + j] = _join(builder, *pairs, order)
     return columns
+
+
+@intrinsic
+def itemsize(typingctx, word):
+    """Return the bytes of an element, a constant of the compiled form."""
+
+    def codegen(context, builder, signature, args):
+        return ir.Constant(ir.IntType(64), args[0].type.width // 8)
+
+    return types.int64(word), codegen
 
 
 @intrinsic
@@ -406,106 +463,190 @@ def _along_axes(geometry, row, block, scale, out):
 
 
 @njit(nogil=True, inline="always")
-def _decode_row(geometry, word, first, last, block, scale, out, scratch):
-    """Decode what belongs to a row of its blocks ``first`` to ``last - 1``, whole or in part, to any address."""
-    size = geometry[ITEMSIZE]
-    if geometry[OUT_STEP] != size:
-        _decode_part(geometry, word, first, last, block, scale, out)
-        return
-    for begin in range(first, last, BUFFER_BLOCKS):
-        end = min(last, begin + BUFFER_BLOCKS)
-        for g in range(begin, end):
-            line = geometry[TABLE_ADDRESS] + TABLE_LINE * load_byte(scale + g * geometry[SCALES_STEP])
-            decode_block(block + g * geometry[BLOCKS_STEP], line, scratch + 32 * (g - begin) * size, word)
-        low = max(0, 32 * begin - geometry[START])
-        high = min(geometry[LENGTH], 32 * end - geometry[START])
-        source = scratch + (low - 32 * begin + geometry[START]) * size
-        _move(source, out + low * size, (high - low) * size, geometry[STREAMING])
+def _decode_rows(geometry, word, streaming, count, first, block, scale, out):
+    """Decode ``count`` blocks, from one of a row on, of rows that are decoded whole.
+
+    All rows in one loop, which needs no memory for its own: between streaming stores, even a variable that has been put
+    on the stack can be slow to come back, since the processor tells addresses apart by their lowest bits.
+    """
+    table, size = geometry[TABLE_ADDRESS], itemsize(word)
+    block_step, scale_step, per_row = geometry[BLOCKS_STEP], geometry[SCALES_STEP], geometry[BLOCKS_PER_ROW]
+    block_row, scale_row, out_row = 0, 0, 0
+    if len(geometry) > ROW_AXES:
+        block_row, scale_row, out_row = geometry[-3], geometry[-2], geometry[-1]
+    # What the processor reads ahead by itself ends where a row does.
+    block_ahead, scale_ahead = PREFETCH_ROWS * block_row, PREFETCH_ROWS * scale_row
+    block += first * block_step
+    scale += first * scale_step
+    out += 32 * first * size
+    left = per_row - first
+    for _ in range(count):
+        prefetch(block + block_ahead)
+        prefetch(scale + scale_ahead)
+        line = table + TABLE_LINE * load_byte(scale)
+        if streaming:
+            stream_block(block, line, out, word)
+        else:
+            decode_block(block, line, out, word)
+        block += block_step
+        scale += scale_step
+        out += 32 * size
+        left -= 1
+        if left == 0:
+            left = per_row
+            block += block_row - per_row * block_step
+            scale += scale_row - per_row * scale_step
+            out += out_row - 32 * per_row * size
 
 
 @njit(nogil=True, inline="always")
-def _move(source, target, count, streaming):
-    """Copy an even number of bytes, in whole lines of the target where they are to be streamed."""
-    lines = target + count  # where whole lines begin, and end
-    if target % 2 == 0:
-        lines = min(target + count, (target + 63) // 64 * 64)
-    while target < lines:
-        copy_2(source, target)
-        source += 2
-        target += 2
-        count -= 2
-    while count >= 64:
-        if streaming:
-            stream_64(source, target)
+def _next_shift(shift, gap):
+    """Return the shift from ``out`` to the ring in the next row: another ``gap`` bytes of blocks are in no row."""
+    shift += gap
+    if shift & (RING - 1) >= RING - RING_GAP:
+        shift += RING_GAP
+    return shift
+
+
+@njit(nogil=True, inline="always")
+def _decode_to_ring(block, line, ring, place, word):
+    """Decode a block to the ring, and if that is its beginning, also behind its end, where lines may reach to."""
+    decode_block(block, line, ring + (place & (RING - 1)), word)
+    if place & (RING - 1) == 0:
+        decode_block(block, line, ring + RING, word)
+
+
+@njit(nogil=True, inline="always")
+def _stream_rows(geometry, word, count, first, block, scale, out, ring):
+    """Decode ``count`` blocks, from one of a row on, of rows without gaps in ``out``, and stream whole lines of it.
+
+    Blocks go to a ring in the first-level cache, and lines go from there to ``out`` after a while. What counts is:
+
+    - No store crosses lines, since one that does halves the rate of those that stream. So blocks are aligned in the
+      ring, and it is lines that are loaded from any address there. Where a row ends, a line is joined from two.
+    - A line is loaded when the stores of its blocks have left the processor's queue, where those that stream hold them
+      up: a load from two stores waits for that. This is the lag.
+    - Nor does it have the lowest bits of a line just streamed in its address, since the processor tells addresses apart
+      by them. How the two differ follows from the shift, which grows with every row.
+    """
+    table, size = geometry[TABLE_ADDRESS], itemsize(word)
+    block_step, scale_step, per_row = geometry[BLOCKS_STEP], geometry[SCALES_STEP], geometry[BLOCKS_PER_ROW]
+    start, row_bytes, block_bytes = geometry[START] * size, geometry[LENGTH] * size, 32 * size
+    gap = per_row * block_bytes - row_bytes
+    block_row, scale_row = 0, 0
+    if len(geometry) > ROW_AXES:
+        block_row, scale_row = geometry[-3], geometry[-2]
+    ahead = PREFETCH_ROWS * block_row
+    begin = out + max(0, first * block_bytes - start)
+    rows, rest = (first + count) // per_row, (first + count) % per_row
+    end = out + rows * row_bytes + max(0, rest * block_bytes - start)
+    # What is decoded next, and where its first element goes.
+    block += first * block_step
+    scale += first * scale_step
+    left = per_row - first
+    target = out + first * block_bytes - start
+    shift = -target & (block_bytes - 1)
+    # What is streamed next: a line, the shift and end of its row, and until where lines are of this row and whole.
+    line, line_shift, row_end, plain = begin & -64, shift, out + row_bytes, begin
+    while line < end:
+        lead = target + shift - line - line_shift
+        if count > 0 and lead < RING_LAG:
+            blocks = min(count, left, (RING_LEAD - lead) // block_bytes)
+            target += blocks * block_bytes
+            count -= blocks
+            left -= blocks
+            for i in range(-blocks, 0):
+                words = table + TABLE_LINE * load_byte(scale)
+                _decode_to_ring(block, words, ring, target + shift + i * block_bytes, word)
+                block += block_step
+                scale += scale_step
+        elif count > 0 and plain - line >= block_bytes:
+            blocks = min(count, left, (plain - line) // block_bytes)
+            place = target + shift
+            target += blocks * block_bytes
+            count -= blocks
+            left -= blocks
+            for _ in range(blocks):
+                prefetch(block + ahead)
+                _decode_to_ring(block, table + TABLE_LINE * load_byte(scale), ring, place, word)
+                block += block_step
+                scale += scale_step
+                place += block_bytes
+                for _ in range(size // 2):
+                    stream_64(ring + ((line + line_shift) & (RING - 1)), line)
+                    line += 64
         else:
-            copy_64(source, target)
-        source += 64
-        target += 64
-        count -= 64
+            following = _next_shift(line_shift, gap)
+            if begin <= line and line + 64 <= end:
+                sources = ring + ((line + line_shift) & (RING - 1)), ring + ((line + following) & (RING - 1))
+                stream_joined(sources[0], sources[1], min(64, row_end - line), line)
+            else:
+                for i in range(max(begin, line), min(end, line + 64)):
+                    copy_1(ring + ((i + (line_shift if i < row_end else following)) & (RING - 1)), i)
+            line += 64
+            if line >= row_end:
+                line_shift = following
+                row_end += row_bytes
+            plain = min(row_end, end)
+        if left == 0:
+            left = per_row
+            block += block_row - per_row * block_step
+            scale += scale_row - per_row * scale_step
+            target -= gap
+            shift = _next_shift(shift, gap)
+
+
+@njit(nogil=True, inline="always")
+def _decode_ragged(geometry, word, count, first, block, scale, out):
+    """Decode ``count`` blocks, from one of a row on, of any rows: what is not whole, or not dense, by elements."""
     while count > 0:
-        copy_2(source, target)
-        source += 2
-        target += 2
-        count -= 2
+        last = min(geometry[BLOCKS_PER_ROW], first + count)
+        whole, end = last, last
+        if geometry[OUT_STEP] == itemsize(word):
+            whole = min(last, max(first, (geometry[START] + 31) // 32))
+            end = max(whole, min(last, (geometry[START] + geometry[LENGTH]) // 32))
+        _decode_part(geometry, word, first, whole, block, scale, out)
+        for g in range(whole, end):
+            line = geometry[TABLE_ADDRESS] + TABLE_LINE * load_byte(scale + g * geometry[SCALES_STEP])
+            target = out + (32 * g - geometry[START]) * itemsize(word)
+            decode_block(block + g * geometry[BLOCKS_STEP], line, target, word)
+        _decode_part(geometry, word, end, last, block, scale, out)
+        count -= last - first
+        first = 0
+        if len(geometry) > ROW_AXES:
+            block += geometry[-3]
+            scale += geometry[-2]
+            out += geometry[-1]
 
 
 def decode_range(geometry, word, start, stop):
     """Decode blocks ``start`` to ``stop - 1``, counted over all rows in C order, to words of the type of ``word``."""
-    table = geometry[TABLE_ADDRESS]
-    size = geometry[ITEMSIZE]
-    per_row = geometry[BLOCKS_PER_ROW]
-    block_step = geometry[BLOCKS_STEP]
-    scale_step = geometry[SCALES_STEP]
-    streaming = geometry[STREAMING]
-    block_row, scale_row, out_row, rows = 0, 0, 0, 1  # along the innermost row axis
-    if len(geometry) > ROW_AXES:
-        rows, block_row, scale_row, out_row = geometry[-4], geometry[-3], geometry[-2], geometry[-1]
-    # What the processor reads ahead by itself ends where a row does.
-    block_ahead, scale_ahead = PREFETCH_ROWS * block_row, PREFETCH_ROWS * scale_row
-    whole = geometry[OUT_STEP] == size and geometry[START] == 0 and geometry[LENGTH] == 32 * per_row
-    scratch = reserve_buffer()
+    ring = (reserve_ring() + RING - 1) & -RING  # a frame that the compiler aligned would cost the loops a register
     while start < stop:
+        # Geometry is read anew each time, so that it does not take registers from the loops inside.
+        per_row, row_bytes = geometry[BLOCKS_PER_ROW], geometry[LENGTH] * itemsize(word)
+        rows, out_row = 1, row_bytes  # along the innermost row axis
+        if len(geometry) > ROW_AXES:
+            rows, out_row = geometry[-4], geometry[-1]
         row = start // per_row
         first = start - row * per_row
+        count = min(stop - start, (rows - row % rows) * per_row - first)
         block, scale, out = geometry[BLOCKS_ADDRESS], geometry[SCALES_ADDRESS], geometry[OUT_ADDRESS]
         block, scale, out = _along_axes(geometry, row, block, scale, out)
-        count = min(stop - start, (rows - row % rows) * per_row - first)
-        start += count
-        if whole and not (streaming and (out | out_row) % 64):
-            # All rows in one loop, which needs no memory for its own: between streaming stores, even a variable that
-            # has been put on the stack can be slow to come back, since the processor tells addresses apart by their
-            # lowest bits.
-            block += first * block_step
-            scale += first * scale_step
-            out += 32 * first * size
-            left = per_row - first
-            for _ in range(count):
-                prefetch(block + block_ahead)
-                prefetch(scale + scale_ahead)
-                line = table + TABLE_LINE * load_byte(scale)
-                if streaming:
-                    stream_block(block, line, out, word)
-                else:
-                    decode_block(block, line, out, word)
-                block += block_step
-                scale += scale_step
-                out += 32 * size
-                left -= 1
-                if left == 0:
-                    left = per_row
-                    block += block_row - per_row * block_step
-                    scale += scale_row - per_row * scale_step
-                    out += out_row - 32 * per_row * size
+        dense = geometry[OUT_STEP] == itemsize(word)
+        whole = dense and geometry[START] == 0 and geometry[LENGTH] == 32 * per_row
+        if whole and geometry[STREAMING] and (out | out_row) % 64 == 0:
+            _decode_rows(geometry, word, True, count, first, block, scale, out)
+        elif whole and not geometry[STREAMING]:
+            _decode_rows(geometry, word, False, count, first, block, scale, out)
+        elif dense and geometry[STREAMING] and row_bytes >= 64:
+            if out_row != row_bytes:
+                count = min(count, per_row - first)
+            _stream_rows(geometry, word, count, first, block, scale, out, ring)
         else:
-            while count > 0:
-                last = min(per_row, first + count)
-                _decode_row(geometry, word, first, last, block, scale, out, scratch)
-                count -= last - first
-                first = 0
-                block += block_row
-                scale += scale_row
-                out += out_row
-    if streaming:
+            _decode_ragged(geometry, word, count, first, block, scale, out)
+        start += count
+    if geometry[STREAMING]:
         fence()
 
 
