@@ -861,6 +861,9 @@ def encode_range(geometry, word, start, stop):
     per_row = geometry[BLOCKS_PER_ROW]
     block_step = geometry[BLOCKS_STEP]
     scale_step = geometry[SCALES_STEP]
+    smallest = 0  # of the scales that have a base
+    while load_byte(lines + ENCODE_LINE * smallest + ENCODE_BASE) == 0:
+        smallest += 1
     gathered = reserve_buffer()
     squeezed = reserve_words()
     while start < stop:
@@ -877,14 +880,15 @@ def encode_range(geometry, word, start, stop):
             _gather(x, step, gathered, size, 32 * count)
             x = gathered
         # All scales of a part before all codes: a code waits for its scale, which waits for all of its block.
-        smallest = 255
+        paired = block_step == 16 and has_pairs()
         for k in range(count):
             scale = load_byte(table + squeeze_block(x + 32 * size * k, squeezed + 64 * k, word))
             store_byte(scale, scales + k * scale_step)
-            smallest = min(smallest, scale)
+            if scale < smallest:  # which the processor foresees; a minimum it would wait for
+                paired = False
         words = x if size == 2 else squeezed
         done = 0
-        if has_pairs() and block_step == 16 and load_byte(lines + ENCODE_LINE * smallest + ENCODE_BASE) != 0:
+        if paired:
             done = count // 2 * 2
             for k in range(0, done, 2):
                 line = lines + ENCODE_LINE * load_byte(scales + k * scale_step)
