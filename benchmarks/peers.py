@@ -209,7 +209,7 @@ PEERS = [
     Subject("gguf-py `dequantize`", "float32", gguf, 0.0625),
 ]
 GROUPS = OURS, PEERS
-"""Who is run in turn. Peers let go of much memory, and who came next would wait for the system to clear it again."""
+"""Who is run in turn: new output is slow to come where peers have just let go of much memory."""
 
 
 def measure(options: Namespace) -> list[dict[str, Any]]:
