@@ -835,7 +835,12 @@ def store_byte(typingctx, value, out):
     return types.void(types.uint8, types.int64), codegen
 
 
-reserve_words = _reserver(BUFFER_BLOCKS * 64)
+ENCODE_BLOCKS = 64
+"""Blocks that are encoded together."""
+
+reserve_values = _reserver(ENCODE_BLOCKS * 128, 64)
+reserve_words = _reserver(ENCODE_BLOCKS * 64, 64)
+copy_2 = _copier(2, 1, streaming=False)
 
 
 @njit(nogil=True, inline="always")
@@ -864,7 +869,7 @@ def encode_range(geometry, word, start, stop):
     smallest = 0  # of the scales that have a base
     while load_byte(lines + ENCODE_LINE * smallest + ENCODE_BASE) == 0:
         smallest += 1
-    gathered = reserve_buffer()
+    gathered = reserve_values()
     squeezed = reserve_words()
     while start < stop:
         row = start // per_row
@@ -874,7 +879,7 @@ def encode_range(geometry, word, start, stop):
         out += first * block_step
         scales += first * scale_step
         x += 32 * first * step
-        count = min(stop - start, per_row - first, BUFFER_BLOCKS)
+        count = min(stop - start, per_row - first, ENCODE_BLOCKS)
         start += count
         if step != size:
             _gather(x, step, gathered, size, 32 * count)
