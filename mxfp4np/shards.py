@@ -37,7 +37,7 @@ RECORD: Final = ".mxfp4np.json"
 METADATA: Final = {"format": "pt"}
 """Of each shard, as transformers wants it."""
 
-_SHARD: Final = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+_SHARD: Final = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors")
 _TEMPORARY: Final = re.compile(r"\.(.+)\.\d+-[0-9a-f]{8}\.tmp")
 
 
@@ -214,11 +214,12 @@ def _copy(source: Path, target: Path) -> None:
 
 def _clear(folder: Path, files: set[str]) -> None:
     """Remove what killed processes left of these files; whoever is still at work on one will find it there."""
-    for path in folder.iterdir():
-        match = _TEMPORARY.fullmatch(path.name)
-        if match and match[1] in files:
-            with contextlib.suppress(OSError):
-                path.unlink()
+    for parent in {(folder / name).parent for name in files}:
+        for path in parent.glob(".*.tmp"):
+            match = _TEMPORARY.fullmatch(path.name)
+            if match and (parent / match[1]).relative_to(folder).as_posix() in files:
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
 
 @dataclass(frozen=True)
@@ -270,7 +271,9 @@ class Plan:
             digest.update(shard.file.encode() + b"\0" + shard.header)
         for name in sorted(self.documents):
             digest.update(name.encode() + b"\0" + self.documents[name])
-        digest.update(json.dumps([sorted(self.about.items()), sorted(self.copies), self.source.stamps]).encode())
+        found = {name: path.stat() for name, path in self.copies.items()}
+        copies = sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in found.items())
+        digest.update(json.dumps([sorted(self.about.items()), copies, self.source.stamps]).encode())
         return (json.dumps({**self.about, "plan": digest.hexdigest()}, indent=2) + "\n").encode()
 
     def tasks(self, part: tuple[int, int] = (1, 1)) -> list[Task]:
@@ -294,6 +297,8 @@ class Plan:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         record = self.folder / RECORD
+        # Looked for before the record is: what another process puts here comes after its record.
+        others = [path for path in self.folder.iterdir() if not _TEMPORARY.fullmatch(path.name)]
         if force:
             self._remove_earlier()
         elif record.exists():
@@ -306,7 +311,7 @@ class Plan:
                     f"{self.folder}: was begun with other options or from other files: give the same ones, or "
                     "start over with --force"
                 )
-        elif any(not _TEMPORARY.fullmatch(path.name) for path in self.folder.iterdir()):
+        elif others:
             raise FileExistsError(f"{self.folder}: expected a new or empty folder, found something in it: see --force")
         if not shared:
             _clear(self.folder, self._names)
