@@ -16,6 +16,7 @@ from numpy.typing import DTypeLike
 
 from .checkpoint import Checkpoint, PathLike
 from .container import DTYPES, SAFETENSORS_DTYPES
+from .errors import CheckpointError
 from .format import decoded_dtype
 from .layouts import LAYOUTS, METADATA, is_turned
 from .report import count, escape, format_bytes
@@ -135,8 +136,11 @@ def plan_conversion(
     if beside is not None:
         copies = _files_beside(beside, folder)
         if copies.pop("config.json", None):
-            config = plain_config(checkpoint.config, wanted, keep=bool(untouched(items)))
-            documents["config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+            try:
+                config = plain_config(checkpoint.config, wanted, keep=bool(untouched(items)))
+                documents["config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+            except (RecursionError, UnicodeEncodeError) as error:
+                raise CheckpointError(f"{beside / 'config.json'}: cannot be written again: {error}") from error
     about = {
         "dtype": wanted,
         "transpose": transpose,
