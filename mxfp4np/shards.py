@@ -16,7 +16,7 @@ import shutil
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple, Protocol
 
@@ -404,7 +404,55 @@ def make_shards(items: Sequence[Item], max_shard_size: int) -> tuple[Shard, ...]
 
 
 class _StoppedError(Exception):
-    """Another task failed."""
+    """Another thread failed."""
+
+
+class Crew:
+    """Threads that count together what they have done, and stop together when one of them fails.
+
+    Parameters
+    ----------
+    total : int
+        Bytes to be done.
+    progress : callable
+        Called by one thread at a time, and never again once it has raised.
+    """
+
+    def __init__(self, total: int, progress: Callable[[Progress], object]) -> None:
+        self._total, self._done, self._progress = total, 0, progress
+        self._lock = threading.Lock()
+        self._errors: list[BaseException] = []
+
+    def advance(self, shard: str, tensor: str, count: int) -> None:
+        """Report that many more bytes, or end the thread if another one failed."""
+        with self._lock:
+            if self._errors:
+                raise _StoppedError
+            self._done += count
+            try:
+                self._progress(Progress(shard, tensor, self._done, self._total))
+            except BaseException as error:
+                self._errors.append(error)
+                raise
+
+    def run(self, work: Callable[[int], object], number: int, workers: int | None) -> None:
+        """Call ``work`` with each number below ``number``, in several threads, as many as decoding uses by default."""
+
+        def several(begin: int, end: int) -> None:
+            try:
+                for i in range(begin, end):
+                    work(i)
+            except BaseException as error:
+                self._errors.append(error)
+                raise
+
+        try:
+            parallel_for(several, number, 1, workers or default_num_threads())
+        except BaseException as error:
+            self._errors.append(error)  # perhaps an interrupt that came while this thread was waiting: the others stop
+            if error is self._errors[0]:
+                raise
+            raise self._errors[0] from None
 
 
 def run_tasks(
@@ -428,33 +476,12 @@ def run_tasks(
         What `Task.run` returns, of all tasks.
     """
     tasks = [task for task in tasks if not task.is_done()]
-    total, done = sum(task.shard.nbytes for task in tasks), 0
+    crew = Crew(sum(task.shard.nbytes for task in tasks), progress)
     reports: dict[str, Any] = {}
-    errors: list[BaseException] = []
-    lock = threading.Lock()
 
-    def run(begin: int, end: int) -> None:
-        for task in tasks[begin:end]:
+    def run(number: int) -> None:
+        task = tasks[number]
+        reports.update(task.run(partial(crew.advance, task.shard.file)))
 
-            def advance(tensor: str, count: int, task: Task = task) -> None:
-                nonlocal done
-                with lock:
-                    if errors:
-                        raise _StoppedError
-                    done += count
-                    progress(Progress(task.shard.file, tensor, done, total))
-
-            try:
-                reports.update(task.run(advance))
-            except BaseException as error:
-                errors.append(error)
-                raise
-
-    try:
-        parallel_for(run, len(tasks), 1, workers or default_num_threads())
-    except BaseException as error:
-        errors.append(error)  # perhaps an interrupt that came while this thread was waiting: the others stop
-        if error is errors[0]:
-            raise
-        raise errors[0] from None
+    crew.run(run, len(tasks), workers)
     return reports

@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .array import MXFP4Array
-from .backends.threads import default_num_threads, parallel_for
 from .checkpoint import Checkpoint, PathLike, TensorInfo, read_json, weight_map_of
 from .container import DTYPES, element
 from .errors import CheckpointError, LayoutError, TensorNotFoundError
@@ -24,7 +23,7 @@ from .format import SCALE_BIAS, SCALE_NAN, TRANSPOSE
 from .layouts import is_turned
 from .report import count, escape, format_bytes
 from .selection import select
-from .shards import RECORD, Progress
+from .shards import RECORD, Crew, Progress
 
 PIECE_BYTES: Final = 4 << 20
 """Decoded bytes that a thread compares at a time; the reference needs some twenty times as many for itself."""
@@ -166,24 +165,24 @@ def compare(
         else:
             pairs.append((info, found, turned))
 
-    total, lock = sum(found.nbytes for _, found, _ in pairs), threading.Lock()
+    crew, lock = Crew(sum(found.nbytes for _, found, _ in pairs), progress), threading.Lock()
     differences: list[tuple[int, str]] = []
 
-    def run(begin: int, end: int) -> None:
-        for number, (info, found, turned) in enumerate(pairs[begin:end], begin):
-            difference = None
-            for index, expected, nan_blocks, overflow in _expected(source, info, found, turned=turned):
-                if difference is None:
-                    difference = _first_difference(index, expected, target.get(found.name, index=index or ...))
-                with lock:
-                    result.nan_blocks += nan_blocks
-                    result.overflow += overflow
-                    result.nbytes += expected.nbytes
-                    progress(Progress(found.stored[0].file.path.name, found.name, result.nbytes, total))
-            if difference is not None:
-                differences.append((number, f"{found.stored[0].file.path}: tensor {found.name!r}{difference}"))
+    def run(number: int) -> None:
+        info, found, turned = pairs[number]
+        path, difference = found.stored[0].file.path, None
+        for index, expected, nan_blocks, overflow in _expected(source, info, found, turned=turned):
+            if difference is None:
+                difference = _first_difference(index, expected, target.get(found.name, index=index or ...))
+            with lock:
+                result.nan_blocks += nan_blocks
+                result.overflow += overflow
+                result.nbytes += expected.nbytes
+            crew.advance(path.name, found.name, expected.nbytes)
+        if difference is not None:
+            differences.append((number, f"{path}: tensor {found.name!r}{difference}"))
 
-    parallel_for(run, len(pairs), 1, workers or default_num_threads())
+    crew.run(run, len(pairs), workers)
     result.findings += [difference for _, difference in sorted(differences)]
     return result
 
@@ -266,23 +265,22 @@ def _health(
             else:
                 packed += [info] if info.layout is not None else []
 
-        total, lock = sum(info.nbytes for info in packed), threading.Lock()
+        crew, lock = Crew(sum(info.nbytes for info in packed), progress), threading.Lock()
         problems: list[tuple[int, str]] = []
 
-        def run(begin: int, end: int) -> None:
-            for number, info in enumerate(packed[begin:end], begin):
-                scales = np.zeros(256, np.int64)
-                for _, part in checkpoint.pieces(info.name, 8 * PIECE_BYTES):
-                    used = part.scales[(part.blocks & 0x77).any(axis=-1)]  # a block of zeros may have any scale
-                    scales += np.bincount(used.reshape(-1), minlength=256)
-                    with lock:
-                        result.nbytes += part.nbytes
-                        progress(Progress(info.stored[0].file.path.name, info.name, result.nbytes, total))
+        def run(number: int) -> None:
+            info, scales = packed[number], np.zeros(256, np.int64)
+            for _, part in checkpoint.pieces(info.name, 8 * PIECE_BYTES):
+                used = part.scales[(part.blocks & 0x77).any(axis=-1)]  # a block of zeros may have any scale
+                scales += np.bincount(used.reshape(-1), minlength=256)
                 with lock:
-                    result.nan_blocks += int(scales[SCALE_NAN])
-                problems.extend((number, f"tensor {info.name!r}: {problem}") for problem in _implausible(scales))
+                    result.nbytes += part.nbytes
+                crew.advance(info.stored[0].file.path.name, info.name, part.nbytes)
+            with lock:
+                result.nan_blocks += int(scales[SCALE_NAN])
+            problems.extend((number, f"tensor {info.name!r}: {problem}") for problem in _implausible(scales))
 
-        parallel_for(run, len(packed), 1, workers or default_num_threads())
+        crew.run(run, len(packed), workers)
         result.findings += [problem for _, problem in sorted(problems, key=itemgetter(0))]
     return result
 
