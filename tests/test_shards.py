@@ -257,11 +257,12 @@ def test_an_exception_in_progress_stops_all(plan, workers, kind, at):
     def progress(_):
         nonlocal calls
         calls += 1
-        if calls >= at:
+        if calls == at:
             raise kind("from progress")
 
     with pytest.raises(kind, match="from progress"):
         run_tasks(plan.tasks(), workers, progress)
+    assert calls == at, "called again"
     assert not plan.finish()
     left = tree(plan.folder)
     assert left.items() <= expected.items(), "nothing temporary, nothing unfinished"
@@ -357,6 +358,16 @@ def test_what_killed_processes_left_is_removed(plan, resume):
     prepare(plan, resume=resume)
     assert not [name for name in tree(plan.folder) if name.endswith(".tmp")]
     assert write(plan, resume=True) == expected
+
+
+def test_a_task_removes_what_was_left_of_its_shard(plan):
+    """Room on the disk, long before all shards are there."""
+    prepare(plan, shared=True)
+    first, second, _ = plan.tasks()
+    for task in (first, second):
+        (plan.folder / f".{task.shard.file}.123-0123abcd.tmp").write_text("left")
+    first.run()
+    assert [path.name for path in plan.folder.glob(".*.tmp")] == [f".{second.shard.file}.123-0123abcd.tmp"]
 
 
 def test_leftovers_of_others_are_left_alone(plan):

@@ -225,6 +225,24 @@ def test_against_gguf(tmp_path):
     assert mxfp4np.verify(DATA / "gguf").findings == []
 
 
+@pytest.mark.parametrize("against", [True, False])
+@pytest.mark.parametrize("kind", [ZeroDivisionError, KeyboardInterrupt])
+def test_an_exception_in_progress_stops_all(tmp_path, monkeypatch, against, kind):
+    monkeypatch.setattr(verification, "PIECE_BYTES", 256)
+    path = save(tmp_path / "in" / "m.safetensors", {f"w{i}": packed(400, 64, seed=i) for i in range(3)})
+    mxfp4np.convert(path, tmp_path / "out")
+    seen = []
+
+    def progress(step):
+        seen.append(step.tensor)
+        if len(set(seen)) == 2:
+            raise kind
+
+    with pytest.raises(kind):
+        mxfp4np.verify(path, tmp_path / "out" if against else None, workers=2, progress=progress)
+    assert len(set(seen[:-1])) == 1, "called again"
+
+
 # Alone
 
 
