@@ -222,7 +222,7 @@ class Checkpoint(Mapping[str, Any]):
     def _beside(self, file: str) -> dict[str, Any] | None:
         """Return the JSON object in a file beside the tensors, if there is such a file."""
         path = self._folder / file
-        return _read_json(path) if path.exists() else None
+        return read_json(path) if path.exists() else None
 
     @property
     def stored(self) -> Mapping[str, NDArray[Any]]:
@@ -610,7 +610,7 @@ def _find_index(folder: Path) -> Path | None:
 
 def weight_map_of(index: Path) -> dict[str, str]:
     """Return which file an index says each tensor is in."""
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(
             f"{index}: expected an object 'weight_map' of tensor names and files, found {weight_map!r}"
@@ -640,7 +640,8 @@ def _check_index(index: Path, stored: Mapping[str, StoredTensor]) -> None:
             raise CheckpointError(f"{index}: tensor {name!r}: expected in {file!r}, found in {found.name!r}")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file, refusing anything else."""
     with open_regular(path) as file:
         if os.fstat(file.fileno()).st_size > JSON_LIMIT:
             raise CheckpointError(f"{path}: expected a JSON file of at most {JSON_LIMIT:,} bytes, found a larger one")

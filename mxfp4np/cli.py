@@ -124,6 +124,8 @@ def _shard_bar(what: str, *, quiet: bool) -> Iterator[Callable[[Progress], objec
     """Show shard, tensor, bytes, rate and time left on a terminal."""
     from tqdm import tqdm
 
+    from .report import escape
+
     disable = quiet or not sys.stderr.isatty()
     with tqdm(desc=what, unit="B", unit_scale=True, disable=disable, leave=False) as bar:
 
@@ -133,7 +135,7 @@ def _shard_bar(what: str, *, quiet: bool) -> Iterator[Callable[[Progress], objec
             if progress.done < bar.n:  # what is checked begins anew
                 bar.reset()
             bar.total = progress.total
-            bar.set_postfix_str(f"{progress.shard} {progress.tensor}", refresh=False)
+            bar.set_postfix_str(escape(f"{progress.shard} {progress.tensor}"), refresh=False)
             bar.update(progress.done - bar.n)
 
         yield show

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -14,11 +16,12 @@ from numpy.typing import DTypeLike
 
 from .checkpoint import Checkpoint, PathLike
 from .container import DTYPES, SAFETENSORS_DTYPES
+from .errors import CheckpointError
 from .format import decoded_dtype
 from .layouts import LAYOUTS, METADATA, is_turned
 from .report import count, escape, format_bytes
 from .selection import select
-from .shards import Item, Output, Pieces, Plan, Progress, Scratch, Task, make_shards, run_tasks
+from .shards import RECORD, Item, Output, Pieces, Plan, Progress, Scratch, Task, make_shards, run_tasks
 from .verification import Verification, compare, count_overflow
 
 PIECE_BYTES: Final = 32 << 20
@@ -116,12 +119,14 @@ def plan_conversion(
     wanted = decoded_dtype(dtype).name
     include, exclude = sorted(include), sorted(exclude)
     items: list[Item] = []
+    layouts: set[str] = set()
     for name in select(checkpoint, include, exclude):
         info = checkpoint.info(name)
         shape = info.shape
         if info.layout is None:
             items.append(Copied(Output(name, info.dtype if info.dtype in DTYPES else "U8", shape)))
         else:
+            layouts.add(info.layout)
             turned = is_turned(info.layout, shape, transpose)
             shape = (*shape[:-2], shape[-1], shape[-2]) if turned else shape
             items.append(Decoded(Output(name, SAFETENSORS_DTYPES[wanted], shape), turned))
@@ -131,9 +136,18 @@ def plan_conversion(
     if beside is not None:
         copies = _files_beside(beside, folder)
         if copies.pop("config.json", None):
-            config = plain_config(checkpoint.config, wanted, keep=bool(untouched(items)))
-            documents["config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
-    about = {"dtype": wanted, "transpose": transpose, "include": include, "exclude": exclude}
+            try:
+                config = plain_config(checkpoint.config, wanted, keep=bool(untouched(items)))
+                documents["config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+            except (RecursionError, UnicodeEncodeError) as error:
+                raise CheckpointError(f"{beside / 'config.json'}: cannot be written again: {error}") from error
+    about = {
+        "dtype": wanted,
+        "transpose": transpose,
+        "include": include,
+        "exclude": exclude,
+        "layouts": sorted(layouts),  # a forced one changes values without changing a header
+    }
     return Plan(folder, make_shards(items, max_shard_size), documents, copies, about, checkpoint)
 
 
@@ -178,14 +192,20 @@ def _files_beside(folder: Path, target: Path) -> dict[str, Path]:
     """Return the files that go with weights, tokenizers for instance; folders that hold other weights do not."""
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or path.name in STALE or path.resolve() == target.resolve():
+        if path.name.startswith(".") or path.name in STALE:
             continue
         if path.is_dir():
-            if not path.is_symlink() and not any(_is_weights(inner) for inner in path.rglob("*")):
+            if not path.is_symlink() and not _is_other(path.resolve(), target.resolve()):
                 found.update((f"{path.name}/{name}", inner) for name, inner in _files_beside(path, target).items())
-        elif not _is_weights(path):
+        elif not _is_weights(path) and stat.S_ISREG(path.stat().st_mode):  # a link to nothing is an error
             found[path.name] = path
     return found
+
+
+def _is_other(folder: Path, target: Path) -> bool:
+    """Tell whether a folder is the target, or is becoming or holds another checkpoint."""
+    inside = (path for path in folder.rglob("*") if not path.is_relative_to(target))
+    return folder == target or any(_is_weights(path) or path.name == RECORD for path in inside)
 
 
 def _is_weights(path: Path) -> bool:
@@ -268,7 +288,7 @@ class Conversion:
 
 
 def convert(
-    source: PathLike,
+    source: PathLike | Sequence[PathLike],
     target: PathLike,
     *,
     dtype: DTypeLike = "bfloat16",
@@ -291,7 +311,7 @@ def convert(
 
     Parameters
     ----------
-    source : path
+    source : path, or sequence of paths
         As for `Checkpoint`. Of a folder or an index, the small files beside the weights are copied as well, and
         config.json no longer says that the weights are packed.
     target : path
@@ -362,18 +382,21 @@ def convert(
     if max_shard_size < 1:
         raise ValueError(f"max_shard_size must be at least 1, found {max_shard_size}")
     with Checkpoint(source, device, io=io, layout=layout) as checkpoint:
-        if checkpoint.folder.resolve().is_relative_to(folder.resolve()):
-            raise ValueError(f"{folder}: the source is in it: choose another folder")
+        alone = not isinstance(source, str | os.PathLike) or (checkpoint.index is None and not Path(source).is_dir())
         plan = plan_conversion(
             checkpoint,
             folder,
-            beside=checkpoint.folder if Path(source).is_dir() or Path(source).suffix == ".json" else None,
+            beside=None if alone else checkpoint.folder,
             dtype=dtype,
             transpose=transpose,
             max_shard_size=max_shard_size,
             include=include,
             exclude=exclude,
         )
+        config = checkpoint.folder / "config.json"
+        for path in (checkpoint.folder, checkpoint.index or config, config, *checkpoint.files, *plan.copies.values()):
+            if path.resolve().is_relative_to(folder.resolve()):
+                raise ValueError(f"{folder}: the source is in it: choose another folder")
         tasks = plan.tasks(task or (1, 1))
         overflow: dict[str, int] = {}
         written, complete, verification = 0, False, None

@@ -16,7 +16,7 @@ import shutil
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple, Protocol
 
@@ -37,7 +37,7 @@ RECORD: Final = ".mxfp4np.json"
 METADATA: Final = {"format": "pt"}
 """Of each shard, as transformers wants it."""
 
-_SHARD: Final = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+_SHARD: Final = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors")
 _TEMPORARY: Final = re.compile(r"\.(.+)\.\d+-[0-9a-f]{8}\.tmp")
 
 
@@ -214,11 +214,12 @@ def _copy(source: Path, target: Path) -> None:
 
 def _clear(folder: Path, files: set[str]) -> None:
     """Remove what killed processes left of these files; whoever is still at work on one will find it there."""
-    for path in folder.iterdir():
-        match = _TEMPORARY.fullmatch(path.name)
-        if match and match[1] in files:
-            with contextlib.suppress(OSError):
-                path.unlink()
+    for parent in {(folder / name).parent for name in files}:
+        for path in parent.glob(".*.tmp"):
+            match = _TEMPORARY.fullmatch(path.name)
+            if match and (parent / match[1]).relative_to(folder).as_posix() in files:
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
 
 @dataclass(frozen=True)
@@ -270,7 +271,9 @@ class Plan:
             digest.update(shard.file.encode() + b"\0" + shard.header)
         for name in sorted(self.documents):
             digest.update(name.encode() + b"\0" + self.documents[name])
-        digest.update(json.dumps([sorted(self.about.items()), sorted(self.copies), self.source.stamps]).encode())
+        found = {name: path.stat() for name, path in self.copies.items()}
+        copies = sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in found.items())
+        digest.update(json.dumps([sorted(self.about.items()), copies, self.source.stamps]).encode())
         return (json.dumps({**self.about, "plan": digest.hexdigest()}, indent=2) + "\n").encode()
 
     def tasks(self, part: tuple[int, int] = (1, 1)) -> list[Task]:
@@ -294,6 +297,8 @@ class Plan:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         record = self.folder / RECORD
+        # Looked for before the record is: what another process puts here comes after its record.
+        others = [path for path in self.folder.iterdir() if not _TEMPORARY.fullmatch(path.name)]
         if force:
             self._remove_earlier()
         elif record.exists():
@@ -306,7 +311,7 @@ class Plan:
                     f"{self.folder}: was begun with other options or from other files: give the same ones, or "
                     "start over with --force"
                 )
-        elif any(not _TEMPORARY.fullmatch(path.name) for path in self.folder.iterdir()):
+        elif others:
             raise FileExistsError(f"{self.folder}: expected a new or empty folder, found something in it: see --force")
         if not shared:
             _clear(self.folder, self._names)
@@ -399,7 +404,55 @@ def make_shards(items: Sequence[Item], max_shard_size: int) -> tuple[Shard, ...]
 
 
 class _StoppedError(Exception):
-    """Another task failed."""
+    """Another thread failed."""
+
+
+class Crew:
+    """Threads that count together what they have done, and stop together when one of them fails.
+
+    Parameters
+    ----------
+    total : int
+        Bytes to be done.
+    progress : callable
+        Called by one thread at a time, and never again once it has raised.
+    """
+
+    def __init__(self, total: int, progress: Callable[[Progress], object]) -> None:
+        self._total, self._done, self._progress = total, 0, progress
+        self._lock = threading.Lock()
+        self._errors: list[BaseException] = []
+
+    def advance(self, shard: str, tensor: str, count: int) -> None:
+        """Report that many more bytes, or end the thread if another one failed."""
+        with self._lock:
+            if self._errors:
+                raise _StoppedError
+            self._done += count
+            try:
+                self._progress(Progress(shard, tensor, self._done, self._total))
+            except BaseException as error:
+                self._errors.append(error)
+                raise
+
+    def run(self, work: Callable[[int], object], number: int, workers: int | None) -> None:
+        """Call ``work`` with each number below ``number``, in several threads, as many as decoding uses by default."""
+
+        def several(begin: int, end: int) -> None:
+            try:
+                for i in range(begin, end):
+                    work(i)
+            except BaseException as error:
+                self._errors.append(error)
+                raise
+
+        try:
+            parallel_for(several, number, 1, workers or default_num_threads())
+        except BaseException as error:
+            self._errors.append(error)  # perhaps an interrupt that came while this thread was waiting: the others stop
+            if error is self._errors[0]:
+                raise
+            raise self._errors[0] from None
 
 
 def run_tasks(
@@ -423,33 +476,12 @@ def run_tasks(
         What `Task.run` returns, of all tasks.
     """
     tasks = [task for task in tasks if not task.is_done()]
-    total, done = sum(task.shard.nbytes for task in tasks), 0
+    crew = Crew(sum(task.shard.nbytes for task in tasks), progress)
     reports: dict[str, Any] = {}
-    errors: list[BaseException] = []
-    lock = threading.Lock()
 
-    def run(begin: int, end: int) -> None:
-        for task in tasks[begin:end]:
+    def run(number: int) -> None:
+        task = tasks[number]
+        reports.update(task.run(partial(crew.advance, task.shard.file)))
 
-            def advance(tensor: str, count: int, task: Task = task) -> None:
-                nonlocal done
-                with lock:
-                    if errors:
-                        raise _StoppedError
-                    done += count
-                    progress(Progress(task.shard.file, tensor, done, total))
-
-            try:
-                reports.update(task.run(advance))
-            except BaseException as error:
-                errors.append(error)
-                raise
-
-    try:
-        parallel_for(run, len(tasks), 1, workers or default_num_threads())
-    except BaseException as error:
-        errors.append(error)  # perhaps an interrupt that came while this thread was waiting: the others stop
-        if error is errors[0]:
-            raise
-        raise errors[0] from None
+    crew.run(run, len(tasks), workers)
     return reports

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,16 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .array import MXFP4Array
-from .backends.threads import default_num_threads, parallel_for
-from .checkpoint import Checkpoint, PathLike, TensorInfo, weight_map_of
-from .container import DTYPES
+from .checkpoint import Checkpoint, PathLike, TensorInfo, read_json, weight_map_of
+from .container import DTYPES, element
 from .errors import CheckpointError, LayoutError, TensorNotFoundError
 from .format import DTYPES as DECODED
 from .format import SCALE_BIAS, SCALE_NAN, TRANSPOSE
 from .layouts import is_turned
 from .report import count, escape, format_bytes
 from .selection import select
-from .shards import RECORD, Progress
+from .shards import RECORD, Crew, Progress
 
 PIECE_BYTES: Final = 4 << 20
 """Decoded bytes that a thread compares at a time; the reference needs some twenty times as many for itself."""
@@ -66,7 +66,7 @@ class Verification:
 
 
 def verify(
-    source: PathLike,
+    source: PathLike | Sequence[PathLike],
     target: PathLike | None = None,
     *,
     transpose: str | None = None,
@@ -80,7 +80,7 @@ def verify(
 
     Parameters
     ----------
-    source : path
+    source : path, or sequence of paths
         A checkpoint with packed tensors, as for `Checkpoint`.
     target : path, optional
         The converted checkpoint. The packed tensors are decoded again, by the reference backend.
@@ -113,9 +113,9 @@ def verify(
     []
     """
     if target is None:
-        return _health(Path(source), layout, include or (), exclude or (), workers, progress)
+        return _health(source, layout, include or (), exclude or (), workers, progress)
     record = Path(target) / RECORD
-    asked = json.loads(record.read_text()) if record.exists() else {}
+    asked = read_json(record) if record.exists() else {}
     with Checkpoint(source, layout=layout) as ours, Checkpoint(target) as theirs:
         names = select(
             ours,
@@ -125,7 +125,7 @@ def verify(
         result = compare(
             ours, theirs, names, transpose or asked.get("transpose", TRANSPOSE[0]), workers=workers, progress=progress
         )
-        extra = sorted(set(theirs) - set(names))
+        extra = sorted(set(theirs) - set(ours))
         result.findings += [f"tensor {name!r}: in {theirs.folder}, but not in {ours.folder}" for name in extra]
         return result
 
@@ -165,24 +165,25 @@ def compare(
         else:
             pairs.append((info, found, turned))
 
-    total, lock = sum(found.nbytes for _, found, _ in pairs), threading.Lock()
+    crew, lock = Crew(sum(found.nbytes for _, found, _ in pairs), progress), threading.Lock()
+    differences: list[tuple[int, str]] = []
 
-    def run(begin: int, end: int) -> None:
-        for info, found, turned in pairs[begin:end]:
-            difference = None
-            for index, expected, nan_blocks, overflow in _expected(source, info, found, turned=turned):
-                if difference is None:
-                    difference = _first_difference(index, expected, target.get(found.name, index=index or ...))
-                with lock:
-                    result.nan_blocks += nan_blocks
-                    result.overflow += overflow
-                    result.nbytes += expected.nbytes
-                    progress(Progress(found.stored[0].file.path.name, found.name, result.nbytes, total))
-            if difference is not None:
-                with lock:
-                    result.findings.append(f"{found.stored[0].file.path}: tensor {found.name!r}{difference}")
+    def run(number: int) -> None:
+        info, found, turned = pairs[number]
+        path, difference = found.stored[0].file.path, None
+        for index, expected, nan_blocks, overflow in _expected(source, info, found, turned=turned):
+            if difference is None:
+                difference = _first_difference(index, expected, target.get(found.name, index=index or ...))
+            with lock:
+                result.nan_blocks += nan_blocks
+                result.overflow += overflow
+                result.nbytes += expected.nbytes
+            crew.advance(path.name, found.name, expected.nbytes)
+        if difference is not None:
+            differences.append((number, f"{path}: tensor {found.name!r}{difference}"))
 
-    parallel_for(run, len(pairs), 1, workers or default_num_threads())
+    crew.run(run, len(pairs), workers)
+    result.findings += [difference for _, difference in sorted(differences)]
     return result
 
 
@@ -192,7 +193,7 @@ def _mismatch(info: TensorInfo, found: TensorInfo, *, turned: bool) -> str | Non
         raw = info.dtype if info.dtype in DTYPES else "U8"
         if found.layout is not None or found.dtype != raw:
             return f"expected {raw} as in the source, found {found.dtype}"
-    elif found.layout is not None or DTYPES[found.dtype][1] not in DECODED:
+    elif found.layout is not None or element(found.dtype)[1] not in DECODED:
         return f"expected {', '.join(DECODED)}, found {found.dtype}"
     return f"expected shape {list(shape)}, found {list(found.shape)}" if shape != found.shape else None
 
@@ -231,7 +232,7 @@ def _first_difference(index: tuple[int | slice, ...], expected: NDArray[Any], ac
 
 
 def _health(
-    path: Path,
+    source: PathLike | Sequence[PathLike],
     layout: str | None,
     include: Iterable[str],
     exclude: Iterable[str],
@@ -240,11 +241,11 @@ def _health(
 ) -> Verification:
     """Look for pairs that are not whole, an index that does not agree, and scales that no weights have."""
     result = Verification()
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder")
+    if isinstance(source, str | os.PathLike) and not Path(source).exists():
+        raise FileNotFoundError(f"{source}: no such file or folder")
     try:
-        checkpoint = Checkpoint(path, layout=layout)
-    except (CheckpointError, FileNotFoundError) as error:
+        checkpoint = Checkpoint(source, layout=layout)
+    except (CheckpointError, LayoutError, FileNotFoundError) as error:
         result.findings.append(str(error))
         return result
     with checkpoint:
@@ -264,22 +265,23 @@ def _health(
             else:
                 packed += [info] if info.layout is not None else []
 
-        total, lock = sum(info.nbytes for info in packed), threading.Lock()
+        crew, lock = Crew(sum(info.nbytes for info in packed), progress), threading.Lock()
+        problems: list[tuple[int, str]] = []
 
-        def run(begin: int, end: int) -> None:
-            for info in packed[begin:end]:
-                scales = np.zeros(256, np.int64)
-                for _, part in checkpoint.pieces(info.name, 8 * PIECE_BYTES):
-                    used = part.scales[(part.blocks & 0x77).any(axis=-1)]  # a block of zeros may have any scale
-                    scales += np.bincount(used.reshape(-1), minlength=256)
-                    with lock:
-                        result.nbytes += part.nbytes
-                        progress(Progress(info.stored[0].file.path.name, info.name, result.nbytes, total))
+        def run(number: int) -> None:
+            info, scales = packed[number], np.zeros(256, np.int64)
+            for _, part in checkpoint.pieces(info.name, 8 * PIECE_BYTES):
+                used = part.scales[(part.blocks & 0x77).any(axis=-1)]  # a block of zeros may have any scale
+                scales += np.bincount(used.reshape(-1), minlength=256)
                 with lock:
-                    result.nan_blocks += int(scales[SCALE_NAN])
-                    result.findings += [f"tensor {info.name!r}: {problem}" for problem in _implausible(scales)]
+                    result.nbytes += part.nbytes
+                crew.advance(info.stored[0].file.path.name, info.name, part.nbytes)
+            with lock:
+                result.nan_blocks += int(scales[SCALE_NAN])
+            problems.extend((number, f"tensor {info.name!r}: {problem}") for problem in _implausible(scales))
 
-        parallel_for(run, len(packed), 1, workers or default_num_threads())
+        crew.run(run, len(packed), workers)
+        result.findings += [problem for _, problem in sorted(problems, key=itemgetter(0))]
     return result
 
 

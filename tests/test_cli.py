@@ -34,37 +34,6 @@ ESC = "\x1b"
 BITS = {"bfloat16": np.uint16, "float16": np.uint16, "float32": np.uint32}
 
 
-@pytest.fixture
-def command(capsys):
-    """Return a function that runs a command in this process and returns its status, stdout and stderr."""
-
-    def run(*arguments):
-        capsys.readouterr()
-        try:
-            status = cli.main([str(argument) for argument in arguments])
-        except SystemExit as error:  # argparse ends bad usage by itself
-            status = error.code
-        return (status, *capsys.readouterr())
-
-    return run
-
-
-@pytest.fixture
-def refused(command):
-    """Return a function that runs a command that must fail: nothing printed, status 2, one line, which it returns."""
-
-    def run(*arguments):
-        status, out, err = command(*arguments)
-        assert (status, out) == (2, "")
-        assert err.endswith("\n")
-        assert err.count("\n") == 1, f"expected one line, found:\n{err}"
-        assert "Traceback" not in err
-        assert ESC not in err
-        return err.rstrip("\n")
-
-    return run
-
-
 def environment(**more):
     """Return an environment in which a subprocess finds this very package from any folder."""
     path = os.pathsep.join(filter(None, [str(Path(mxfp4np.__file__).parents[1]), os.environ.get("PYTHONPATH")]))

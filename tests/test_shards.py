@@ -1,0 +1,481 @@
+"""Plans and tasks: what is in which shard, what a task leaves on disk, and who may do what at the same time."""
+
+import json
+import os
+import pickle
+import threading
+from dataclasses import dataclass, replace
+from itertools import chain, pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from contract import run_python
+from hypothesis import given
+from hypothesis import strategies as st
+
+import mxfp4np
+from mxfp4np import shards
+from mxfp4np.container import DTYPES, SafetensorsFile, header_bytes, nbytes_of
+from mxfp4np.conversion import Copied, plan_conversion
+from mxfp4np.shards import INDEX, RECORD, Output, Plan, Shard, make_shards, run_tasks, split_into_shards
+
+DATA = Path(__file__).parent / "data"
+
+
+@dataclass(frozen=True)
+class Together:
+    """An item of several outputs, whose bytes come in turns and backwards."""
+
+    outputs: tuple[Output, ...]
+    cut: int = 5
+
+    def data(self, output):
+        return np.resize(np.frombuffer(f"{output.name}|".encode(), np.uint8), output.nbytes)
+
+    def pieces(self, checkpoint, scratch):  # noqa: ARG002
+        for which in reversed(range(len(self.outputs))):
+            data = self.data(self.outputs[which])
+            for begin in reversed(range(0, len(data), self.cut)):
+                piece = scratch.empty((min(self.cut, len(data) - begin),), np.dtype(np.uint8))
+                piece[:] = data[begin : begin + self.cut]
+                yield which, begin, piece
+        return f"report of {self.outputs[0].name}" if len(self.outputs) > 1 else None
+
+
+def items_of(*sizes):
+    return [Together((Output(f"t{i}", "U8", (size,)),)) for i, size in enumerate(sizes)]
+
+
+@pytest.fixture
+def source(tmp_path):
+    mxfp4np.save_file({"x": np.arange(10)}, tmp_path / "source.safetensors")
+    with mxfp4np.Checkpoint(tmp_path / "source.safetensors") as checkpoint:
+        yield checkpoint
+
+
+@pytest.fixture
+def plan(source, tmp_path):
+    """A plan of three shards, a document and a copy in a folder below."""
+    (tmp_path / "original.txt").write_text("copied")
+    copies = {"below/copy.txt": tmp_path / "original.txt"}
+    return Plan(
+        tmp_path / "out", make_shards(items_of(30, 20, 50, 40), 60), {"config.json": b"{}"}, copies, {"a": 1}, source
+    )
+
+
+def prepare(plan, **options):
+    options = {"resume": False, "force": False, "shared": False, **options}
+    plan.prepare(plan.tasks(), **options)
+
+
+def tree(folder):
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+
+
+def write(plan, **options):
+    prepare(plan, **options)
+    run_tasks(plan.tasks(), 1)
+    assert plan.finish()
+    return tree(plan.folder)
+
+
+# Dividing
+
+
+@given(st.lists(st.integers(0, 20)), st.integers(1, 30))
+def test_shards_are_filled_in_order(sizes, limit):
+    groups = split_into_shards(sizes, limit)
+    assert sorted(number for group in groups for number in group) == list(range(len(sizes)))
+    assert all(group == sorted(group) and group for group in groups)
+    small = [group for group in groups if sizes[group[0]] <= limit]
+    assert [number for group in small for number in group] == [i for i, size in enumerate(sizes) if size <= limit]
+    assert all(len(group) == 1 for group in groups if group not in small)
+    for group, following in pairwise(small):
+        filled = sum(sizes[i] for i in group)
+        assert filled <= limit < filled + sizes[following[0]]
+
+
+def test_shards_are_named_as_transformers_wants_them():
+    assert [shard.file for shard in make_shards(items_of(1, 2, 3), 6)] == ["model.safetensors"]
+    assert [shard.file for shard in make_shards(items_of(1, 2, 3), 3)] == [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    ]
+    assert len(make_shards(items_of(*[1] * 123), 1)) == 123
+
+
+def test_what_stays_together_is_in_one_shard():
+    pair = Together((Output("a", "U8", (4,)), Output("b", "F32", (1,))))
+    assert [len(shard.items) for shard in make_shards([pair, *items_of(3, 3)], 10)] == [1, 2]
+    assert [len(shard.items) for shard in make_shards([*items_of(3), pair], 7)] == [1, 1]
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(sorted(DTYPES)), st.lists(st.integers(0, 3), max_size=3).map(lambda s: (*s, 8))),
+        min_size=1,
+        max_size=12,
+    ),
+    st.integers(1, 200),
+)
+def test_plan_agrees_with_itself(specs, limit):
+    items = [Together((Output(f"t{i}", dtype, shape),)) for i, (dtype, shape) in enumerate(specs)]
+    planned = make_shards(items, limit)
+    assert sum(shard.nbytes for shard in planned) == sum(nbytes_of(*spec) for spec in specs)
+    for shard in planned:
+        header = json.loads(shard.header[8:])
+        assert header.pop("__metadata__") == {"format": "pt"}
+        assert {name: tuple(entry["data_offsets"]) for name, entry in header.items()} == {
+            output.name: (shard.offsets[output.name], shard.offsets[output.name] + output.nbytes)
+            for item in shard.items
+            for output in item.outputs
+        }
+        for output in (output for item in shard.items for output in item.outputs):
+            assert header[output.name]["dtype"] == output.dtype
+            assert header[output.name]["shape"] == list(output.shape)
+            itemsize = max(1, DTYPES[output.dtype][0] // 8)
+            assert (len(shard.header) + shard.offsets[output.name]) % itemsize == 0, "aligned"
+
+
+# Tasks
+
+
+def test_a_task_writes_its_shard(source, tmp_path):
+    outputs = (Output("b.u8", "U8", (7, 3)), Output("a.f32", "F32", (2, 2)), Output("c", "I64", ()))
+    item, single = Together(outputs), Together((Output("d", "F16", (0, 3)),))
+    shard = Shard("model.safetensors", (single, item))
+    calls = []
+    task = shards.Task(tmp_path, shard, source)
+    assert not task.is_done()
+    assert task.run(lambda name, count: calls.append((name, count))) == {"b.u8": "report of b.u8"}
+    assert task.is_done()
+    file = SafetensorsFile(task.path)
+    assert file.metadata == {"format": "pt"}
+    assert list(file.tensors) == ["c", "a.f32", "d", "b.u8"], "widest first"
+    for output in outputs:
+        assert file.view(file.tensors[output.name]).tobytes() == item.data(output).tobytes()
+        assert sum(count for name, count in calls if name == output.name) == output.nbytes
+    assert max(count for _, count in calls) <= 5
+
+
+def test_a_task_that_is_done_is_not_repeated(plan):
+    prepare(plan)
+    task, *_ = plan.tasks()
+    task.run()
+    before = task.path.stat()
+    assert task.run(lambda *_: pytest.fail("wrote again")) == {}
+    assert (task.path.stat().st_ino, task.path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+@pytest.mark.parametrize("damage", ["shorter", "longer", "header", "empty"])
+def test_a_shard_that_is_not_the_one_is_written_again(plan, damage):
+    prepare(plan)
+    task, *_ = plan.tasks()
+    task.run()
+    whole = task.path.read_bytes()
+    damaged = {"shorter": whole[:-1], "longer": whole + b"x", "header": b"x" + whole[1:], "empty": b""}[damage]
+    task.path.write_bytes(damaged)
+    assert not task.is_done()
+    task.run()
+    assert task.path.read_bytes() == whole
+
+
+def test_tasks_run_in_other_processes(tmp_path):
+    with mxfp4np.Checkpoint(DATA / "gpt_oss_hf") as checkpoint:
+        plan = plan_conversion(checkpoint, tmp_path / "out", max_shard_size=100_000)
+        assert len(plan.tasks()) > 2
+        plan.folder.mkdir()
+        (tmp_path / "tasks").write_bytes(pickle.dumps(plan.tasks()[1:]))
+        code = """
+        import pickle, sys
+        from pathlib import Path
+        for task in pickle.loads(Path(sys.argv[1]).read_bytes()):
+            task.run()
+        """
+        run_python(code, tmp_path / "tasks")
+        assert [task.is_done() for task in plan.tasks()] == [False] + [True] * (len(plan.shards) - 1)
+        assert not plan.finish()
+        assert not (plan.folder / INDEX).exists()
+        pickle.loads(pickle.dumps(plan.tasks()[0])).run()
+        assert plan.finish()
+    expected = mxfp4np.load_file(DATA / "gpt_oss_hf")
+    with mxfp4np.Checkpoint(plan.folder) as written:
+        assert written.keys() == expected.keys()
+
+
+def test_tasks_divide_a_plan(plan):
+    everything = [task.shard.file for task in plan.tasks()]
+    for n in range(1, 6):
+        parts = [[task.shard.file for task in plan.tasks((i, n))] for i in range(1, n + 1)]
+        assert sorted(chain(*parts)) == everything
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_scratch_is_one_memory():
+    scratch = shards.Scratch()
+    large = scratch.empty((3, 100), np.dtype(np.float32))
+    assert (large.shape, large.dtype) == ((3, 100), np.float32)
+    small = scratch.empty((2, 5), np.dtype(np.uint16))
+    assert np.shares_memory(large, small)
+    assert scratch.empty((), np.dtype(np.float32)).shape == ()
+    assert scratch.empty((0, 3), np.dtype(np.float32)).size == 0
+
+
+@pytest.mark.parametrize("workers", [1, 2, 100])
+def test_progress_reaches_the_total(plan, workers):
+    prepare(plan)
+    seen, busy = [], threading.Lock()
+
+    def progress(step):
+        assert busy.acquire(blocking=False), "one thread at a time"
+        seen.append(step)
+        busy.release()
+
+    assert run_tasks(plan.tasks(), workers, progress) == {}
+    assert {step.total for step in seen} == {140}
+    assert [step.done for step in seen] == sorted(step.done for step in seen)
+    assert seen[-1].done == 140
+    assert {(step.shard, step.tensor) for step in seen} == {
+        (shard.file, item.outputs[0].name) for shard in plan.shards for item in shard.items
+    }
+    seen.clear()
+    run_tasks(plan.tasks(), workers, progress)
+    assert seen == [], "nothing is left"
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("kind", [ZeroDivisionError, KeyboardInterrupt, FileNotFoundError])
+@pytest.mark.parametrize("at", [1, 5, 12, 27])
+def test_an_exception_in_progress_stops_all(plan, workers, kind, at):
+    expected = write(replace(plan, folder=plan.folder.parent / "whole"))
+    prepare(plan)
+    calls = 0
+
+    def progress(_):
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            raise kind("from progress")
+
+    with pytest.raises(kind, match="from progress"):
+        run_tasks(plan.tasks(), workers, progress)
+    assert calls == at, "called again"
+    assert not plan.finish()
+    left = tree(plan.folder)
+    assert left.items() <= expected.items(), "nothing temporary, nothing unfinished"
+    run_tasks(plan.tasks(), workers)
+    assert plan.finish()
+    assert tree(plan.folder) == expected
+
+
+# The folder
+
+
+def test_everything_is_in_the_folder(plan):
+    files = write(plan)
+    assert sorted(files) == sorted(
+        ["below/copy.txt", "config.json", RECORD, INDEX, *(shard.file for shard in plan.shards)]
+    )
+    index = json.loads(files[INDEX])
+    assert index["metadata"] == {"total_size": 140}
+    assert index["weight_map"] == {item.outputs[0].name: shard.file for shard in plan.shards for item in shard.items}
+    assert files["below/copy.txt"] == b"copied"
+    assert files["config.json"] == b"{}"
+
+
+def test_one_shard_has_no_index(plan):
+    plan = replace(plan, shards=make_shards(items_of(3, 4), 10))
+    assert plan.index is None
+    assert sorted(write(plan)) == sorted(["below/copy.txt", "config.json", RECORD, "model.safetensors"])
+
+
+def test_the_index_comes_last(plan):
+    prepare(plan)
+    for task in plan.tasks():
+        assert not plan.finish()
+        assert not (plan.folder / INDEX).exists()
+        task.run()
+    assert plan.finish()
+    assert (plan.folder / INDEX).exists()
+
+
+def test_a_folder_that_holds_something_is_refused(plan):
+    plan.folder.mkdir()
+    (plan.folder / "mine.txt").write_text("keep")
+    for resume in (False, True):
+        with pytest.raises(FileExistsError, match="expected a new or empty folder"):
+            prepare(plan, resume=resume)
+        assert tree(plan.folder) == {"mine.txt": b"keep"}
+    write(plan, force=True)
+    assert (plan.folder / "mine.txt").read_text() == "keep"
+
+
+def test_an_earlier_run_is_gone_on_with_or_removed(plan):
+    expected = write(plan)
+    with pytest.raises(FileExistsError, match="--resume"):
+        prepare(plan)
+    before = {path: path.stat().st_ino for path in plan.folder.glob("model-*")}
+    assert write(plan, resume=True) == expected
+    assert {path: path.stat().st_ino for path in plan.folder.glob("model-*")} == before
+    smaller = replace(plan, shards=make_shards(items_of(3, 4), 10))
+    with pytest.raises(mxfp4np.CheckpointError, match="other options"):
+        prepare(smaller, resume=True)
+    assert tree(plan.folder) == expected
+    assert sorted(write(smaller, force=True)) == sorted(["below/copy.txt", "config.json", RECORD, "model.safetensors"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda plan: replace(plan, about={"a": 2}),
+        lambda plan: replace(plan, documents={"config.json": b"{ }"}),
+        lambda plan: replace(plan, copies={}),
+        lambda plan: replace(plan, shards=make_shards(items_of(30, 20, 50, 40), 40)),
+        lambda plan: (plan.copies["below/copy.txt"].write_text("changed"), replace(plan))[1],
+    ],
+    ids=["about", "documents", "copies", "shards", "what is copied"],
+)
+def test_another_plan_is_refused(plan, change):
+    prepare(plan)
+    with pytest.raises(mxfp4np.CheckpointError, match="other options"):
+        prepare(change(plan), resume=True)
+    with pytest.raises(mxfp4np.CheckpointError, match="other options"):
+        prepare(change(plan), resume=True, shared=True)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_what_killed_processes_left_is_removed(plan, resume):
+    expected = write(replace(plan, folder=plan.folder.parent / "whole"))
+    plan.folder.mkdir()
+    if resume:
+        prepare(plan)
+        (plan.folder / "below" / ".copy.txt.123-0123abcd.tmp").write_text("left")
+    for name in (RECORD, INDEX, "config.json", plan.shards[1].file):
+        (plan.folder / f".{name}.123-0123abcd.tmp").write_text("left")
+    prepare(plan, resume=resume)
+    assert not [name for name in tree(plan.folder) if name.endswith(".tmp")]
+    assert write(plan, resume=True) == expected
+
+
+def test_a_task_removes_what_was_left_of_its_shard(plan):
+    """Room on the disk, long before all shards are there."""
+    prepare(plan, shared=True)
+    first, second, _ = plan.tasks()
+    for task in (first, second):
+        (plan.folder / f".{task.shard.file}.123-0123abcd.tmp").write_text("left")
+    first.run()
+    assert [path.name for path in plan.folder.glob(".*.tmp")] == [f".{second.shard.file}.123-0123abcd.tmp"]
+
+
+def test_leftovers_of_others_are_left_alone(plan):
+    write(plan)
+    (plan.folder / ".other.txt.123-0123abcd.tmp").write_text("not ours")
+    write(plan, resume=True)
+    assert (plan.folder / ".other.txt.123-0123abcd.tmp").exists()
+
+
+def test_a_full_disk_is_noticed_before_the_start(plan, monkeypatch):
+    room = shards.shutil.disk_usage(plan.folder.parent)
+    monkeypatch.setattr(shards.shutil, "disk_usage", lambda _: room._replace(free=139))
+    with pytest.raises(OSError, match="140 B are to be written, but the disk has 139 B free"):
+        prepare(plan)
+    assert tree(plan.folder) == {}
+    monkeypatch.setattr(shards.shutil, "disk_usage", lambda _: room._replace(free=140))
+    prepare(plan)
+    plan.tasks()[0].run()
+    monkeypatch.setattr(shards.shutil, "disk_usage", lambda _: room._replace(free=90))
+    prepare(plan, resume=True)  # what is there already needs no room
+
+
+def test_a_file_is_at_its_final_size_from_the_beginning(plan):
+    prepare(plan)
+    task, *_ = plan.tasks()
+    sizes = set()
+    task.run(lambda *_: sizes.update(path.stat().st_size for path in plan.folder.glob(".model*.tmp")))
+    assert sizes == {task.path.stat().st_size}
+
+
+def test_what_has_its_name_is_on_disk(plan, monkeypatch):
+    synced, named, fsync, rename = {}, [], os.fsync, os.replace
+
+    def sync(descriptor):
+        synced[os.fstat(descriptor).st_ino] = os.fstat(descriptor).st_size
+        fsync(descriptor)
+
+    def replace(source, target):
+        found = Path(source).stat()
+        assert synced[found.st_ino] == found.st_size
+        named.append(Path(target).name)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "replace", replace)
+    write(plan)
+    assert named == [RECORD, "config.json", "copy.txt", *(shard.file for shard in plan.shards), INDEX]
+    assert plan.folder.stat().st_ino in synced
+
+
+# Many at once
+
+
+def test_two_that_begin_at_once(plan, monkeypatch):
+    """Another process puts everything there between two looks at the folder."""
+    look, looked = Path.exists, []
+
+    def exists(path):
+        found = look(path)
+        if path.name == RECORD and not looked:
+            looked.append(path)
+            write(plan, resume=True, shared=True)
+        return found
+
+    monkeypatch.setattr(Path, "exists", exists)
+    prepare(plan, resume=True, shared=True)
+    assert looked
+    assert plan.finish()
+
+
+@pytest.mark.parametrize("at", [1, 2, 8])
+def test_another_process_is_faster(plan, at):
+    """All is finished and cleared while a task is still at work: it has nothing more to do."""
+    expected = write(replace(plan, folder=plan.folder.parent / "whole"))
+    prepare(plan, shared=True)
+    calls = 0
+
+    def progress(*_):
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            write(plan, resume=True, shared=True)
+            assert not list(plan.folder.glob(".*.tmp"))
+
+    plan.tasks()[-1].run(progress)
+    assert plan.finish()
+    assert tree(plan.folder) == expected
+
+
+def test_a_folder_that_vanishes_is_an_error(plan):
+    prepare(plan)
+    task, *_ = plan.tasks()
+
+    def progress(*_):
+        for path in plan.folder.glob(".model*.tmp"):
+            path.unlink()
+
+    with pytest.raises(FileNotFoundError):
+        task.run(progress)
+    assert not task.is_done()
+
+
+def test_header_is_that_of_save_file(source, tmp_path):
+    """The same bytes, whoever writes them."""
+    items = [Copied(Output("x", "I64", (10,)))]
+    shards.Task(tmp_path, Shard("model.safetensors", tuple(items)), source).run()
+    mxfp4np.save_file({"x": np.arange(10)}, tmp_path / "expected.safetensors", {"format": "pt"})
+    assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "expected.safetensors").read_bytes()
+    assert (
+        (tmp_path / "model.safetensors").read_bytes().startswith(header_bytes({"x": ("I64", (10,))}, {"format": "pt"}))
+    )
