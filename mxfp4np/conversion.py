@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import stat
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +17,10 @@ from .checkpoint import Checkpoint, PathLike
 from .container import DTYPES, SAFETENSORS_DTYPES
 from .errors import CheckpointError
 from .format import decoded_dtype
-from .layouts import LAYOUTS, METADATA, is_turned
-from .report import count, escape, format_bytes
+from .layouts import LAYOUTS, METADATA, is_turned, swapped
+from .report import count, escape
 from .selection import select
-from .shards import RECORD, Item, Output, Pieces, Plan, Progress, Scratch, Task, make_shards, run_tasks
+from .shards import RECORD, Item, Output, Pieces, Plan, Progress, Run, Scratch, Task, make_shards
 from .verification import Verification, compare, count_overflow
 
 PIECE_BYTES: Final = 32 << 20
@@ -58,7 +57,7 @@ class Decoded:
         dtype, begin, overflow = decoded_dtype(DTYPES[self.output.dtype][1]), 0, 0
         parts = checkpoint.pieces(self.output.name, PIECE_BYTES, dtype=dtype, transpose=self.transpose)
         for _, part in parts:
-            shape = (*part.shape[:-2], part.shape[-1], part.shape[-2]) if self.transpose else part.shape
+            shape = swapped(part.shape) if self.transpose else part.shape
             out = part.decode(out=scratch.empty(shape, dtype), transpose=self.transpose, num_threads=1)
             overflow += count_overflow(part, out)
             yield 0, begin, out
@@ -128,19 +127,16 @@ def plan_conversion(
         else:
             layouts.add(info.layout)
             turned = is_turned(info.layout, shape, transpose)
-            shape = (*shape[:-2], shape[-1], shape[-2]) if turned else shape
+            shape = swapped(shape) if turned else shape
             items.append(Decoded(Output(name, SAFETENSORS_DTYPES[wanted], shape), turned))
     if not items:
         raise ValueError(f"{checkpoint.folder}: no tensor is left to convert: see --include and --exclude")
     documents, copies = {}, {}
     if beside is not None:
-        copies = _files_beside(beside, folder)
+        copies = files_beside(beside, folder)
         if copies.pop("config.json", None):
-            try:
-                config = plain_config(checkpoint.config, wanted, keep=bool(untouched(items)))
-                documents["config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
-            except (RecursionError, UnicodeEncodeError) as error:
-                raise CheckpointError(f"{beside / 'config.json'}: cannot be written again: {error}") from error
+            keep = bool(untouched(items))
+            documents["config.json"] = rewritten(checkpoint, lambda config: plain_config(config, wanted, keep=keep))
     about = {
         "dtype": wanted,
         "transpose": transpose,
@@ -182,13 +178,21 @@ def plain_config(config: dict[str, Any], dtype: str, *, keep: bool) -> dict[str,
     return plain
 
 
+def rewritten(checkpoint: Checkpoint, change: Callable[[dict[str, Any]], dict[str, Any]]) -> bytes:
+    """Return the text of a checkpoint's config.json, changed."""
+    try:
+        return (json.dumps(change(checkpoint.config), indent=2, ensure_ascii=False) + "\n").encode()
+    except (RecursionError, UnicodeEncodeError) as error:
+        raise CheckpointError(f"{checkpoint.folder / 'config.json'}: cannot be written again: {error}") from error
+
+
 def _without(value: Any, keys: tuple[str, ...]) -> Any:
     if not isinstance(value, dict):
         return value
     return {name: _without(part, keys) for name, part in value.items() if name not in keys}
 
 
-def _files_beside(folder: Path, target: Path) -> dict[str, Path]:
+def files_beside(folder: Path, target: Path) -> dict[str, Path]:
     """Return the files that go with weights, tokenizers for instance; folders that hold other weights do not."""
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
@@ -196,7 +200,7 @@ def _files_beside(folder: Path, target: Path) -> dict[str, Path]:
             continue
         if path.is_dir():
             if not path.is_symlink() and not _is_other(path.resolve(), target.resolve()):
-                found.update((f"{path.name}/{name}", inner) for name, inner in _files_beside(path, target).items())
+                found.update((f"{path.name}/{name}", inner) for name, inner in files_beside(path, target).items())
         elif not _is_weights(path) and stat.S_ISREG(path.stat().st_mode):  # a link to nothing is an error
             found[path.name] = path
     return found
@@ -212,20 +216,16 @@ def _is_weights(path: Path) -> bool:
     return path.suffix in WEIGHTS or path.name.endswith(".index.json")
 
 
+def folder_beside(source: PathLike | Sequence[PathLike], checkpoint: Checkpoint) -> Path | None:
+    """Return the folder whose other files go with a checkpoint: none if it was opened by the names of its files."""
+    whole = isinstance(source, str | os.PathLike) and (checkpoint.index is not None or Path(source).is_dir())
+    return checkpoint.folder if whole else None
+
+
 @dataclass(frozen=True)
-class Conversion:
+class Conversion(Run):
     """What `convert` did, or is going to do."""
 
-    folder: Path
-    shards: Mapping[str, int]
-    """Bytes of tensor data by file."""
-    written: int
-    """Bytes of tensor data that this run wrote."""
-    seconds: float
-    complete: bool
-    """Whether all shards are there; False where tasks are still to be run."""
-    overflow: Mapping[str, int]
-    """Count of values too large for the dtype, by tensor, in what this run wrote."""
     untouched: list[str]
     """Tensors that are quantised in another way, and were copied."""
     loader: str
@@ -233,19 +233,14 @@ class Conversion:
     verification: Verification | None
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of tensor data in all shards."""
-        return sum(self.shards.values())
+    def overflow(self) -> Mapping[str, int]:
+        """Count of values too large for the dtype, by tensor, in what this run wrote."""
+        return self.reports
 
     def to_json(self) -> dict[str, Any]:
         """Return all of it as plain values."""
         return {
-            "folder": str(self.folder),
-            "bytes": self.nbytes,
-            "shards": dict(self.shards),
-            "written": self.written,
-            "seconds": self.seconds,
-            "complete": self.complete,
+            **super().to_json(),
             "overflow": dict(self.overflow),
             "untouched": self.untouched,
             "verification": None if self.verification is None else self.verification.to_json(),
@@ -253,11 +248,17 @@ class Conversion:
 
     def plan_lines(self) -> Iterator[str]:
         """Yield what is going to be written, for a person."""
-        for file, nbytes in self.shards.items():
-            yield f"{file}  {format_bytes(nbytes)}"
-        shards = count(len(self.shards), "shard")
-        yield f"{shards}, {format_bytes(self.nbytes)} of tensor data, to {escape(str(self.folder))}"
+        yield from super().plan_lines()
         yield from self._warnings()
+
+    def lines(self) -> Iterator[str]:
+        """Yield a report for a person."""
+        yield from super().lines()
+        yield from self._warnings()
+        if self.verification is not None:
+            yield from self.verification.lines()
+        if self.complete:
+            yield f"load it: {escape(self.loader)}"
 
     def _warnings(self) -> Iterator[str]:
         if self.untouched:
@@ -271,20 +272,6 @@ class Conversion:
                 f"warning: too large for the dtype, and infinite now: {count(sum(self.overflow.values()), 'value')} in "
                 f"{count(len(self.overflow), 'tensor')}, {escape(name)} first"
             )
-
-    def lines(self) -> Iterator[str]:
-        """Yield a report for a person."""
-        rate = f" in {self.seconds:.1f} s ({format_bytes(self.written / self.seconds)}/s)" if self.written else ""
-        done = "all there" if self.complete else "others are still to be written"
-        yield (
-            f"wrote {format_bytes(self.written)}{rate} to {escape(str(self.folder))}: "
-            f"{count(len(self.shards), 'shard')}, {format_bytes(self.nbytes)}, {done}"
-        )
-        yield from self._warnings()
-        if self.verification is not None:
-            yield from self.verification.lines()
-        if self.complete:
-            yield f"load it: {escape(self.loader)}"
 
 
 def convert(
@@ -374,49 +361,23 @@ def convert(
     >>> mxfp4np.Checkpoint(folder + "/bf16").info("w").dtype
     'BF16'
     """
-    folder = Path(target).absolute()
-    if task is not None and not 1 <= task[0] <= task[1]:
-        raise ValueError(f"task must be i/n with 1 <= i <= n, found {task[0]}/{task[1]}")
-    if task is not None and force:
-        raise ValueError("tasks share a folder: remove it, or give --force to a run without --task")
-    if max_shard_size < 1:
-        raise ValueError(f"max_shard_size must be at least 1, found {max_shard_size}")
     with Checkpoint(source, device, io=io, layout=layout) as checkpoint:
-        alone = not isinstance(source, str | os.PathLike) or (checkpoint.index is None and not Path(source).is_dir())
         plan = plan_conversion(
             checkpoint,
-            folder,
-            beside=None if alone else checkpoint.folder,
+            Path(target).absolute(),
+            beside=folder_beside(source, checkpoint),
             dtype=dtype,
             transpose=transpose,
             max_shard_size=max_shard_size,
             include=include,
             exclude=exclude,
         )
-        config = checkpoint.folder / "config.json"
-        for path in (checkpoint.folder, checkpoint.index or config, config, *checkpoint.files, *plan.copies.values()):
-            if path.resolve().is_relative_to(folder.resolve()):
-                raise ValueError(f"{folder}: the source is in it: choose another folder")
-        tasks = plan.tasks(task or (1, 1))
-        overflow: dict[str, int] = {}
-        written, complete, verification = 0, False, None
-        begin = time.perf_counter()
-        if not dry_run:
-            plan.prepare(tasks, resume=resume or task is not None, force=force, shared=task is not None)
-            tasks_left = [one for one in tasks if not one.is_done()]
-            written = sum(one.shard.nbytes for one in tasks_left)
-            overflow = run_tasks(tasks_left, workers, progress)
-            complete = plan.finish()
-        seconds = time.perf_counter() - begin
+        run = plan.run(part=task, resume=resume, force=force, dry_run=dry_run, workers=workers, progress=progress)
+        verification = None
         if verify and not dry_run:
-            verification = _verify(checkpoint, tasks, transpose, workers, progress)
+            verification = _verify(checkpoint, plan.tasks(task or (1, 1)), transpose, workers, progress)
     return Conversion(
-        folder=folder,
-        shards={shard.file: shard.nbytes for shard in plan.shards},
-        written=written,
-        seconds=seconds,
-        complete=complete,
-        overflow=overflow,
+        **vars(run),
         untouched=untouched(item for shard in plan.shards for item in shard.items),
         loader=_loader(plan),
         verification=verification,

@@ -14,7 +14,8 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable, Generator, Mapping, Sequence
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -28,7 +29,7 @@ from .backends.threads import default_num_threads, parallel_for
 from .checkpoint import Checkpoint
 from .container import DTYPES, atomic_file, bytes_of, header_bytes, nbytes_of
 from .errors import CheckpointError
-from .report import format_bytes
+from .report import count, escape, format_bytes
 
 INDEX: Final = "model.safetensors.index.json"
 RECORD: Final = ".mxfp4np.json"
@@ -276,9 +277,49 @@ class Plan:
         digest.update(json.dumps([sorted(self.about.items()), copies, self.source.stamps]).encode())
         return (json.dumps({**self.about, "plan": digest.hexdigest()}, indent=2) + "\n").encode()
 
+    def run(
+        self,
+        *,
+        part: tuple[int, int] | None = None,
+        resume: bool = False,
+        force: bool = False,
+        dry_run: bool = False,
+        workers: int | None = None,
+        progress: Callable[[Progress], object] = lambda _: None,
+    ) -> Run:
+        """Write all shards, or those of one part that others do not write; and the index, if it is time.
+
+        Parameters
+        ----------
+        part : (int, int), optional
+            As for `tasks`. Other processes may be at work on other parts, or the same.
+        resume, force : bool
+            As for `prepare`.
+        dry_run : bool
+            Write nothing.
+        workers, progress
+            As for `run_tasks`.
+        """
+        tasks = self.tasks(part or (1, 1))
+        if part is not None and force:
+            raise ValueError("tasks share a folder: remove it, or give --force to a run without --task")
+        self._refuse_source()
+        written, complete, begin = 0, False, time.perf_counter()
+        reports: dict[str, Any] = {}
+        if not dry_run:
+            self.prepare(tasks, resume=resume or part is not None, force=force, shared=part is not None)
+            tasks = [task for task in tasks if not task.is_done()]
+            written = sum(task.shard.nbytes for task in tasks)
+            reports = run_tasks(tasks, workers, progress)
+            complete = self.finish()
+        shards = {shard.file: shard.nbytes for shard in self.shards}
+        return Run(self.folder, shards, written, time.perf_counter() - begin, complete, reports)
+
     def tasks(self, part: tuple[int, int] = (1, 1)) -> list[Task]:
-        """Return a task for each shard, or every n-th from the i-th on for ``part = (i, n)``."""
+        """Return a task for each shard, or every n-th from the i-th on for ``part = (i, n)``, counted from 1."""
         i, n = part
+        if not 1 <= i <= n:
+            raise ValueError(f"task must be i/n with 1 <= i <= n, found {i}/{n}")
         return [Task(self.folder, shard, self.source) for shard in self.shards[i - 1 :: n]]
 
     def prepare(self, tasks: Sequence[Task], *, resume: bool, force: bool, shared: bool) -> None:
@@ -336,6 +377,13 @@ class Plan:
     def _names(self) -> set[str]:
         return {RECORD, INDEX, *self.documents, *self.copies, *(shard.file for shard in self.shards)}
 
+    def _refuse_source(self) -> None:
+        source = self.source
+        config = source.folder / "config.json"
+        for path in (source.folder, source.index or config, config, *source.files, *self.copies.values()):
+            if path.resolve().is_relative_to(self.folder.resolve()):
+                raise ValueError(f"{self.folder}: the source is in it: choose another folder")
+
     def _remove_earlier(self) -> None:
         # The index first: while it is there, the folder counts as complete.
         for name in (INDEX, RECORD):
@@ -354,6 +402,54 @@ class Plan:
             raise OSError(
                 f"{self.folder}: {format_bytes(needed)} are to be written, but the disk has {format_bytes(free)} free"
             )
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the run of a plan did, or is going to do."""
+
+    folder: Path
+    shards: Mapping[str, int]
+    """Bytes of tensor data by file."""
+    written: int
+    """Bytes of tensor data that this run wrote."""
+    seconds: float
+    complete: bool
+    """Whether all shards are there; False where tasks are still to be run."""
+    reports: Mapping[str, Any]
+    """What was noticed on the way, by tensor, in what this run wrote."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensor data in all shards."""
+        return sum(self.shards.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all of it as plain values."""
+        return {
+            "folder": str(self.folder),
+            "bytes": self.nbytes,
+            "shards": dict(self.shards),
+            "written": self.written,
+            "seconds": self.seconds,
+            "complete": self.complete,
+        }
+
+    def plan_lines(self) -> Iterator[str]:
+        """Yield what is going to be written, for a person."""
+        for file, nbytes in self.shards.items():
+            yield f"{file}  {format_bytes(nbytes)}"
+        shards = count(len(self.shards), "shard")
+        yield f"{shards}, {format_bytes(self.nbytes)} of tensor data, to {escape(str(self.folder))}"
+
+    def lines(self) -> Iterator[str]:
+        """Yield a report for a person."""
+        rate = f" in {self.seconds:.1f} s ({format_bytes(self.written / self.seconds)}/s)" if self.written else ""
+        done = "all there" if self.complete else "others are still to be written"
+        yield (
+            f"wrote {format_bytes(self.written)}{rate} to {escape(str(self.folder))}: "
+            f"{count(len(self.shards), 'shard')}, {format_bytes(self.nbytes)}, {done}"
+        )
 
 
 def split_into_shards(sizes: Sequence[int], max_shard_size: int) -> list[list[int]]:
@@ -393,6 +489,8 @@ def split_into_shards(sizes: Sequence[int], max_shard_size: int) -> list[list[in
 
 def make_shards(items: Sequence[Item], max_shard_size: int) -> tuple[Shard, ...]:
     """Divide items among shards, and name these."""
+    if max_shard_size < 1:
+        raise ValueError(f"max_shard_size must be at least 1, found {max_shard_size}")
     sizes = [sum(output.nbytes for output in item.outputs) for item in items]
     groups = split_into_shards(sizes, max_shard_size)
     if len(groups) == 1:
@@ -423,12 +521,12 @@ class Crew:
         self._lock = threading.Lock()
         self._errors: list[BaseException] = []
 
-    def advance(self, shard: str, tensor: str, count: int) -> None:
+    def advance(self, shard: str, tensor: str, nbytes: int) -> None:
         """Report that many more bytes, or end the thread if another one failed."""
         with self._lock:
             if self._errors:
                 raise _StoppedError
-            self._done += count
+            self._done += nbytes
             try:
                 self._progress(Progress(shard, tensor, self._done, self._total))
             except BaseException as error:

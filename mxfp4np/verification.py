@@ -20,7 +20,7 @@ from .container import DTYPES, element
 from .errors import CheckpointError, LayoutError, TensorNotFoundError
 from .format import DTYPES as DECODED
 from .format import SCALE_BIAS, SCALE_NAN, TRANSPOSE
-from .layouts import is_turned
+from .layouts import is_turned, swapped
 from .report import count, escape, format_bytes
 from .selection import select
 from .shards import RECORD, Crew, Progress
@@ -188,7 +188,7 @@ def compare(
 
 
 def _mismatch(info: TensorInfo, found: TensorInfo, *, turned: bool) -> str | None:
-    shape = (*info.shape[:-2], info.shape[-1], info.shape[-2]) if turned else info.shape
+    shape = swapped(info.shape) if turned else info.shape
     if info.layout is None:
         raw = info.dtype if info.dtype in DTYPES else "U8"
         if found.layout is not None or found.dtype != raw:

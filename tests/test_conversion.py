@@ -1120,7 +1120,7 @@ class TestCommand:
         assert tree(tmp_path) == before
 
     def test_sizes_and_workers_of_any_size(self, command, tmp_path):
-        for size, workers in (("1", "1000000"), ("999999999999999999999TB", "9" * 100)):
+        for size, workers in (("1", "999999"), ("999999999999999999999TB", "1")):
             target = tmp_path / size[:3]
             arguments = ("--max-shard-size", size, "--workers", workers, "--verify")
             assert command("convert", HF, target, *arguments)[0] == 0
