@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .checkpoint import load_file as load_file
     from .checkpoint import save_file as save_file
     from .conversion import convert as convert
+    from .encoding import encode_checkpoint as encode_checkpoint
     from .errors import BackendUnavailableError as BackendUnavailableError
     from .errors import CheckpointError as CheckpointError
     from .errors import LayoutError as LayoutError
@@ -34,6 +35,7 @@ _HOMES = {
     "load_file": "checkpoint",
     "save_file": "checkpoint",
     "convert": "conversion",
+    "encode_checkpoint": "encoding",
     "verify": "verification",
     "BackendUnavailableError": "errors",
     "CheckpointError": "errors",

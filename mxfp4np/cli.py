@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import __version__
 from .errors import MXFP4Error
-from .format import DTYPES, TRANSPOSE
+from .format import DTYPES, ENCODED_LAYOUTS, RULES, TRANSPOSE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .shards import Progress
+    from .shards import Progress, Run
 
 _INDEX_ITEM = re.compile(r"\s*(?:(\.\.\.)|([+-]?\d+)|([+-]?\d+)?\s*:\s*([+-]?\d+)?\s*(?::\s*([+-]?\d+)?)?)\s*")
 
@@ -164,11 +164,40 @@ def _convert(args: argparse.Namespace) -> int:
             dry_run=args.dry_run,
             progress=progress,
         )
+    _print_run(args, result)
+    return 1 if result.verification is not None and result.verification.findings else 0
+
+
+def _encode(args: argparse.Namespace) -> int:
+    from .encoding import encode_checkpoint
+
+    with _shard_bar("encoding", quiet=args.quiet) as progress:
+        result = encode_checkpoint(
+            args.path,
+            args.target,
+            rule=args.rule,
+            layout=args.layout,
+            transpose=args.transpose,
+            max_shard_size=args.max_shard_size,
+            include=args.include,
+            exclude=args.exclude,
+            io=args.io,
+            workers=args.workers,
+            task=args.task,
+            resume=args.resume,
+            force=args.force,
+            dry_run=args.dry_run,
+            progress=progress,
+        )
+    _print_run(args, result)
+    return 0
+
+
+def _print_run(args: argparse.Namespace, result: Run) -> None:
     if args.json:
         print(json.dumps(result.to_json()))
     elif not args.quiet:
         print("\n".join(result.plan_lines() if args.dry_run else result.lines()))
-    return 1 if result.verification is not None and result.verification.findings else 0
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -276,6 +305,14 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--workers", type=parse_count, metavar="N", help="threads (default: one for each CPU)")
         sub.add_argument("--json", action="store_true", help="print what was done as JSON")
 
+    def shards(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--max-shard-size", type=parse_size, default="5GB", metavar="SIZE", help="default: 5GB")
+        sub.add_argument("--io", choices=("mmap", "pread"), default="mmap", help="pread: for network shares")
+        sub.add_argument("--resume", action="store_true", help="go on with what an earlier run left")
+        sub.add_argument("--force", action="store_true", help="start over in a folder that is not empty")
+        sub.add_argument("--dry-run", action="store_true", help="show what would be written")
+        sub.add_argument("--task", type=parse_task, metavar="I/N", help="write part I of N, for job arrays")
+
     convert = command("convert", _convert, "Write a checkpoint with its packed tensors decoded.")
     checkpoint(convert, "SRC")
     convert.add_argument("target", type=Path, metavar="DST", help="a new or empty folder")
@@ -283,15 +320,24 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "--transpose", choices=TRANSPOSE, default="auto", help="auto: gpt-oss experts as transformers wants them"
     )
-    convert.add_argument("--max-shard-size", type=parse_size, default="5GB", metavar="SIZE", help="default: 5GB")
     convert.add_argument("--device", default="cpu", help="cpu or cuda:0 (default: cpu)")
-    convert.add_argument("--io", choices=("mmap", "pread"), default="mmap", help="pread: for network shares")
-    convert.add_argument("--resume", action="store_true", help="go on with what an earlier run left")
-    convert.add_argument("--force", action="store_true", help="start over in a folder that is not empty")
     convert.add_argument("--verify", action="store_true", help="decode again by the reference, compare every byte")
-    convert.add_argument("--dry-run", action="store_true", help="show what would be written")
-    convert.add_argument("--task", type=parse_task, metavar="I/N", help="write part I of N, for job arrays")
+    shards(convert)
     patterns(convert, [])
+
+    encode = command("encode", _encode, "Write a checkpoint with its weights packed.")
+    encode.add_argument("path", type=Path, metavar="SRC", help="a folder, a .safetensors file, or a .index.json")
+    encode.add_argument("target", type=Path, metavar="DST", help="a new or empty folder")
+    encode.add_argument("--rule", choices=RULES, default=RULES[0], help="of the scales (default: even)")
+    encode.add_argument(
+        "--layout",
+        choices=ENCODED_LAYOUTS,
+        default=ENCODED_LAYOUTS[0],
+        help="how DST stores them (default: gpt-oss-hf)",
+    )
+    encode.add_argument("--transpose", choices=TRANSPOSE, default="auto", help="auto: only for gpt-oss-hf")
+    shards(encode)
+    patterns(encode, [])
 
     verify = command("verify", _verify, "Check a checkpoint, or what it was converted to.")
     checkpoint(verify, "SRC")

@@ -47,6 +47,9 @@ FP4_BOUNDS: Final = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 RULES: Final = ("even", "floor", "rceil", "ceil")
 """How an encoder chooses the exponent that a block shares; see `mxfp4np.encode`."""
 
+ENCODED_LAYOUTS: Final = ("gpt-oss-hf", "gpt-oss", "compressed-tensors", "mlx")
+"""The layouts that whole checkpoints are encoded to."""
+
 DTYPES: Final = ("bfloat16", "float16", "float32")
 """Names of the dtypes that MXFP4 decodes to, and is encoded from."""
 

@@ -1,0 +1,407 @@
+"""Encode a checkpoint: chosen tensors packed as a layout has them, all else as it is, config.json to match."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .array import MXFP4Array, encode
+from .checkpoint import Checkpoint, PathLike, TensorInfo
+from .container import DTYPES
+from .conversion import MAX_SHARD_SIZE, QUANTIZATION_KEYS, Copied, files_beside, folder_beside, rewritten
+from .errors import LayoutError
+from .format import BLOCK_SIZE, BYTES_PER_BLOCK, ENCODED_LAYOUTS, RULES, SCALE_NAN
+from .format import DTYPES as FLOATS
+from .layouts import LAYOUTS, as_blocks, is_turned, swapped
+from .report import count, escape
+from .selection import select
+from .shards import Item, Output, Pieces, Plan, Progress, Run, Scratch, make_shards
+
+PIECE_BYTES: Final = 8 << 20
+"""Bytes of values that a thread has in memory at a time; finding the errors takes some ten times as many."""
+
+
+class Form(NamedTuple):
+    """How a whole checkpoint of a layout looks."""
+
+    include: tuple[str, ...]
+    """Names of the tensors that are packed, unless the caller says which."""
+    exclude: tuple[str, ...] = ()
+    config: Callable[[list[str]], dict[str, Any]] = lambda _: {}
+    """What config.json has of it, given the names of the matrices that are left alone."""
+    axes: tuple[int, ...] = (2, 3)
+    """Numbers of axes that a packed tensor can have."""
+
+
+def _gpt_oss_config(left: list[str]) -> dict[str, Any]:  # noqa: ARG001
+    modules = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    return {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": modules}}
+
+
+def _compressed_tensors_config(left: list[str]) -> dict[str, Any]:
+    weights = {
+        "num_bits": 4,
+        "type": "float",
+        "symmetric": True,
+        "strategy": "group",
+        "group_size": BLOCK_SIZE,
+        "scale_dtype": "torch.uint8",
+    }
+    return {
+        "quantization_config": {
+            "quant_method": "compressed-tensors",
+            "format": "mxfp4-pack-quantized",
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+            "ignore": [name.removesuffix(".weight") for name in left],
+            "quantization_status": "compressed",
+        }
+    }
+
+
+def _mlx_config(left: list[str]) -> dict[str, Any]:  # noqa: ARG001
+    how = {"group_size": BLOCK_SIZE, "bits": 4, "mode": "mxfp4"}
+    return {"quantization": how, "quantization_config": how}
+
+
+_LEFT_ALONE: Final = ("*embed*", "*lm_head*", "*norm*", "*router*", "*.gate.weight", "*.wte.*", "*.wpe.*")
+
+FORMS: Final = {
+    "gpt-oss-hf": Form(("*.experts.gate_up_proj", "*.experts.down_proj"), config=_gpt_oss_config),
+    "gpt-oss": Form(("*.mlp1_weight", "*.mlp2_weight")),
+    "compressed-tensors": Form(("*.weight",), _LEFT_ALONE, _compressed_tensors_config, axes=(2,)),
+    "mlx": Form(("*.weight",), _LEFT_ALONE, _mlx_config),
+}
+"""The layouts that checkpoints are encoded to."""
+
+_LAYOUTS: Final = {layout.name: layout for layout in LAYOUTS}
+
+
+class Errors(NamedTuple):
+    """How far the encoded values of a tensor are from the given ones."""
+
+    error: float
+    """Sum of squared differences."""
+    norm: float
+    """Sum of squared values."""
+    worst: float
+    """Largest relative error of a block, by its root sums of squares."""
+    worst_block: tuple[int, ...]
+    """Which block: the index of its row, and its number there."""
+    nan_blocks: int
+    """Blocks that had a NaN or an infinity, and are NaN now; all else is of the others."""
+
+    @property
+    def relative(self) -> float:
+        """The relative Frobenius error."""
+        return math.sqrt(self.error / self.norm) if self.norm else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures as plain values."""
+        return {
+            "relative_error": self.relative,
+            "worst_block_error": self.worst,
+            "worst_block": list(self.worst_block),
+            "nan_blocks": self.nan_blocks,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A plain tensor to be packed."""
+
+    name: str
+    codes: Output
+    scales: Output
+    transpose: bool
+    rule: str
+
+    @property
+    def outputs(self) -> tuple[Output, ...]:
+        """The two halves, which stay together."""
+        return self.codes, self.scales
+
+    def pieces(self, checkpoint: Checkpoint, scratch: Scratch) -> Pieces:  # noqa: ARG002
+        """Yield both halves; return the `Errors`."""
+        begin = [0, 0]
+        total = Errors(0.0, 0.0, 0.0, (), 0)
+        for index, part in checkpoint.pieces(self.name, PIECE_BYTES, transpose=self.transpose):
+            packed = encode(part, self.rule, num_threads=1)
+            total = _added(total, _errors(part, packed), index)
+            for which, half in enumerate((packed.blocks, packed.scales)):
+                yield which, begin[which], half
+                begin[which] += half.nbytes
+        return total
+
+
+def _errors(values: NDArray[Any], packed: MXFP4Array) -> Errors:
+    blocks = (*packed.scales.shape, BLOCK_SIZE)
+    wanted = values.astype(np.float32).reshape(blocks)
+    with np.errstate(invalid="ignore"):  # a NaN is no surprise
+        difference = packed.decode("float32").reshape(blocks) - wanted
+        error = np.einsum("...i,...i->...", difference, difference, dtype=np.float64)
+        norm = np.einsum("...i,...i->...", wanted, wanted, dtype=np.float64)
+    nan = packed.scales == SCALE_NAN
+    error[nan] = norm[nan] = 0
+    relative = np.sqrt(np.divide(error, norm, out=np.zeros_like(error), where=norm > 0))
+    worst = np.unravel_index(int(relative.argmax()), relative.shape) if relative.size else ()
+    found = float(relative[worst]) if relative.size else 0.0
+    return Errors(float(error.sum()), float(norm.sum()), found, tuple(map(int, worst)), int(np.count_nonzero(nan)))
+
+
+def _added(total: Errors, part: Errors, index: tuple[int | slice, ...]) -> Errors:
+    """Add the errors of the piece that lies at ``index``."""
+    worst, block = total.worst, total.worst_block
+    if part.worst > worst:
+        within = iter(part.worst_block)
+        starts = [(k.start, next(within)) if isinstance(k, slice) else (k, 0) for k in index]
+        *rows, (first, group) = starts
+        worst, block = part.worst, (*map(sum, rows), first // BLOCK_SIZE + group)
+    return Errors(total.error + part.error, total.norm + part.norm, worst, block, total.nan_blocks + part.nan_blocks)
+
+
+def plan_encoding(
+    checkpoint: Checkpoint,
+    folder: Path,
+    *,
+    beside: Path | None = None,
+    rule: str = RULES[0],
+    layout: str = ENCODED_LAYOUTS[0],
+    transpose: str = "auto",
+    max_shard_size: int = MAX_SHARD_SIZE,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+) -> Plan:
+    """Return what `encode_checkpoint` is going to write, from headers alone.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+        The source.
+    folder : Path
+        The target.
+    beside : Path, optional
+        A folder whose other files go with the weights.
+    rule, layout, transpose, max_shard_size, include, exclude
+        As for `encode_checkpoint`.
+
+    Raises
+    ------
+    LayoutError
+        If a tensor is packed already, or cannot be.
+    ValueError
+        If an argument does not fit.
+    """
+    if rule not in RULES:
+        raise ValueError(f"rule must be one of {', '.join(RULES)}, found {rule!r}")
+    if layout not in FORMS:
+        raise ValueError(f"layout must be one of {', '.join(FORMS)}, found {layout!r}")
+    form, include, exclude = FORMS[layout], sorted(include), sorted(exclude)
+    infos = {name: checkpoint.info(name) for name in checkpoint}
+    if include:
+        chosen = set(select(infos, include, exclude))
+    else:
+        chosen = set(select(infos, form.include, (*form.exclude, *exclude)))
+        chosen = {name for name in chosen if _obstacle(infos[name], layout, transpose) is None}
+    if not chosen:
+        raise ValueError(f"{checkpoint.folder}: no tensor is to be packed as {layout}: see --layout and --include")
+    items: list[Item] = []
+    for name, info in infos.items():
+        obstacle = _obstacle(info, layout, transpose) if name in chosen else None
+        if info.layout is not None:
+            obstacle = f"is packed already, as {info.layout}: convert the checkpoint first"
+        if obstacle is not None:
+            raise LayoutError(f"{info.stored[0].file.path}: tensor {name!r} {obstacle}")
+        items.append(
+            _encoded(info, layout, transpose, rule) if name in chosen else Copied(Output(name, info.dtype, info.shape))
+        )
+    documents, copies = {}, {}
+    if beside is not None:
+        copies = files_beside(beside, folder)
+        if copies.pop("config.json", None):
+            left = [
+                n for n, info in infos.items() if n.endswith(".weight") and len(info.shape) == 2 and n not in chosen
+            ]
+            documents["config.json"] = rewritten(checkpoint, lambda config: _packed_config(config, form.config(left)))
+    about = {
+        "rule": rule,
+        "layout": layout,
+        "transpose": transpose,
+        "include": include,
+        "exclude": exclude,
+    }
+    return Plan(folder, make_shards(items, max_shard_size), documents, copies, about, checkpoint)
+
+
+def _obstacle(info: TensorInfo, layout: str, transpose: str) -> str | None:
+    """Return why a tensor cannot be packed as this layout has it, or None."""
+    known, axes = _LAYOUTS[layout], FORMS[layout].axes
+    shape = swapped(info.shape) if is_turned(layout, info.shape, transpose) else info.shape
+    if info.layout is None and DTYPES[info.dtype][1] not in FLOATS:
+        return f"is {info.dtype}: expected BF16, F16 or F32"
+    if not info.name.endswith(known.weight):
+        return f"cannot be named as {layout} names packed ones: expected a name that ends in {known.weight!r}"
+    if len(shape) not in axes:
+        return f"has shape {list(info.shape)}: expected {' or '.join(map(str, axes))} axes"
+    if shape[-1] % BLOCK_SIZE:
+        return f"has shape {list(info.shape)}: expected a multiple of {BLOCK_SIZE} inputs, found {shape[-1]}"
+    return None
+
+
+def _encoded(info: TensorInfo, layout: str, transpose: str, rule: str) -> Encoded:
+    known, turned = _LAYOUTS[layout], is_turned(layout, info.shape, transpose)
+    *rows, size = swapped(info.shape) if turned else info.shape
+    scales, dtype = (*rows, size // BLOCK_SIZE), known.codes_dtypes[0]
+    if known.blocks is as_blocks:
+        codes = (*scales, BYTES_PER_BLOCK)
+    else:
+        codes = (*rows, size // BLOCK_SIZE * BYTES_PER_BLOCK * 8 // DTYPES[dtype][0])
+    stem = info.name.removesuffix(known.weight)
+    return Encoded(
+        info.name,
+        Output(f"{stem}{known.codes}", dtype, codes),
+        Output(f"{stem}{known.scales}", known.scales_dtypes[0], scales),
+        turned,
+        rule,
+    )
+
+
+def _packed_config(config: dict[str, Any], how: dict[str, Any]) -> dict[str, Any]:
+    for key in QUANTIZATION_KEYS:
+        if key in config:
+            raise LayoutError(f"config.json has {key!r}: the weights are quantised already, convert them first")
+    return {**config, **how}
+
+
+@dataclass(frozen=True)
+class Encoding(Run):
+    """What `encode_checkpoint` did, or is going to do."""
+
+    packed: int
+    """Count of tensors that are packed."""
+
+    @property
+    def errors(self) -> Mapping[str, Errors]:
+        """The errors of each tensor that this run packed, by its name."""
+        return self.reports
+
+    @property
+    def relative_error(self) -> float:
+        """The relative Frobenius error of all of them together."""
+        norm = sum(errors.norm for errors in self.errors.values())
+        return math.sqrt(sum(errors.error for errors in self.errors.values()) / norm) if norm else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all of it as plain values."""
+        return {
+            **super().to_json(),
+            "packed": self.packed,
+            "relative_error": self.relative_error,
+            "errors": {name: errors.to_json() for name, errors in self.errors.items()},
+        }
+
+    def lines(self) -> Iterator[str]:
+        """Yield a report for a person."""
+        for name, errors in self.errors.items():
+            nan = f", {count(errors.nan_blocks, 'NaN block')}" if errors.nan_blocks else ""
+            yield (
+                f"{escape(name)}: relative error {errors.relative:.4f}, worst block {errors.worst:.4f} "
+                f"at {list(errors.worst_block)}{nan}"
+            )
+        yield from super().lines()
+        yield f"{count(self.packed, 'tensor')} packed; relative error of those written now: {self.relative_error:.4f}"
+
+
+def encode_checkpoint(
+    source: PathLike | Sequence[PathLike],
+    target: PathLike,
+    *,
+    rule: str = RULES[0],
+    layout: str = ENCODED_LAYOUTS[0],
+    transpose: str = "auto",
+    max_shard_size: int = MAX_SHARD_SIZE,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    io: str = "mmap",
+    workers: int | None = None,
+    task: tuple[int, int] | None = None,
+    resume: bool = False,
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Callable[[Progress], object] = lambda _: None,
+) -> Encoding:
+    """Write a checkpoint with its weights packed as MXFP4, in bounded memory; a killed run can be gone on with.
+
+    Parameters
+    ----------
+    source : path, or sequence of paths
+        As for `Checkpoint`, not packed. Of a folder or an index, the small files beside the weights are copied as well,
+        and config.json says how the weights are packed.
+    target : path
+        A new or empty folder, not one around the source.
+    rule : {"even", "floor", "rceil", "ceil"}
+        How a block's scale follows from its largest magnitude; see `encode`.
+    layout : {"gpt-oss-hf", "gpt-oss", "compressed-tensors", "mlx"}
+        How packed weights are named and stored.
+    transpose : {"auto", "yes", "no"}
+        Whether to swap the last two axes before packing, which goes along the last one. ``"auto"`` does it for
+        ``"gpt-oss-hf"``, whose experts are ``[expert, in, out]`` before and ``[expert, out, in]`` after.
+    include, exclude : iterable of str
+        Shell-style patterns of names: those to pack, and those to leave alone. By default the experts of gpt-oss; in
+        the other layouts all matrices called ``weight`` of a multiple of 32 inputs, but for embeddings, ``lm_head``,
+        norms and routers.
+    max_shard_size, io, workers, task, resume, force, dry_run, progress
+        As for `convert`.
+
+    Returns
+    -------
+    Encoding
+
+    Raises
+    ------
+    FileNotFoundError, FileExistsError
+        If the source is missing, or the target holds something.
+    CheckpointError, LayoutError
+        If the source is malformed, packed already, or has an included tensor that cannot be packed; or if the target
+        was begun with other arguments.
+    OSError
+        If the disk is full. No shard that looks finished is left behind.
+    ValueError
+        If an argument does not fit.
+
+    Notes
+    -----
+    The relative error of a tensor is the Frobenius norm of what decoding gives less what was given, over that of what
+    was given; of a block likewise. Blocks with NaN or infinity are counted, and left out.
+
+    Examples
+    --------
+    >>> import tempfile, numpy as np, mxfp4np
+    >>> folder = tempfile.mkdtemp()
+    >>> mxfp4np.save_file({"m.experts.down_proj": np.ones((2, 64, 3), np.float16)}, folder + "/model.safetensors")
+    >>> result = mxfp4np.encode_checkpoint(folder, folder + "/mxfp4")
+    >>> result.complete, result.packed, result.relative_error
+    (True, 1, 0.0)
+    >>> mxfp4np.Checkpoint(folder + "/mxfp4").info("m.experts.down_proj").shape
+    (2, 3, 64)
+    """
+    with Checkpoint(source, io=io) as checkpoint:
+        plan = plan_encoding(
+            checkpoint,
+            Path(target).absolute(),
+            beside=folder_beside(source, checkpoint),
+            rule=rule,
+            layout=layout,
+            transpose=transpose,
+            max_shard_size=max_shard_size,
+            include=include,
+            exclude=exclude,
+        )
+        run = plan.run(part=task, resume=resume, force=force, dry_run=dry_run, workers=workers, progress=progress)
+    packed = sum(isinstance(item, Encoded) for shard in plan.shards for item in shard.items)
+    return Encoding(**vars(run), packed=packed)
