@@ -19,7 +19,7 @@ from .errors import CheckpointError
 from .format import decoded_dtype
 from .layouts import LAYOUTS, METADATA, is_turned, swapped
 from .report import count, escape
-from .selection import select
+from .selection import patterns, select
 from .shards import RECORD, Item, Output, Pieces, Plan, Progress, Run, Scratch, Task, make_shards
 from .verification import Verification, compare, count_overflow
 
@@ -48,6 +48,11 @@ class Decoded:
     transpose: bool
 
     @property
+    def name(self) -> str:
+        """The same before and after."""
+        return self.output.name
+
+    @property
     def outputs(self) -> tuple[Output, ...]:
         """The values."""
         return (self.output,)
@@ -55,7 +60,7 @@ class Decoded:
     def pieces(self, checkpoint: Checkpoint, scratch: Scratch) -> Pieces:
         """Yield the values; return how many of them are infinite, which MXFP4 has no code for."""
         dtype, begin, overflow = decoded_dtype(DTYPES[self.output.dtype][1]), 0, 0
-        parts = checkpoint.pieces(self.output.name, PIECE_BYTES, dtype=dtype, transpose=self.transpose)
+        parts = checkpoint.pieces(self.name, PIECE_BYTES, dtype=dtype, transpose=self.transpose)
         for _, part in parts:
             shape = swapped(part.shape) if self.transpose else part.shape
             out = part.decode(out=scratch.empty(shape, dtype), transpose=self.transpose, num_threads=1)
@@ -72,6 +77,11 @@ class Copied:
     output: Output
 
     @property
+    def name(self) -> str:
+        """The same before and after."""
+        return self.output.name
+
+    @property
     def outputs(self) -> tuple[Output, ...]:
         """The tensor."""
         return (self.output,)
@@ -79,7 +89,7 @@ class Copied:
     def pieces(self, checkpoint: Checkpoint, scratch: Scratch) -> Pieces:  # noqa: ARG002
         """Yield its bytes."""
         begin = 0
-        for _, part in checkpoint.pieces(self.output.name, PIECE_BYTES):
+        for _, part in checkpoint.pieces(self.name, PIECE_BYTES):
             yield 0, begin, np.ascontiguousarray(part)
             begin += part.nbytes
 
@@ -92,8 +102,8 @@ def plan_conversion(
     dtype: DTypeLike = "bfloat16",
     transpose: str = "auto",
     max_shard_size: int = MAX_SHARD_SIZE,
-    include: Iterable[str] = (),
-    exclude: Iterable[str] = (),
+    include: str | Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
 ) -> Plan:
     """Return what `convert` is going to write, from headers alone.
 
@@ -116,7 +126,7 @@ def plan_conversion(
         If an argument does not fit.
     """
     wanted = decoded_dtype(dtype).name
-    include, exclude = sorted(include), sorted(exclude)
+    include, exclude = patterns(include), patterns(exclude)
     items: list[Item] = []
     layouts: set[str] = set()
     for name in select(checkpoint, include, exclude):
@@ -281,8 +291,8 @@ def convert(
     dtype: DTypeLike = "bfloat16",
     transpose: str = "auto",
     max_shard_size: int = MAX_SHARD_SIZE,
-    include: Iterable[str] = (),
-    exclude: Iterable[str] = (),
+    include: str | Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
     layout: str | None = None,
     io: str = "mmap",
     device: str = "cpu",
@@ -310,7 +320,7 @@ def convert(
         Hugging Face's names, ``[expert, in, out]``, as transformers wants them.
     max_shard_size : int
         Bytes of a file, as huggingface_hub counts them.
-    include, exclude : iterable of str
+    include, exclude : str or iterable of str
         Shell-style patterns of logical names: those to write, all by default, and those to leave out.
     layout, io, device : str, optional
         See `Checkpoint`.

@@ -20,7 +20,7 @@ from .format import BLOCK_SIZE, BYTES_PER_BLOCK, ENCODED_LAYOUTS, RULES, SCALE_N
 from .format import DTYPES as FLOATS
 from .layouts import LAYOUTS, as_blocks, is_turned, swapped
 from .report import count, escape
-from .selection import select
+from .selection import patterns, select
 from .shards import Item, Output, Pieces, Plan, Progress, Run, Scratch, make_shards
 
 PIECE_BYTES: Final = 8 << 20
@@ -174,8 +174,8 @@ def plan_encoding(
     layout: str = ENCODED_LAYOUTS[0],
     transpose: str = "auto",
     max_shard_size: int = MAX_SHARD_SIZE,
-    include: Iterable[str] = (),
-    exclude: Iterable[str] = (),
+    include: str | Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
 ) -> Plan:
     """Return what `encode_checkpoint` is going to write, from headers alone.
 
@@ -201,7 +201,7 @@ def plan_encoding(
         raise ValueError(f"rule must be one of {', '.join(RULES)}, found {rule!r}")
     if layout not in FORMS:
         raise ValueError(f"layout must be one of {', '.join(FORMS)}, found {layout!r}")
-    form, include, exclude = FORMS[layout], sorted(include), sorted(exclude)
+    form, include, exclude = FORMS[layout], patterns(include), patterns(exclude)
     infos = {name: checkpoint.info(name) for name in checkpoint}
     if include:
         chosen = set(select(infos, include, exclude))
@@ -308,11 +308,9 @@ class Encoding(Run):
     def lines(self) -> Iterator[str]:
         """Yield a report for a person."""
         for name, errors in self.errors.items():
+            worst = f", worst block {errors.worst:.4f} at {list(errors.worst_block)}" if errors.worst else ""
             nan = f", {count(errors.nan_blocks, 'NaN block')}" if errors.nan_blocks else ""
-            yield (
-                f"{escape(name)}: relative error {errors.relative:.4f}, worst block {errors.worst:.4f} "
-                f"at {list(errors.worst_block)}{nan}"
-            )
+            yield f"{escape(name)}: relative error {errors.relative:.4f}{worst}{nan}"
         yield from super().lines()
         yield f"{count(self.packed, 'tensor')} packed; relative error of those written now: {self.relative_error:.4f}"
 
@@ -325,8 +323,8 @@ def encode_checkpoint(
     layout: str = ENCODED_LAYOUTS[0],
     transpose: str = "auto",
     max_shard_size: int = MAX_SHARD_SIZE,
-    include: Iterable[str] = (),
-    exclude: Iterable[str] = (),
+    include: str | Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
     io: str = "mmap",
     workers: int | None = None,
     task: tuple[int, int] | None = None,
@@ -351,7 +349,7 @@ def encode_checkpoint(
     transpose : {"auto", "yes", "no"}
         Whether to swap the last two axes before packing, which goes along the last one. ``"auto"`` does it for
         ``"gpt-oss-hf"``, whose experts are ``[expert, in, out]`` before and ``[expert, out, in]`` after.
-    include, exclude : iterable of str
+    include, exclude : str or iterable of str
         Shell-style patterns of names: those to pack, and those to leave alone. By default the experts of gpt-oss; in
         the other layouts all matrices called ``weight`` of a multiple of 32 inputs, but for embeddings, ``lm_head``,
         norms and routers.

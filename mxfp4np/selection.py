@@ -46,9 +46,14 @@ class _Source:
                 yield np.ascontiguousarray(self._array[index], dtype=self.dtype)
 
 
-def select(names: Iterable[str], include: Iterable[str], exclude: Iterable[str]) -> list[str]:
+def patterns(given: str | Iterable[str]) -> list[str]:
+    """Return shell-style patterns, of which one may be given as it is."""
+    return [given] if isinstance(given, str) else sorted(given)
+
+
+def select(names: Iterable[str], include: str | Iterable[str], exclude: str | Iterable[str]) -> list[str]:
     """Return the names that match any of the patterns to include, if there are any, and none of those to exclude."""
-    wanted, unwanted = list(include), list(exclude)
+    wanted, unwanted = patterns(include), patterns(exclude)
     return [
         name
         for name in names

@@ -88,6 +88,10 @@ class Item(Protocol):
     """A tensor of the source on its way into a shard, as one tensor or several that stay together."""
 
     @property
+    def name(self) -> str:
+        """Of the tensor in the source."""
+
+    @property
     def outputs(self) -> tuple[Output, ...]:
         """What becomes of it."""
 
@@ -162,7 +166,7 @@ class Task:
         Returns
         -------
         dict
-            What the items report, by the name of their first output; of those that report anything.
+            What the items report, by their names; of those that report anything.
         """
         reports: dict[str, Any] = {}
         if self.is_done():
@@ -180,7 +184,7 @@ class Task:
                         which, offset, data = next(pieces)
                     except StopIteration as stop:
                         if stop.value:
-                            reports[item.outputs[0].name] = stop.value
+                            reports[item.name] = stop.value
                         break
                     output = item.outputs[which]
                     file.seek(len(header) + offsets[output.name] + offset)

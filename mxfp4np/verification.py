@@ -70,8 +70,8 @@ def verify(
     target: PathLike | None = None,
     *,
     transpose: str | None = None,
-    include: Iterable[str] | None = None,
-    exclude: Iterable[str] | None = None,
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
     layout: str | None = None,
     workers: int | None = None,
     progress: Callable[[Progress], object] = lambda _: None,
@@ -234,8 +234,8 @@ def _first_difference(index: tuple[int | slice, ...], expected: NDArray[Any], ac
 def _health(
     source: PathLike | Sequence[PathLike],
     layout: str | None,
-    include: Iterable[str],
-    exclude: Iterable[str],
+    include: str | Iterable[str],
+    exclude: str | Iterable[str],
     workers: int | None,
     progress: Callable[[Progress], object],
 ) -> Verification:

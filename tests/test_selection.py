@@ -310,3 +310,16 @@ def test_memory_is_bounded(tmp_path, name, dtype, suffix):
     assert found["written"] >= 300_000_000
     assert found["samples"] > 20
     assert found["extra"] < 128_000_000, f"{found['extra']:,} bytes more than before"
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "chosen"),
+    [
+        ((), (), ["a.w", "a.b", "c.w"]),
+        (["a.*", "c.w"], ["*.b"], ["a.w", "c.w"]),
+        ("*.w", "c*", ["a.w"]),
+        (["A.W"], (), []),
+    ],
+)
+def test_patterns_select_names_in_order(include, exclude, chosen):
+    assert selection.select(["a.w", "a.b", "c.w"], include, exclude) == chosen

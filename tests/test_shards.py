@@ -28,6 +28,7 @@ class Together:
     """An item of several outputs, whose bytes come in turns and backwards."""
 
     outputs: tuple[Output, ...]
+    name: str = "source's"
     cut: int = 5
 
     def data(self, output):
@@ -150,7 +151,7 @@ def test_a_task_writes_its_shard(source, tmp_path):
     calls = []
     task = shards.Task(tmp_path, shard, source)
     assert not task.is_done()
-    assert task.run(lambda name, count: calls.append((name, count))) == {"b.u8": "report of b.u8"}
+    assert task.run(lambda name, count: calls.append((name, count))) == {"source's": "report of b.u8"}
     assert task.is_done()
     file = SafetensorsFile(task.path)
     assert file.metadata == {"format": "pt"}
