@@ -141,6 +141,25 @@ def _shard_bar(what: str, *, quiet: bool) -> Iterator[Callable[[Progress], objec
         yield show
 
 
+_RUN_OPTIONS = (
+    "transpose",
+    "max_shard_size",
+    "include",
+    "exclude",
+    "io",
+    "workers",
+    "task",
+    "resume",
+    "force",
+    "dry_run",
+)
+
+
+def _run_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what `convert` and `encode` have in common."""
+    return {option: getattr(args, option) for option in _RUN_OPTIONS}
+
+
 def _convert(args: argparse.Namespace) -> int:
     from .conversion import convert
 
@@ -149,20 +168,11 @@ def _convert(args: argparse.Namespace) -> int:
             args.path,
             args.target,
             dtype=args.dtype,
-            transpose=args.transpose,
-            max_shard_size=args.max_shard_size,
-            include=args.include,
-            exclude=args.exclude,
             layout=args.layout,
-            io=args.io,
             device=args.device,
-            workers=args.workers,
-            task=args.task,
-            resume=args.resume,
-            force=args.force,
             verify=args.verify,
-            dry_run=args.dry_run,
             progress=progress,
+            **_run_options(args),
         )
     _print_run(args, result)
     return 1 if result.verification is not None and result.verification.findings else 0
@@ -173,21 +183,7 @@ def _encode(args: argparse.Namespace) -> int:
 
     with _shard_bar("encoding", quiet=args.quiet) as progress:
         result = encode_checkpoint(
-            args.path,
-            args.target,
-            rule=args.rule,
-            layout=args.layout,
-            transpose=args.transpose,
-            max_shard_size=args.max_shard_size,
-            include=args.include,
-            exclude=args.exclude,
-            io=args.io,
-            workers=args.workers,
-            task=args.task,
-            resume=args.resume,
-            force=args.force,
-            dry_run=args.dry_run,
-            progress=progress,
+            args.path, args.target, rule=args.rule, layout=args.layout, progress=progress, **_run_options(args)
         )
     _print_run(args, result)
     return 0

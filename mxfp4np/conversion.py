@@ -41,21 +41,27 @@ STALE: Final = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class Decoded:
-    """A packed tensor to be decoded."""
+class Single:
+    """A tensor that becomes one tensor of the same name."""
 
     output: Output
-    transpose: bool
 
     @property
     def name(self) -> str:
-        """The same before and after."""
+        """Of the tensor."""
         return self.output.name
 
     @property
     def outputs(self) -> tuple[Output, ...]:
-        """The values."""
+        """The one tensor."""
         return (self.output,)
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded(Single):
+    """A packed tensor to be decoded."""
+
+    transpose: bool
 
     def pieces(self, checkpoint: Checkpoint, scratch: Scratch) -> Pieces:
         """Yield the values; return how many of them are infinite, which MXFP4 has no code for."""
@@ -71,20 +77,8 @@ class Decoded:
 
 
 @dataclass(frozen=True, slots=True)
-class Copied:
+class Copied(Single):
     """A tensor that stays as it is."""
-
-    output: Output
-
-    @property
-    def name(self) -> str:
-        """The same before and after."""
-        return self.output.name
-
-    @property
-    def outputs(self) -> tuple[Output, ...]:
-        """The tensor."""
-        return (self.output,)
 
     def pieces(self, checkpoint: Checkpoint, scratch: Scratch) -> Pieces:  # noqa: ARG002
         """Yield its bytes."""
