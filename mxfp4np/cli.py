@@ -132,8 +132,9 @@ def _shard_bar(what: str, *, quiet: bool) -> Iterator[Callable[[Progress], objec
         def show(progress: Progress) -> None:
             if disable:
                 return
-            if progress.done < bar.n:  # what is checked begins anew
+            if progress.done < bar.n:  # all is written: checking begins
                 bar.reset()
+                bar.set_description_str("verifying", refresh=False)
             bar.total = progress.total
             bar.set_postfix_str(escape(f"{progress.shard} {progress.tensor}"), refresh=False)
             bar.update(progress.done - bar.n)
