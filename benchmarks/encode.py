@@ -19,11 +19,14 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 import mxfp4np
-from benchmarks.limits import PIECE, Bench
+from benchmarks.limits import Bench
 from mxfp4np.backends.memory import address_of, aligned_empty
 from mxfp4np.backends.threads import parallel_for
 from mxfp4np.bench import describe, machine
 from mxfp4np.format import DTYPES, RULES, decoded_dtype
+
+PIECE = 1 << 15
+"""Blocks that a thread claims at a time."""
 
 
 @intrinsic

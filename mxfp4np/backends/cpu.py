@@ -238,7 +238,7 @@ def decode_table(name: str) -> NDArray[np.uint8]:
 
 def encode_table(name: str, rule: str) -> NDArray[np.uint8]:
     """Return the table that `cpu_kernels` describes, for values of bfloat16 or float16."""
-    dtype, mantissa = decoded_dtype(name), 10 if name == "float16" else 7
+    dtype = decoded_dtype(name)
     magnitudes = np.arange(1 << 15, dtype=np.uint16).view(dtype)
     values = np.zeros((1 << 15, BLOCK_SIZE), dtype)
     values[:, 0] = magnitudes
@@ -249,9 +249,9 @@ def encode_table(name: str, rule: str) -> NDArray[np.uint8]:
     lines = np.empty((256, 8), np.uint16)
     lines[:, 0:7:2] = np.searchsorted(finite, bounds[:, 0::2], side="right") - 1  # half way is still the even code
     lines[:, 1:7:2] = np.searchsorted(finite, bounds[:, 1::2], side="left") - 1
-    regular = lines[:, 0] >= 1 << mantissa
-    lines[:, 7] = np.where(regular, lines[:, 0] + 1 - (1 << (mantissa - 2)), 0)
-    lines[SCALE_NAN] = [0x7FFF] * 7 + [0xFFFF]
+    one, two = np.array([1, 2], dtype).view(np.uint16)
+    lines[:, 7] = np.count_nonzero(scales[one:two] > scales[one])  # from where on it rounds up
+    lines[SCALE_NAN, :7] = 0x7FFF
     table = aligned_empty((scales.size + 2 * lines.nbytes,), np.dtype(np.uint8))
     table[: scales.size] = scales[:, 0]
     table[scales.size :] = lines.repeat(2).view(np.uint8)

@@ -47,15 +47,19 @@ TABLE_LINE, LOW_BYTES, HIGH_BYTES = 64, 32, 48
 #
 # The table to encode by, one for each rule, begins with a byte for all that can be the largest bits of a block, without
 # their sign: the scale. Then comes a line of 32 bytes for each scale: eight words, each of them twice. Seven are the
-# largest bits that get the codes 0 to 6; the last is a base. With M bits of mantissa, and `tie` being bit M - 1, which
-# is set half way to an even code, d = max(0, bits + tie - base) >> (M - 2) counts quarters of binades:
+# largest bits that get the codes 0 to 6; the last is the rule's: what rounds the largest bits to a power of two.
+#
+# That serves every block, and every processor. Most blocks need less: with M bits of mantissa, the scale is what is
+# left of `largest + rounding` without the last M bits, and so is a base that all bounds have the same distance from. With
+# `tie` being bit M - 1, which is set half way to an even code, d = max(0, bits + tie - base) >> (M - 2) counts quarters
+# of binades:
 #
 #   d                   0     1 to 6   7 to 9   10, 11   12, 13   14, 15   16, 17   18 to 20
 #   value / 2**e from   0     0.25     0.75     1.25     1.75     2.5      3.5      5
 #   code                0     1        2        3        4        5        6        7
 #
-# Where a bound is subnormal that is not so: lines of the smallest scales have the base 0. Others are odd numbers.
-ENCODE_LINES, ENCODE_LINE, ENCODE_BASE = 32768, 32, 28
+# That is not so where a bound is subnormal, nor in a block with NaN or infinity.
+ENCODE_LINES, ENCODE_LINE, ENCODE_ROUNDING = 32768, 32, 28
 CODES_FROM_5 = 1, 1, 2, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 7
 
 _I8, _I16, _I32 = (ir.IntType(bits) for bits in (8, 16, 32))
@@ -768,34 +772,9 @@ def _has_avx2(context):
     return "+avx2" in features.split(",")
 
 
-def _codes_avx2(builder, address, line, mantissa):
-    """Return the 16 bytes, each in a word, of the 32 words at an address, by a line with a base.
-
-    In each half are those of eight words, then those of the eight words 32 bytes further.
-    """
-    words_type, bytes_type = _vector(_I16, 16), _vector(_I8, 32)
-    base = _splat(builder, _offset(builder, line, ENCODE_BASE), 16)
-    halves = [_load(builder, _offset(builder, address, offset), words_type) for offset in (0, 32)]
-    quarters = []
-    for words in halves:
-        tie = builder.lshr(words, _constants(_I16, [mantissa - 1] * 16))
-        tie = builder.and_(tie, _constants(_I16, [1] * 16))
-        bits = builder.add(_magnitudes(builder, words), tie)
-        bits = _call(builder, "llvm.usub.sat.v16i16", words_type, bits, base)
-        quarters.append(builder.lshr(bits, _constants(_I16, [mantissa - 2] * 16)))
-    quarters = _call(builder, "llvm.x86.avx2.packuswb", bytes_type, *quarters)
-    codes = _call(builder, "llvm.usub.sat.v32i8", bytes_type, quarters, _constants(_I8, [5] * 32))
-    codes = _call(builder, "llvm.x86.avx2.pshuf.b", bytes_type, _constants(_I8, CODES_FROM_5 * 2), codes)
-    codes = _call(builder, "llvm.umin.v32i8", bytes_type, codes, quarters)  # 0 for 0, and changes no other
-    signs = _call(builder, "llvm.x86.avx2.packsswb", bytes_type, *halves)
-    negative = builder.icmp_signed("<", signs, _constants(_I8, [0] * 32))
-    codes = builder.select(negative, builder.or_(codes, _constants(_I8, [8] * 32)), codes)
-    return _call(builder, "llvm.x86.avx2.pmadd.ub.sw", words_type, codes, _constants(_I8, [1, 16] * 16))
-
-
 @intrinsic
-def has_pairs(typingctx):
-    """Return whether `encode_pair` is there: the machine has AVX2."""
+def has_avx2(typingctx):
+    """Return whether `scale_eight` and `encode_pair` are there."""
 
     def codegen(context, builder, signature, args):
         return ir.Constant(ir.IntType(1), _has_avx2(context))
@@ -803,25 +782,153 @@ def has_pairs(typingctx):
     return types.boolean(), codegen
 
 
+def _mantissa(word):
+    return 10 if word == types.int16 else 7
+
+
+def _store(builder, value, address, align=1):
+    builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=align)
+
+
+def _maximum(builder, first, second):
+    return _call(builder, "llvm.umax.v16i16", first.type, first, second)
+
+
+def _largest_of_eight(builder, vectors):
+    """Return the largest word of each of eight vectors."""
+    # Interleaving two, which takes a pair of unpack instructions, brings two words of each one above the other.
+    low = [8 * part + i // 2 + 16 * (i % 2) for part in range(2) for i in range(8)]
+    high = [i + 4 for i in low]
+    while len(vectors) > 1:
+        pairs = zip(vectors[: len(vectors) // 2], vectors[len(vectors) // 2 :], strict=True)
+        vectors = [_maximum(builder, _join(builder, *pair, low), _join(builder, *pair, high)) for pair in pairs]
+    both = _maximum(builder, *vectors, _join(builder, *vectors, *vectors, [*range(8, 16), *range(8)]))
+    return _join(builder, both, both, range(8))
+
+
+def _half_block(builder, address, word):
+    """Return 16 values as words: float32 values 0 and 8, then 1 and 9, and so on."""
+    if word.bitwidth == 16:
+        return _load(builder, address, _vector(_I16, 16))
+    first, second = (_load(builder, _offset(builder, address, offset), _vector(_I32, 8)) for offset in (0, 32))
+    sixteen = _constants(_I32, [16] * 8)
+    parts = (builder.lshr(first, sixteen), second), (first, builder.shl(second, sixteen))
+    order = [i + i % 2 * 16 for i in range(16)]
+    words, behind = (
+        _join(builder, *(builder.bitcast(value, _vector(_I16, 16)) for value in part), order) for part in parts
+    )
+    return builder.or_(words, _call(builder, "llvm.umin.v16i16", behind.type, behind, _constants(_I16, [1] * 16)))
+
+
 @intrinsic
-def encode_pair(typingctx, words, first, second, out, word):
-    """Write the codes of two blocks of words, by two lines of the table that have bases."""
+def scale_eight(typingctx, blocks, rounding, scales, bases, bits, signs, word):
+    """Write the scales of eight blocks, and what their codes are made from; return whether all of them have a base.
+
+    That is a base for each, twice; the bits of each value, without the sign, times two, plus the tie; and a byte for
+    each, in the order that packing leaves them in, which begins with the sign.
+    """
 
     def codegen(context, builder, signature, args):
-        if _has_avx2(context):
-            words, first, second, out, _ = args
-            mantissa = 10 if signature.args[4] == types.int16 else 7
-            blocks = [
-                _codes_avx2(builder, _offset(builder, words, 64 * i), line, mantissa)
-                for i, line in enumerate((first, second))
+        if not _has_avx2(context):
+            return ir.Constant(ir.IntType(1), 0)
+        blocks, rounding, scales, bases, bits, signs, _ = args
+        word = signature.args[6]
+        mantissa = _mantissa(word)
+        vectors = []
+        for block in range(8):
+            halves = [
+                _half_block(builder, _offset(builder, blocks, (2 * block + i) * 2 * word.bitwidth), word)
+                for i in (0, 1)
             ]
-            codes = _call(builder, "llvm.x86.avx2.packuswb", _vector(_I8, 32), *blocks)
-            codes = builder.bitcast(codes, _vector(_I32, 8))
-            codes = _join(builder, codes, codes, [0, 4, 1, 5, 2, 6, 3, 7])
-            builder.store(codes, builder.inttoptr(out, codes.type.as_pointer()), align=1)
+            doubled = []
+            for i, words in enumerate(halves):
+                tie = builder.lshr(words, _constants(_I16, [mantissa - 1] * 16))
+                tie = builder.and_(tie, _constants(_I16, [1] * 16))
+                doubled.append(builder.or_(builder.add(words, words), tie))
+                _store(builder, doubled[i], _offset(builder, bits, 64 * block + 32 * i), 32)
+            packed = _call(builder, "llvm.x86.avx2.packsswb", _vector(_I8, 32), *halves)
+            _store(builder, packed, _offset(builder, signs, 32 * block), 32)
+            vectors.append(_maximum(builder, *doubled))
+
+        def constant(value):
+            return _constants(_I16, [value] * 8)
+
+        largest = builder.lshr(_largest_of_eight(builder, vectors), constant(1))
+        rounded = builder.add(largest, _splat(builder, rounding, 8))
+        exponents = builder.add(builder.lshr(rounded, constant(mantissa)), constant(110 if mantissa == 10 else -2))
+        exponents = _call(builder, "llvm.smax.v8i16", largest.type, exponents, constant(0))
+        is_zero = builder.icmp_signed("==", largest, constant(0))
+        exponents = builder.trunc(builder.select(is_zero, constant(0), exponents), _vector(_I8, 8))
+        _store(builder, exponents, scales)
+        # All times two: a quarter less than the first bound, which is 2**-4 times the power of two. One more, since a
+        # value on a bound belongs below it, if it has no tie.
+        base = builder.shl(builder.and_(rounded, constant(-1 << mantissa)), constant(1))
+        base = builder.sub(base, constant((8 << mantissa) + (1 << (mantissa - 1)) - 1))
+        _store(builder, _join(builder, base, base, [i // 2 for i in range(16)]), bases, 4)
+        is_normal = builder.icmp_signed(">=", rounded, constant(5 << mantissa))
+        is_finite = builder.icmp_signed("<", largest, constant(0x7FFF >> mantissa << mantissa))
+        has_base = builder.bitcast(builder.or_(is_zero, builder.and_(is_normal, is_finite)), _I8)
+        return builder.icmp_unsigned("==", has_base, _I8(255))
+
+    return types.boolean(*[types.int64] * 6, word), codegen
+
+
+def _codes_avx2(builder, base, bits, signs, mantissa):
+    """Return the codes of a block, in the order that packing leaves them in."""
+    bytes_type = _vector(_I8, 32)
+    base = _splat(builder, base, 16)
+    quarters = []
+    for offset in (0, 32):
+        half = _load(builder, _offset(builder, bits, offset), base.type, 32)
+        half = _call(builder, "llvm.usub.sat.v16i16", base.type, half, base)
+        quarters.append(builder.lshr(half, _constants(_I16, [mantissa - 1] * 16)))
+    quarters = _call(builder, "llvm.x86.avx2.packuswb", bytes_type, *quarters)
+    codes = _call(builder, "llvm.usub.sat.v32i8", bytes_type, quarters, _constants(_I8, [5] * 32))
+    codes = _call(builder, "llvm.x86.avx2.pshuf.b", bytes_type, _constants(_I8, CODES_FROM_5 * 2), codes)
+    codes = _call(builder, "llvm.umin.v32i8", bytes_type, codes, quarters)  # 0 for 0, and changes no other
+    negative = builder.or_(codes, _constants(_I8, [8] * 32))
+    return _call(builder, "llvm.x86.avx2.pblendvb", bytes_type, codes, negative, _load(builder, signs, bytes_type, 32))
+
+
+@intrinsic
+def encode_pair(typingctx, bases, bits, signs, out, word):
+    """Write the codes of two blocks by what `scale_eight` has written."""
+
+    def codegen(context, builder, signature, args):
+        if not _has_avx2(context):
+            return context.get_dummy_value()
+        bases, bits, signs, out, _ = args
+        word = signature.args[4]
+        codes = []
+        for i in range(2):
+            places = [_offset(builder, place, n * i) for place, n in ((bases, 4), (bits, 64), (signs, 32))]
+            codes.append(_codes_avx2(builder, *places, _mantissa(word)))
+        # Multiply and add brings two codes together: that are neighbours, or of float32, that are one apart.
+        if word.bitwidth == 16:
+            multiply, factors, pack = "llvm.x86.avx2.pmadd.ub.sw", _constants(_I8, [1, 16] * 16), "packuswb"
+            order = [16 * (i // 4 % 2) + 8 * (i // 16) + 4 * (i // 8 % 2) + i % 4 for i in range(32)]
+        else:
+            multiply, factors, pack = "llvm.x86.avx2.pmadd.wd", _constants(_I16, [1, 16] * 8), "packusdw"
+            order = [16 * (i // 2 % 2) + 8 * (i // 16) + 4 * (i // 8 % 2) + i // 4 % 2 + 2 * (i % 2) for i in range(32)]
+        summed = _vector(_I16, 16) if word.bitwidth == 16 else _vector(_I32, 8)
+        packed = _vector(_I8, 32) if word.bitwidth == 16 else _vector(_I16, 16)
+        codes = [_call(builder, multiply, summed, builder.bitcast(half, factors.type), factors) for half in codes]
+        codes = builder.bitcast(_call(builder, f"llvm.x86.avx2.{pack}", packed, *codes), _vector(_I8, 32))
+        _store(builder, _join(builder, codes, codes, order), out)
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64, types.int64, types.int64, word), codegen
+    return types.void(*[types.int64] * 4, word), codegen
+
+
+@intrinsic
+def stand_alone(typingctx):
+    """Keep the function that calls this one from becoming a part of its caller: its loops want all registers."""
+
+    def codegen(context, builder, signature, args):
+        builder.function.attributes.add("noinline")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
 
 
 @intrinsic
@@ -839,8 +946,14 @@ ENCODE_BLOCKS = 64
 """Blocks that are encoded together."""
 
 reserve_values = _reserver(ENCODE_BLOCKS * 128, 64)
-reserve_words = _reserver(ENCODE_BLOCKS * 64, 64)
+reserve_words = _reserver(64, 64)
+reserve_bases = _reserver(ENCODE_BLOCKS * 4, 64)
+reserve_bits = _reserver(ENCODE_BLOCKS * 64, 64)
+reserve_signs = _reserver(ENCODE_BLOCKS * 32, 64)
+reserve_codes = _reserver(ENCODE_BLOCKS * 16, 64)
+reserve_scales = _reserver(ENCODE_BLOCKS, 64)
 copy_2 = _copier(2, 1, streaming=False)
+copy_16 = _copier(16, 1, streaming=False)
 
 
 @njit(nogil=True, inline="always")
@@ -854,23 +967,60 @@ def _gather(source, step, target, size, count):
         target += size
 
 
+@njit(nogil=True)
+def _encode_any(table, x, word, count, codes, scales):
+    """Encode blocks of any values."""
+    stand_alone()
+    words = reserve_words()
+    for k in range(count):
+        block = x + 32 * itemsize(word) * k
+        scale = load_byte(table + squeeze_block(block, words, word))
+        store_byte(scale, scales + k)
+        line = table + ENCODE_LINES + ENCODE_LINE * scale
+        encode_block(block if itemsize(word) == 2 else words, line, codes + 16 * k)
+
+
+@njit(nogil=True)
+def _scale_blocks(x, word, count, rounding, scales, bases, bits, signs):
+    """Write scales of blocks, eight or more, and what `encode_pair` wants; return whether all of them have a base."""
+    stand_alone()
+    based = True
+    for i in range(0, count, 8):
+        k = min(i, count - 8)  # the last eight may have been there
+        block = x + 32 * itemsize(word) * k
+        based &= scale_eight(block, rounding, scales + k, bases + 4 * k, bits + 64 * k, signs + 32 * k, word)
+    return based
+
+
+@njit(nogil=True)
+def _encode_based(word, count, bases, bits, signs, codes):
+    """Write the codes of blocks that have bases, two or more."""
+    stand_alone()
+    for i in range(0, count, 2):
+        k = min(i, count - 2)
+        encode_pair(bases + 4 * k, bits + 64 * k, signs + 32 * k, codes + 16 * k, word)
+
+
+@njit(nogil=True, inline="always")
+def _encode_blocks(table, x, word, count, codes, scales):
+    """Encode up to `ENCODE_BLOCKS` blocks that follow each other, to codes and scales that do."""
+    # All scales before all codes: a code waits for its scale, which waits for all of its block.
+    rounding = table + ENCODE_LINES + ENCODE_ROUNDING
+    bases, bits, signs = reserve_bases(), reserve_bits(), reserve_signs()
+    if has_avx2() and count >= 8 and _scale_blocks(x, word, count, rounding, scales, bases, bits, signs):
+        _encode_based(word, count, bases, bits, signs, codes)
+    else:
+        _encode_any(table, x, word, count, codes, scales)
+
+
 def encode_range(geometry, word, start, stop):
     """Encode blocks ``start`` to ``stop - 1``, counted over all rows in C order, from words of the type of ``word``.
 
     The geometry is that of decoding, ``out`` being what is encoded.
     """
-    table = geometry[TABLE_ADDRESS]
-    lines = table + ENCODE_LINES
-    size = geometry[ITEMSIZE]
-    step = geometry[OUT_STEP]
-    per_row = geometry[BLOCKS_PER_ROW]
-    block_step = geometry[BLOCKS_STEP]
-    scale_step = geometry[SCALES_STEP]
-    smallest = 0  # of the scales that have a base
-    while load_byte(lines + ENCODE_LINE * smallest + ENCODE_BASE) == 0:
-        smallest += 1
-    gathered = reserve_values()
-    squeezed = reserve_words()
+    step, size = geometry[OUT_STEP], itemsize(word)
+    per_row, block_step, scale_step = geometry[BLOCKS_PER_ROW], geometry[BLOCKS_STEP], geometry[SCALES_STEP]
+    values, codes, bytes_ = reserve_values(), reserve_codes(), reserve_scales()
     while start < stop:
         row = start // per_row
         first = start - row * per_row
@@ -882,23 +1032,11 @@ def encode_range(geometry, word, start, stop):
         count = min(stop - start, per_row - first, ENCODE_BLOCKS)
         start += count
         if step != size:
-            _gather(x, step, gathered, size, 32 * count)
-            x = gathered
-        # All scales of a part before all codes: a code waits for its scale, which waits for all of its block.
-        paired = block_step == 16 and has_pairs()
-        for k in range(count):
-            scale = load_byte(table + squeeze_block(x + 32 * size * k, squeezed + 64 * k, word))
-            store_byte(scale, scales + k * scale_step)
-            if scale < smallest:  # which the processor foresees; a minimum it would wait for
-                paired = False
-        words = x if size == 2 else squeezed
-        done = 0
-        if paired:
-            done = count // 2 * 2
-            for k in range(0, done, 2):
-                line = lines + ENCODE_LINE * load_byte(scales + k * scale_step)
-                other = lines + ENCODE_LINE * load_byte(scales + (k + 1) * scale_step)
-                encode_pair(words + 64 * k, line, other, out + 16 * k, word)
-        for k in range(done, count):
-            line = lines + ENCODE_LINE * load_byte(scales + k * scale_step)
-            encode_block(words + 64 * k, line, out + k * block_step)
+            _gather(x, step, values, size, 32 * count)
+            x = values
+        dense = block_step == 16 and scale_step == 1
+        _encode_blocks(geometry[TABLE_ADDRESS], x, word, count, out if dense else codes, scales if dense else bytes_)
+        if not dense:
+            for k in range(count):
+                copy_16(codes + 16 * k, out + k * block_step)
+                copy_1(bytes_ + k, scales + k * scale_step)
