@@ -86,6 +86,8 @@ def _inspect(args: argparse.Namespace) -> int:
 
     with Checkpoint(args.path, layout=args.layout) as checkpoint:
         table = rows(checkpoint, args.pattern)
+        if not table and args.pattern != "*":
+            raise ValueError(f"{args.path}: no tensor is called like {args.pattern!r}")
         packed = [row.info for row in table if args.stats and row.info is not None and row.info.layout is not None]
         stats: dict[str, Stats] = {}
         with progress_bar(sum(info.nbytes for info in packed), "reading", quiet=args.quiet) as progress:
@@ -127,7 +129,9 @@ def _shard_bar(what: str, *, quiet: bool) -> Iterator[Callable[[Progress], objec
     from .report import escape
 
     disable = quiet or not sys.stderr.isatty()
-    with tqdm(desc=what, unit="B", unit_scale=True, disable=disable, leave=False) as bar:
+    # The bar is short, so that a narrow terminal has room for what is behind it.
+    form = "{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} [{remaining}, {rate_fmt}{postfix}]"
+    with tqdm(desc=what, unit="B", unit_scale=True, disable=disable, leave=False, bar_format=form) as bar:
 
         def show(progress: Progress) -> None:
             if disable:
@@ -136,7 +140,8 @@ def _shard_bar(what: str, *, quiet: bool) -> Iterator[Callable[[Progress], objec
                 bar.reset()
                 bar.set_description_str("verifying", refresh=False)
             bar.total = progress.total
-            bar.set_postfix_str(escape(f"{progress.shard} {progress.tensor}"), refresh=False)
+            shard = re.sub(r"model-0*(\d+)-of-0*(\d+)\.safetensors", r"shard \1/\2", progress.shard)
+            bar.set_postfix_str(escape(f"{shard} {progress.tensor}"), refresh=False)
             bar.update(progress.done - bar.n)
 
         yield show
@@ -195,6 +200,8 @@ def _print_run(args: argparse.Namespace, result: Run) -> None:
         print(json.dumps(result.to_json()))
     elif not args.quiet:
         print("\n".join(result.plan_lines() if args.dry_run else result.lines()))
+    for warning in result.warnings():
+        print(f"mxfp4np: warning: {warning}", file=sys.stderr)
 
 
 def _verify(args: argparse.Namespace) -> int:

@@ -230,6 +230,8 @@ def folder_beside(source: PathLike | Sequence[PathLike], checkpoint: Checkpoint)
 class Conversion(Run):
     """What `convert` did, or is going to do."""
 
+    packed: int
+    """Count of tensors that are decoded."""
     untouched: list[str]
     """Tensors that are quantised in another way, and were copied."""
     loader: str
@@ -245,37 +247,36 @@ class Conversion(Run):
         """Return all of it as plain values."""
         return {
             **super().to_json(),
+            "packed": self.packed,
             "overflow": dict(self.overflow),
             "untouched": self.untouched,
             "verification": None if self.verification is None else self.verification.to_json(),
         }
 
-    def plan_lines(self) -> Iterator[str]:
-        """Yield what is going to be written, for a person."""
-        yield from super().plan_lines()
-        yield from self._warnings()
+    def warnings(self) -> Iterator[str]:
+        """Yield what a person should know even if nothing else is to be shown."""
+        if not self.packed:
+            yield "no tensor of the source is packed: all of them are copied"
+        if self.untouched:
+            yield (
+                f"{count(len(self.untouched), 'tensor')} quantised in another way, left so, as is what config.json "
+                f"says of it: {escape(self.untouched[0])} is the first"
+            )
+        if self.overflow:
+            yield (
+                f"{count(sum(self.overflow.values()), 'value')} in {count(len(self.overflow), 'tensor')} too large for "
+                f"the dtype, and infinite now: {escape(next(iter(self.overflow)))} is the first"
+            )
 
     def lines(self) -> Iterator[str]:
         """Yield a report for a person."""
         yield from super().lines()
-        yield from self._warnings()
         if self.verification is not None:
             yield from self.verification.lines()
-        if self.complete:
+        if self.verification is not None and self.verification.findings:
+            yield "a file that differs can be removed, and written again with --resume"
+        elif self.complete:
             yield f"load it: {escape(self.loader)}"
-
-    def _warnings(self) -> Iterator[str]:
-        if self.untouched:
-            yield (
-                f"warning: quantised in another way, and left so, as what config.json says of it: "
-                f"{count(len(self.untouched), 'tensor')}, {escape(self.untouched[0])} first"
-            )
-        if self.overflow:
-            name = next(iter(self.overflow))
-            yield (
-                f"warning: too large for the dtype, and infinite now: {count(sum(self.overflow.values()), 'value')} in "
-                f"{count(len(self.overflow), 'tensor')}, {escape(name)} first"
-            )
 
 
 def convert(
@@ -326,7 +327,8 @@ def convert(
     resume : bool
         Go on with what an earlier run with the same arguments left in the folder.
     force : bool
-        Start over in a folder that holds an earlier run, or something else, which stays where names differ.
+        Start over in a folder that holds an earlier run, or other files, of which those with the same names are
+        replaced. Weights that no earlier run wrote are refused.
     verify : bool
         Decode again by the reference backend, and compare every byte.
     dry_run : bool
@@ -380,9 +382,11 @@ def convert(
         verification = None
         if verify and not dry_run:
             verification = _verify(checkpoint, plan.tasks(task or (1, 1)), transpose, workers, progress)
+    items = [item for shard in plan.shards for item in shard.items]
     return Conversion(
         **vars(run),
-        untouched=untouched(item for shard in plan.shards for item in shard.items),
+        packed=sum(isinstance(item, Decoded) for item in items),
+        untouched=untouched(items),
         loader=_loader(plan),
         verification=verification,
     )

@@ -37,6 +37,8 @@ class Form(NamedTuple):
     """What config.json has of it, given the names of the matrices that are left alone."""
     axes: tuple[int, ...] = (2, 3)
     """Numbers of axes that a packed tensor can have."""
+    only: bool = False
+    """Whether the model has nothing packed but what is included here, and all of that."""
 
 
 def _gpt_oss_config(left: list[str]) -> dict[str, Any]:  # noqa: ARG001
@@ -72,8 +74,8 @@ def _mlx_config(left: list[str]) -> dict[str, Any]:  # noqa: ARG001
 _LEFT_ALONE: Final = ("*embed*", "*lm_head*", "*norm*", "*router*", "*.gate.weight", "*.wte.*", "*.wpe.*")
 
 FORMS: Final = {
-    "gpt-oss-hf": Form(("*.experts.gate_up_proj", "*.experts.down_proj"), config=_gpt_oss_config),
-    "gpt-oss": Form(("*.mlp1_weight", "*.mlp2_weight")),
+    "gpt-oss-hf": Form(("*.experts.gate_up_proj", "*.experts.down_proj"), config=_gpt_oss_config, axes=(3,), only=True),
+    "gpt-oss": Form(("*.mlp1_weight", "*.mlp2_weight"), axes=(3,), only=True),
     "compressed-tensors": Form(("*.weight",), _LEFT_ALONE, _compressed_tensors_config, axes=(2,)),
     "mlx": Form(("*.weight",), _LEFT_ALONE, _mlx_config),
 }
@@ -207,9 +209,13 @@ def plan_encoding(
         chosen = set(select(infos, include, exclude))
     else:
         chosen = set(select(infos, form.include, (*form.exclude, *exclude)))
-        chosen = {name for name in chosen if _obstacle(infos[name], layout, transpose) is None}
+        if not form.only:
+            chosen = {name for name in chosen if _obstacle(infos[name], layout, transpose) is None}
     if not chosen:
-        raise ValueError(f"{checkpoint.folder}: no tensor is to be packed as {layout}: see --layout and --include")
+        names = ", ".join(include or form.include)
+        raise ValueError(
+            f"{checkpoint.folder}: no tensor called {names} that {layout} could pack: see --layout and --include"
+        )
     items: list[Item] = []
     for name, info in infos.items():
         obstacle = _obstacle(info, layout, transpose) if name in chosen else None
@@ -240,14 +246,16 @@ def plan_encoding(
 
 def _obstacle(info: TensorInfo, layout: str, transpose: str) -> str | None:
     """Return why a tensor cannot be packed as this layout has it, or None."""
-    known, axes = _LAYOUTS[layout], FORMS[layout].axes
+    known, form = _LAYOUTS[layout], FORMS[layout]
     shape = swapped(info.shape) if is_turned(layout, info.shape, transpose) else info.shape
     if info.layout is None and DTYPES[info.dtype][1] not in FLOATS:
         return f"is {info.dtype}: expected BF16, F16 or F32"
     if not info.name.endswith(known.weight):
         return f"cannot be named as {layout} names packed ones: expected a name that ends in {known.weight!r}"
-    if len(shape) not in axes:
-        return f"has shape {list(info.shape)}: expected {' or '.join(map(str, axes))} axes"
+    if form.only and not select([info.name], form.include, ()):
+        return f"is none that {layout} packs: those are {' and '.join(form.include)}"
+    if len(shape) not in form.axes:
+        return f"has shape {list(info.shape)}: expected {' or '.join(map(str, form.axes))} axes"
     if shape[-1] % BLOCK_SIZE:
         return f"has shape {list(info.shape)}: expected a multiple of {BLOCK_SIZE} inputs, found {shape[-1]}"
     return None
@@ -282,8 +290,8 @@ def _packed_config(config: dict[str, Any], how: dict[str, Any]) -> dict[str, Any
 class Encoding(Run):
     """What `encode_checkpoint` did, or is going to do."""
 
-    packed: int
-    """Count of tensors that are packed."""
+    packed: list[str]
+    """Names of the tensors that are packed."""
 
     @property
     def errors(self) -> Mapping[str, Errors]:
@@ -305,14 +313,29 @@ class Encoding(Run):
             "errors": {name: errors.to_json() for name, errors in self.errors.items()},
         }
 
+    def plan_lines(self) -> Iterator[str]:
+        """Yield what is going to be written, for a person."""
+        yield from (f"packed: {escape(name)}" for name in self.packed)
+        yield from super().plan_lines()
+
+    def warnings(self) -> Iterator[str]:
+        """Yield what a person should know even if nothing else is to be shown."""
+        broken = {name: errors.nan_blocks for name, errors in sorted(self.errors.items()) if errors.nan_blocks}
+        if broken:
+            yield (
+                f"{count(sum(broken.values()), 'block')} in {count(len(broken), 'tensor')} had NaN or infinity, and "
+                f"decode to NaN: {escape(next(iter(broken)))} is the first"
+            )
+
     def lines(self) -> Iterator[str]:
         """Yield a report for a person."""
-        for name, errors in self.errors.items():
+        for name, errors in sorted(self.errors.items()):
             worst = f", worst block {errors.worst:.4f} at {list(errors.worst_block)}" if errors.worst else ""
             nan = f", {count(errors.nan_blocks, 'NaN block')}" if errors.nan_blocks else ""
             yield f"{escape(name)}: relative error {errors.relative:.4f}{worst}{nan}"
         yield from super().lines()
-        yield f"{count(self.packed, 'tensor')} packed; relative error of those written now: {self.relative_error:.4f}"
+        packed = count(len(self.packed), "tensor")
+        yield f"{packed} packed; relative error of those written now: {self.relative_error:.4f}"
 
 
 def encode_checkpoint(
@@ -384,7 +407,7 @@ def encode_checkpoint(
     >>> mxfp4np.save_file({"m.experts.down_proj": np.ones((2, 64, 3), np.float16)}, folder + "/model.safetensors")
     >>> result = mxfp4np.encode_checkpoint(folder, folder + "/mxfp4")
     >>> result.complete, result.packed, result.relative_error
-    (True, 1, 0.0)
+    (True, ['m.experts.down_proj'], 0.0)
     >>> mxfp4np.Checkpoint(folder + "/mxfp4").info("m.experts.down_proj").shape
     (2, 3, 64)
     """
@@ -401,5 +424,5 @@ def encode_checkpoint(
             exclude=exclude,
         )
         run = plan.run(part=task, resume=resume, force=force, dry_run=dry_run, workers=workers, progress=progress)
-    packed = sum(isinstance(item, Encoded) for shard in plan.shards for item in shard.items)
+    packed = [item.name for shard in plan.shards for item in shard.items if isinstance(item, Encoded)]
     return Encoding(**vars(run), packed=packed)

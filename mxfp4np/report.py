@@ -55,7 +55,8 @@ class Stats:
         for _, part in array.chunks(4 * STATS_BYTES):
             self.bytes_ += np.bincount(part.blocks.reshape(-1), minlength=256)
             self.scales += np.bincount(part.scales.reshape(-1), minlength=256)
-            self.zero_blocks += int(np.count_nonzero(~(part.blocks & 0x77).any(axis=-1)))
+            zero = ~(part.blocks & 0x77).any(axis=-1) & (part.scales != SCALE_NAN)
+            self.zero_blocks += int(np.count_nonzero(zero))
             progress(part.nbytes)
 
     @classmethod

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from .backends.memory import aligned_empty
 from .backends.threads import default_num_threads, parallel_for
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, read_json
 from .container import DTYPES, atomic_file, bytes_of, header_bytes, nbytes_of
 from .errors import CheckpointError
 from .report import count, escape, format_bytes
@@ -308,16 +308,16 @@ class Plan:
         if part is not None and force:
             raise ValueError("tasks share a folder: remove it, or give --force to a run without --task")
         self._refuse_source()
-        written, complete, begin = 0, False, time.perf_counter()
+        written, missing, begin = 0, [shard.file for shard in self.shards], time.perf_counter()
         reports: dict[str, Any] = {}
         if not dry_run:
             self.prepare(tasks, resume=resume or part is not None, force=force, shared=part is not None)
             tasks = [task for task in tasks if not task.is_done()]
             written = sum(task.shard.nbytes for task in tasks)
             reports = run_tasks(tasks, workers, progress)
-            complete = self.finish()
+            missing = self.finish()
         shards = {shard.file: shard.nbytes for shard in self.shards}
-        return Run(self.folder, shards, written, time.perf_counter() - begin, complete, reports)
+        return Run(self.folder, shards, written, time.perf_counter() - begin, missing, reports)
 
     def tasks(self, part: tuple[int, int] = (1, 1)) -> list[Task]:
         """Return a task for each shard, or every n-th from the i-th on for ``part = (i, n)``, counted from 1."""
@@ -336,46 +336,53 @@ class Plan:
         resume : bool
             Whether to go on with what an earlier run of the same plan left.
         force : bool
-            Whether to remove an earlier run's files, and leave any others alone.
+            Whether to do away with an earlier run's files. Others stay, unless they are to be written now; weights of
+            others are refused.
         shared : bool
             Whether other processes may be at work in the folder.
         """
+        if resume and force:
+            raise ValueError("resume goes on and force starts over: give one of them")
         self.folder.mkdir(parents=True, exist_ok=True)
         record = self.folder / RECORD
         # Looked for before the record is: what another process puts here comes after its record.
         others = [path for path in self.folder.iterdir() if not _TEMPORARY.fullmatch(path.name)]
+        earlier: list[Path] = []
         if force:
-            self._remove_earlier()
+            earlier = self._earlier(others)
         elif record.exists():
             if not resume:
                 raise FileExistsError(
                     f"{self.folder}: holds an earlier run: go on with --resume, or start over with --force"
                 )
-            if record.read_bytes() != self.record:
-                raise CheckpointError(
-                    f"{self.folder}: was begun with other options or from other files: give the same ones, or "
-                    "start over with --force"
-                )
+            self._compare(record)
         elif others:
-            raise FileExistsError(f"{self.folder}: expected a new or empty folder, found something in it: see --force")
+            raise FileExistsError(
+                f"{self.folder}: expected a new or empty folder, found {others[0].name!r}: with --force, files of the "
+                "same names are replaced"
+            )
         if not shared:
             _clear(self.folder, self._names)
-        self._check_room([task for task in tasks if not task.is_done()])
+        self._check_room(tasks, earlier)
+        for path in earlier:
+            path.unlink(missing_ok=True)
         _put(record, self.record)
         for name, text in self.documents.items():
             _put(self.folder / name, text)
         for name, path in self.copies.items():
             _copy(path, self.folder / name)
 
-    def finish(self) -> bool:
-        """Write the index if all shards are there, and tell whether they are."""
-        if {shard.file for shard in self.shards} - {path.name for path in self.folder.iterdir()}:
-            return False
+    def finish(self) -> list[str]:
+        """Write the index if all shards are there, and return the names of those that are not."""
+        there = {path.name for path in self.folder.iterdir()}
+        missing = [shard.file for shard in self.shards if shard.file not in there]
+        if missing:
+            return missing
         index = self.index
         if index is not None:
             _put(self.folder / INDEX, index)
         _clear(self.folder, self._names)
-        return True
+        return []
 
     @property
     def _names(self) -> set[str]:
@@ -388,20 +395,33 @@ class Plan:
             if path.resolve().is_relative_to(self.folder.resolve()):
                 raise ValueError(f"{self.folder}: the source is in it: choose another folder")
 
-    def _remove_earlier(self) -> None:
-        # The index first: while it is there, the folder counts as complete.
-        for name in (INDEX, RECORD):
-            (self.folder / name).unlink(missing_ok=True)
-        for path in list(self.folder.iterdir()):
-            match = _TEMPORARY.fullmatch(path.name)
-            if _SHARD.fullmatch(path.name) or (match and (match[1] in self._names or _SHARD.fullmatch(match[1]))):
-                path.unlink()
-        for name in (*self.documents, *self.copies):
-            (self.folder / name).unlink(missing_ok=True)
+    def _compare(self, record: Path) -> None:
+        """Refuse the record of another plan, and say what is other."""
+        if record.read_bytes() == self.record:
+            return
+        earlier = read_json(record)
+        changed = [
+            f"{key} {earlier.get(key)!r}, not {value!r}"
+            for key, value in self.about.items()
+            if earlier.get(key) != json.loads(json.dumps(value))
+        ]
+        what = "; ".join(changed) or "another shard size, or from files that have changed since"
+        raise CheckpointError(f"{self.folder}: was begun with {what}: give the same, or start over with --force")
 
-    def _check_room(self, tasks: Sequence[Task]) -> None:
-        needed = sum(task.shard.nbytes for task in tasks)
-        free = shutil.disk_usage(self.folder).free
+    def _earlier(self, others: Sequence[Path]) -> list[Path]:
+        """Return what this run does away with, in this order: without its index, a folder does not count as complete."""
+        record = self.folder / RECORD
+        weights = [path for path in others if path.name.endswith((".safetensors", ".index.json"))]
+        known = [path for path in weights if path.name == INDEX or _SHARD.fullmatch(path.name)]
+        for path in weights:
+            if path not in known or record not in others:
+                raise FileExistsError(f"{path}: was written by no earlier run: remove it, or choose another folder")
+        known.sort(key=lambda path: path.name != INDEX)
+        return [*known, *(self.folder / name for name in (*self.documents, *self.copies)), record]
+
+    def _check_room(self, tasks: Sequence[Task], earlier: Sequence[Path]) -> None:
+        needed = sum(task.shard.nbytes for task in tasks if task.path in earlier or not task.is_done())
+        free = shutil.disk_usage(self.folder).free + sum(path.stat().st_size for path in earlier if path.exists())
         if needed > free:
             raise OSError(
                 f"{self.folder}: {format_bytes(needed)} are to be written, but the disk has {format_bytes(free)} free"
@@ -418,8 +438,8 @@ class Run:
     written: int
     """Bytes of tensor data that this run wrote."""
     seconds: float
-    complete: bool
-    """Whether all shards are there; False where tasks are still to be run."""
+    missing: list[str]
+    """Shards that are still to be written, by other tasks."""
     reports: Mapping[str, Any]
     """What was noticed on the way, by tensor, in what this run wrote."""
 
@@ -427,6 +447,11 @@ class Run:
     def nbytes(self) -> int:
         """Bytes of tensor data in all shards."""
         return sum(self.shards.values())
+
+    @property
+    def complete(self) -> bool:
+        """Whether all shards are there."""
+        return not self.missing
 
     def to_json(self) -> dict[str, Any]:
         """Return all of it as plain values."""
@@ -446,10 +471,14 @@ class Run:
         shards = count(len(self.shards), "shard")
         yield f"{shards}, {format_bytes(self.nbytes)} of tensor data, to {escape(str(self.folder))}"
 
+    def warnings(self) -> Iterator[str]:
+        """Yield what a person should know even if nothing else is to be shown."""
+        yield from ()
+
     def lines(self) -> Iterator[str]:
         """Yield a report for a person."""
         rate = f" in {self.seconds:.1f} s ({format_bytes(self.written / self.seconds)}/s)" if self.written else ""
-        done = "all there" if self.complete else "others are still to be written"
+        done = "all there" if self.complete else f"{len(self.missing):,} of them still to be written"
         yield (
             f"wrote {format_bytes(self.written)}{rate} to {escape(str(self.folder))}: "
             f"{count(len(self.shards), 'shard')}, {format_bytes(self.nbytes)}, {done}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,9 @@ PIECE_BYTES: Final = 4 << 20
 
 PLAUSIBLE: Final = range(SCALE_BIAS - 64, SCALE_BIAS + 33)
 """Scales of weights. Where the middle one is outside, bytes were converted that should have been viewed."""
+
+
+_NUMBERED: Final = re.compile(r"(.+)-(\d+)-of-(\d+)\.(?:safetensors|uqff|gguf)")
 
 
 @dataclass
@@ -62,7 +66,7 @@ class Verification:
         found = count(len(self.findings), "finding") if self.findings else "nothing wrong"
         nan = f"; {count(self.nan_blocks, 'NaN block')}" if self.nan_blocks else ""
         overflow = f"; {count(self.overflow, 'value')} too large for the dtype, and infinite" if self.overflow else ""
-        yield f"verified {count(self.tensors, 'tensor')}, {format_bytes(self.nbytes)}: {found}{nan}{overflow}"
+        yield f"verified {count(self.tensors, 'tensor')}, {format_bytes(self.nbytes)} read: {found}{nan}{overflow}"
 
 
 def verify(
@@ -156,7 +160,10 @@ def compare(
         result.tensors += 1
         try:
             found = target.info(name)
-        except (TensorNotFoundError, LayoutError) as error:
+        except TensorNotFoundError:
+            result.findings.append(f"{target.folder}: tensor {name!r} is missing")
+            continue
+        except LayoutError as error:
             result.findings.append(str(error))
             continue
         turned = info.layout is not None and is_turned(info.layout, info.shape, transpose)
@@ -249,6 +256,7 @@ def _health(
         result.findings.append(str(error))
         return result
     with checkpoint:
+        result.findings += _missing_shards(checkpoint)
         if checkpoint.index is not None:
             listed = weight_map_of(checkpoint.index)
             missing = [name for name in checkpoint.stored if name not in listed]
@@ -271,7 +279,8 @@ def _health(
         def run(number: int) -> None:
             info, scales = packed[number], np.zeros(256, np.int64)
             for _, part in checkpoint.pieces(info.name, 8 * PIECE_BYTES):
-                used = part.scales[(part.blocks & 0x77).any(axis=-1)]  # a block of zeros may have any scale
+                # A block of zeros may have any scale.
+                used = part.scales[(part.blocks & 0x77).any(axis=-1) | (part.scales == SCALE_NAN)]
                 scales += np.bincount(used.reshape(-1), minlength=256)
                 with lock:
                     result.nbytes += part.nbytes
@@ -283,6 +292,18 @@ def _health(
         crew.run(run, len(packed), workers)
         result.findings += [problem for _, problem in sorted(problems, key=itemgetter(0))]
     return result
+
+
+def _missing_shards(checkpoint: Checkpoint) -> Iterator[str]:
+    """Compare the files with how many there should be by their names."""
+    there: dict[tuple[str, int], set[int]] = {}
+    for path in checkpoint.files:
+        if match := _NUMBERED.fullmatch(path.name):
+            there.setdefault((match[1], int(match[3])), set()).add(int(match[2]))
+    for (stem, number), found in there.items():
+        if missing := sorted(set(range(1, number + 1)) - found):
+            files = f"{len(missing):,} of {number:,} files {stem}-*"
+            yield f"{checkpoint.folder}: {files} are missing, number {missing[0]} is the first"
 
 
 def _implausible(scales: NDArray[np.int64]) -> Iterator[str]:

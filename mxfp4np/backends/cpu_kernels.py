@@ -50,9 +50,9 @@ TABLE_LINE, LOW_BYTES, HIGH_BYTES = 64, 32, 48
 # largest bits that get the codes 0 to 6; the last is the rule's: what rounds the largest bits to a power of two.
 #
 # That serves every block, and every processor. Most blocks need less: with M bits of mantissa, the scale is what is
-# left of `largest + rounding` without the last M bits, and so is a base that all bounds have the same distance from. With
-# `tie` being bit M - 1, which is set half way to an even code, d = max(0, bits + tie - base) >> (M - 2) counts quarters
-# of binades:
+# left of `largest + rounding` without the last M bits, and so is a base that all bounds have the same distance from.
+# With `tie` being bit M - 1, which is set half way to an even code, d = max(0, bits + tie - base) >> (M - 2) counts
+# quarters of binades:
 #
 #   d                   0     1 to 6   7 to 9   10, 11   12, 13   14, 15   16, 17   18 to 20
 #   value / 2**e from   0     0.25     0.75     1.25     1.75     2.5      3.5      5
