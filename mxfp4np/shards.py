@@ -405,11 +405,14 @@ class Plan:
             for key, value in self.about.items()
             if earlier.get(key) != json.loads(json.dumps(value))
         ]
-        what = "; ".join(changed) or "another shard size, or from files that have changed since"
-        raise CheckpointError(f"{self.folder}: was begun with {what}: give the same, or start over with --force")
+        what = "; ".join(changed) or "shard size, or files that have changed since"
+        raise CheckpointError(
+            f"{self.folder}: was begun with other options or from other files ({what}): give the same ones, or start "
+            "over with --force"
+        )
 
     def _earlier(self, others: Sequence[Path]) -> list[Path]:
-        """Return what this run does away with, in this order: without its index, a folder does not count as complete."""
+        """Return what this run does away with, in this order: with its index, a folder is no longer complete."""
         record = self.folder / RECORD
         weights = [path for path in others if path.name.endswith((".safetensors", ".index.json"))]
         known = [path for path in weights if path.name == INDEX or _SHARD.fullmatch(path.name)]

@@ -221,9 +221,9 @@ def test_patterns_choose(tmp_path):
         ("*.up_proj.bias", "mlx", r"expected a name that ends in '.weight'"),
         ("*norm.weight", "mlx", r"has shape \[64\]: expected 2 or 3 axes"),
         ("*odd_proj.weight", "mlx", r"has shape \[64, 100\]: expected a multiple of 32 inputs, found 100"),
-        ("*odd_proj.weight", "gpt-oss", r"expected a multiple of 32 inputs, found 100"),
-        ("nothing", "mlx", "no tensor is to be packed as mlx: see --layout and --include"),
-        (None, "gpt-oss", "no tensor is to be packed as gpt-oss"),
+        ("*odd_proj.weight", "gpt-oss", r"is none that gpt-oss packs: those are \*.mlp1_weight and \*.mlp2_weight"),
+        ("nothing", "mlx", "no tensor called nothing that mlx could pack: see --layout and --include"),
+        (None, "gpt-oss", r"no tensor called \*.mlp1_weight, \*.mlp2_weight that gpt-oss could pack"),
     ],
 )
 def test_what_cannot_be_packed_is_refused(tmp_path, pattern, layout, message):
@@ -333,4 +333,4 @@ class TestCommand:
         out, err = capsys.readouterr()
         assert out == ""
         assert err.count("\n") == 1
-        assert "no tensor is to be packed as gpt-oss-hf" in err
+        assert "that gpt-oss-hf could pack: see --layout and --include" in err

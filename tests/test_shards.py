@@ -79,7 +79,7 @@ def tree(folder):
 def write(plan, **options):
     prepare(plan, **options)
     run_tasks(plan.tasks(), 1)
-    assert plan.finish()
+    assert plan.finish() == []
     return tree(plan.folder)
 
 
@@ -198,10 +198,10 @@ def test_tasks_run_in_other_processes(tmp_path):
         """
         run_python(code, tmp_path / "tasks")
         assert [task.is_done() for task in plan.tasks()] == [False] + [True] * (len(plan.shards) - 1)
-        assert not plan.finish()
+        assert plan.finish()
         assert not (plan.folder / INDEX).exists()
         pickle.loads(pickle.dumps(plan.tasks()[0])).run()
-        assert plan.finish()
+        assert plan.finish() == []
     expected = mxfp4np.load_file(DATA / "gpt_oss_hf")
     with mxfp4np.Checkpoint(plan.folder) as written:
         assert written.keys() == expected.keys()
@@ -264,11 +264,11 @@ def test_an_exception_in_progress_stops_all(plan, workers, kind, at):
     with pytest.raises(kind, match="from progress"):
         run_tasks(plan.tasks(), workers, progress)
     assert calls == at, "called again"
-    assert not plan.finish()
+    assert plan.finish()
     left = tree(plan.folder)
     assert left.items() <= expected.items(), "nothing temporary, nothing unfinished"
     run_tasks(plan.tasks(), workers)
-    assert plan.finish()
+    assert plan.finish() == []
     assert tree(plan.folder) == expected
 
 
@@ -296,10 +296,10 @@ def test_one_shard_has_no_index(plan):
 def test_the_index_comes_last(plan):
     prepare(plan)
     for task in plan.tasks():
-        assert not plan.finish()
+        assert plan.finish()
         assert not (plan.folder / INDEX).exists()
         task.run()
-    assert plan.finish()
+    assert plan.finish() == []
     assert (plan.folder / INDEX).exists()
 
 
@@ -436,7 +436,7 @@ def test_two_that_begin_at_once(plan, monkeypatch):
     monkeypatch.setattr(Path, "exists", exists)
     prepare(plan, resume=True, shared=True)
     assert looked
-    assert plan.finish()
+    assert plan.finish() == []
 
 
 @pytest.mark.parametrize("at", [1, 2, 8])
@@ -454,7 +454,7 @@ def test_another_process_is_faster(plan, at):
             assert not list(plan.folder.glob(".*.tmp"))
 
     plan.tasks()[-1].run(progress)
-    assert plan.finish()
+    assert plan.finish() == []
     assert tree(plan.folder) == expected
 
 
