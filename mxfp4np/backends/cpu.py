@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BackendUnavailableError
-from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, FP4_BOUNDS, SCALE_BIAS, SCALE_NAN, blocks_in, decoded_dtype
+from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, FP4_BOUNDS, SCALE_BIAS, SCALE_NAN, blocks_in, decoded_dtype, name_of
 from .memory import address_of, aligned_empty
 from .reference import ReferenceBackend
 from .threads import default_num_threads, parallel_for
@@ -85,7 +85,7 @@ class CPUBackend:
     ) -> None:
         if x.size == 0:
             return
-        word = _ENCODED_WORDS[x.dtype.name]
+        word = _ENCODED_WORDS[name_of(x.dtype)]
         columns = _is_transposed(x) and x.shape[-2] >= BLOCK_SIZE
         kernel = range_kernel("encode_columns_range" if columns else "encode_range", type(word))
         if kernel is None:
