@@ -951,7 +951,7 @@ ENCODE_BLOCKS = 64
 """Blocks that are encoded together."""
 
 reserve_values = _reserver(ENCODE_BLOCKS * 128, 64)
-reserve_words = _reserver(64, 64)
+reserve_words = _reserver(ENCODE_BLOCKS * 64, 64)
 reserve_bases = _reserver(ENCODE_BLOCKS * 4, 64)
 reserve_bits = _reserver(ENCODE_BLOCKS * 64, 64)
 reserve_signs = _reserver(ENCODE_BLOCKS * 32, 64)
@@ -999,17 +999,16 @@ def squeezed(typingctx, word):
     return (types.int16 if word == types.int16 else types.uint16)(word), codegen
 
 
-@njit(nogil=True)
+@njit(nogil=True, inline="always")
 def _encode_any(table, x, word, count, codes, scales):
-    """Encode blocks of any values."""
-    stand_alone()
-    words = reserve_words()
+    """Encode up to `ENCODE_BLOCKS` blocks of any values."""
+    words, size = reserve_words(), 32 * itemsize(word)
     for k in range(count):
-        block = x + 32 * itemsize(word) * k
-        scale = load_byte(table + squeeze_block(block, words, word))
-        store_byte(scale, scales + k)
-        line = table + ENCODE_LINES + ENCODE_LINE * scale
-        encode_block(block if itemsize(word) == 2 else words, line, codes + 16 * k)
+        store_byte(load_byte(table + squeeze_block(x + size * k, words + 64 * k, word)), scales + k)
+    words = x if itemsize(word) == 2 else words
+    for k in range(count):
+        line = table + ENCODE_LINES + ENCODE_LINE * load_byte(scales + k)
+        encode_block(words + 64 * k, line, codes + 16 * k)
 
 
 @njit(nogil=True)
