@@ -92,11 +92,13 @@ class EncodeBench(Bench):
                     nbytes,
                     nbytes,
                 )
-        turned = np.ascontiguousarray(self.values.T).T
-        out, nbytes = mxfp4np.encode(turned), turned.nbytes + out.nbytes
-        contiguous = lambda: mxfp4np.encode(self.values, out=out, num_threads=self.threads)  # noqa: E731
-        gathered = lambda: mxfp4np.encode(turned, out=out, num_threads=self.threads)  # noqa: E731
-        self.pair("float32, columns as rows : rows", gathered, contiguous, nbytes, nbytes)
+        for dtype in DTYPES:
+            x = self.values.astype(decoded_dtype(dtype))
+            turned = np.ascontiguousarray(x.T).T
+            out, nbytes = mxfp4np.encode(turned), turned.nbytes + out.nbytes
+            contiguous = lambda x=x, out=out: mxfp4np.encode(x, out=out, num_threads=self.threads)  # noqa: E731
+            columns = lambda x=turned, out=out: mxfp4np.encode(x, out=out, num_threads=self.threads)  # noqa: E731
+            self.pair(f"{dtype}, columns as rows : rows", columns, contiguous, nbytes, nbytes)
 
     def torchao(self) -> None:
         """Compare with `to_mx`, on fewer values, new outputs on both sides."""

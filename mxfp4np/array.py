@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from .backends import get_backend
 from .errors import LayoutError
-from .format import BLOCK_SIZE, BYTES_PER_BLOCK, DTYPES, ORDERS, RULES, blocks_in, decoded_dtype
+from .format import BLOCK_SIZE, BYTES_PER_BLOCK, DTYPES, ORDERS, RULES, blocks_in, decoded_dtype, name_of
 
 BasicIndex = SupportsIndex | slice | EllipsisType
 Index = BasicIndex | tuple[BasicIndex, ...]
@@ -466,7 +466,7 @@ def encode(
     array([ 8.,  8.,  8., 12., 12., 12., 16., 16.], dtype=float32)
     """
     x = np.asarray(x)
-    if x.dtype.name not in DTYPES or not x.dtype.isnative:
+    if name_of(x.dtype) not in DTYPES or not x.dtype.isnative:
         raise ValueError(f"x must be {', '.join(DTYPES)}, in native byte order, found {x.dtype!r}")
     if not x.ndim or x.shape[-1] % BLOCK_SIZE:
         raise ValueError(f"x must have a last axis of a multiple of {BLOCK_SIZE}, found shape {x.shape}")

@@ -71,6 +71,12 @@ def dtype_named(name: str) -> np.dtype[Any]:
     return np.dtype(name)
 
 
+@functools.cache
+def name_of(dtype: np.dtype[Any]) -> str:
+    """Return a dtype's name, which NumPy puts together anew each time."""
+    return dtype.name
+
+
 def as_dtype(dtype: DTypeLike) -> np.dtype[Any]:
     """Return any NumPy dtype, bfloat16 by name included, which NumPy alone does not know."""
     return dtype_named(dtype) if isinstance(dtype, str) else np.dtype(dtype)

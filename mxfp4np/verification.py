@@ -161,7 +161,7 @@ def compare(
         try:
             found = target.info(name)
         except TensorNotFoundError:
-            result.findings.append(f"{target.folder}: tensor {name!r} is missing")
+            result.findings.append(f"no tensor {name!r} in {target.folder}")
             continue
         except LayoutError as error:
             result.findings.append(str(error))

@@ -60,7 +60,8 @@ for dtype, order in itertools.product(DTYPES, ("pairs", "halves")):
         assert_same_bits(array.decode(out=out, transpose=True), expected.swapaxes(-1, -2))
 for dtype, rule in itertools.product(DTYPES, RULES):
     x = every_magnitude(dtype)
-    for part in (x, x.reshape(-1, 3200), x[::2], x.reshape(-1, 64)[:, ::2], x.reshape(-1)[5:-27]):
+    turned = np.asfortranarray(x.reshape(-1, 64))
+    for part in (x, x.reshape(-1, 3200), x[::2], x.reshape(-1, 64)[:, ::2], x.reshape(-1)[5:-27], turned):
         assert_encodes(part, rule)
 triple, _, features = cpu_target.target_context.codegen().magic_tuple()
 print(cpu_kernels.simd(triple, features))
@@ -227,3 +228,21 @@ def test_rows_of_any_number_of_blocks(dtype):
         assert_encodes(x[:, : 32 * count], "even", out=MXFP4Array(blocks, np.empty((7, count), np.uint8)))
         memory[1:-1, 16:-16] = 99
         assert np.all(memory == 99)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [31, 32, 33, 63, 64, 65, 300])
+def test_rows_that_are_columns_in_memory(rows, dtype):
+    """Groups of 32 rows, the last of which shares rows with the one before, of several matrices, by several threads."""
+    x = np.random.default_rng(rows).standard_normal((3, 2, 96, rows + 5)).astype(DTYPES[dtype])
+    x[0, 0, :32, 3], x[1, 1, 40:50, 7], x[2, 0, 64:, rows - 1] = 0, np.nan, 1e-38
+    before = x.tobytes()
+    for part in (x[..., 1 : rows + 1], x[:, ::-1, ::-1, 5:], x[:, 0, :32, :rows]):
+        turned = part.swapaxes(-1, -2)
+        memory = np.full((*turned.shape[:-1], 2 * turned.shape[-1] // 32, 19), 99, np.uint8)
+        out = MXFP4Array(memory[..., ::2, 1:17], memory[..., ::2, 17])
+        with mock.patch.multiple(cpu, SERIAL_BLOCKS=8, PIECE_BLOCKS=(200, 200)):
+            assert_encodes(turned, "even", out=out, num_threads=2)
+        memory[..., ::2, 1:18] = 99
+        assert np.all(memory == 99)
+    assert x.tobytes() == before

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BackendUnavailableError
-from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, FP4_BOUNDS, SCALE_BIAS, SCALE_NAN, blocks_in, decoded_dtype
+from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, FP4_BOUNDS, SCALE_BIAS, SCALE_NAN, blocks_in, decoded_dtype, name_of
 from .memory import address_of, aligned_empty
 from .reference import ReferenceBackend
 from .threads import default_num_threads, parallel_for
@@ -72,12 +72,7 @@ class CPUBackend:
         streaming = out.nbytes >= STREAMING_BYTES and not fresh
         table = _table_address(_table_name(out.dtype))
         geometry = _geometry(blocks, scales, out, table, start, transposed=transposed, streaming=streaming)
-        # A kernel counts blocks, or groups of 32 rows if it transposes.
-        units, unit_blocks = scales.size, 1
-        if transposed:
-            *outer, rows, per_row = scales.shape
-            units, unit_blocks = math.prod(outer) * blocks_in(rows), BLOCK_SIZE * per_row
-        _run(kernel, geometry, word, units, unit_blocks, num_threads)
+        _run(kernel, geometry, word, scales, transposed, num_threads)
 
     def encode(
         self,
@@ -90,15 +85,16 @@ class CPUBackend:
     ) -> None:
         if x.size == 0:
             return
-        word = _ENCODED_WORDS[x.dtype.name]
-        kernel = range_kernel("encode_range", type(word))
+        word = _ENCODED_WORDS[name_of(x.dtype)]
+        columns = _is_transposed(x) and x.shape[-2] >= BLOCK_SIZE
+        kernel = range_kernel("encode_columns_range" if columns else "encode_range", type(word))
         if kernel is None:
             return ReferenceBackend().encode(x, blocks, scales, rule=rule)
         # Where the bytes of a block lie apart, they are scattered from an array of their own.
         codes = blocks if blocks.strides[-1] == 1 else np.empty(blocks.shape, np.uint8)
         table = _table_address(_table_name(x.dtype), rule)
-        geometry = _geometry(codes, scales, x, table)
-        _run(kernel, geometry, word, scales.size, 1, num_threads)
+        geometry = _geometry(codes, scales, x, table, transposed=columns)
+        _run(kernel, geometry, word, scales, columns, num_threads)
         if codes is not blocks:
             blocks[...] = codes
 
@@ -133,7 +129,7 @@ def stream(
 
     if geometry[BLOCKS_PER_ROW] != scales.size:
         raise ValueError("expected arrays whose rows follow each other without gaps")
-    _run(kernel, geometry, word, scales.size, 1, num_threads)
+    _run(kernel, geometry, word, scales, False, num_threads)
 
 
 def machine_code() -> str:
@@ -151,11 +147,16 @@ def _run(
     kernel: Kernel,
     geometry: NDArray[np.int64],
     word: np.integer[Any],
-    units: int,
-    unit_blocks: int,
+    scales: NDArray[np.uint8],
+    transposed: bool,
     num_threads: int | None,
 ) -> None:
-    """Run a kernel over all units, of so many blocks each: in pieces, in several threads, where that pays."""
+    """Run a kernel over all blocks: in pieces, in several threads, where that pays."""
+    # A kernel counts blocks, or groups of 32 rows if it transposes.
+    units, unit_blocks = scales.size, 1
+    if transposed:
+        *outer, rows, per_row = scales.shape
+        units, unit_blocks = math.prod(outer) * blocks_in(rows), BLOCK_SIZE * per_row
     blocks = units * unit_blocks
     if blocks <= SERIAL_BLOCKS:
         kernel(geometry, word, 0, units)

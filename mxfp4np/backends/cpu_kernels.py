@@ -97,6 +97,10 @@ def _load(builder, address, type_, align=1):
     return builder.load(builder.inttoptr(address, type_.as_pointer()), align=align)
 
 
+def _store(builder, value, address, align=1):
+    builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=align)
+
+
 def _offset(builder, address, count):
     return builder.add(address, ir.Constant(address.type, count))
 
@@ -713,6 +717,17 @@ def stream_range(geometry, word, start, stop):
     fence()
 
 
+def _load_words(builder, address, width):
+    """Return 32 values, of so many bits each, as words."""
+    if width == 16:
+        return _load(builder, address, _vector(_I16, 32))
+    values = _load(builder, address, _vector(_I32, 32))
+    behind = builder.and_(values, _constants(_I32, [0xFFFF] * 32))
+    behind = _call(builder, "llvm.umin.v32i32", behind.type, behind, _constants(_I32, [1] * 32))
+    words = builder.or_(builder.lshr(values, _constants(_I32, [16] * 32)), behind)
+    return builder.trunc(words, _vector(_I16, 32))
+
+
 def _magnitudes(builder, words):
     return builder.and_(words, _constants(_I16, [0x7FFF] * words.type.count))
 
@@ -731,15 +746,9 @@ def squeeze_block(typingctx, block, target, word):
 
     def codegen(context, builder, signature, args):
         block, target, word = args
-        if word.type.width == 16:
-            words = _load(builder, block, _vector(_I16, 32))
-        else:
-            values = _load(builder, block, _vector(_I32, 32))
-            behind = builder.and_(values, _constants(_I32, [0xFFFF] * 32))
-            behind = _call(builder, "llvm.umin.v32i32", behind.type, behind, _constants(_I32, [1] * 32))
-            words = builder.or_(builder.lshr(values, _constants(_I32, [16] * 32)), behind)
-            words = builder.trunc(words, _vector(_I16, 32))
-            builder.store(words, builder.inttoptr(target, words.type.as_pointer()), align=64)
+        words = _load_words(builder, block, word.type.width)
+        if word.type.width != 16:
+            _store(builder, words, target, 64)
         largest = _call(builder, "llvm.vector.reduce.smax.v32i16", _I16, _magnitudes(builder, words))
         return builder.zext(largest, target.type)
 
@@ -784,10 +793,6 @@ def has_avx2(typingctx):
 
 def _mantissa(word):
     return 10 if word == types.int16 else 7
-
-
-def _store(builder, value, address, align=1):
-    builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=align)
 
 
 def _maximum(builder, first, second):
@@ -946,7 +951,7 @@ ENCODE_BLOCKS = 64
 """Blocks that are encoded together."""
 
 reserve_values = _reserver(ENCODE_BLOCKS * 128, 64)
-reserve_words = _reserver(64, 64)
+reserve_words = _reserver(ENCODE_BLOCKS * 64, 64)
 reserve_bases = _reserver(ENCODE_BLOCKS * 4, 64)
 reserve_bits = _reserver(ENCODE_BLOCKS * 64, 64)
 reserve_signs = _reserver(ENCODE_BLOCKS * 32, 64)
@@ -967,17 +972,43 @@ def _gather(source, step, target, size, count):
         target += size
 
 
-@njit(nogil=True)
+@intrinsic
+def turn_tile(typingctx, source, step, target, word):
+    """Write 32 runs of 32 values, a step apart, as the words of 32 blocks: each has one value of every run."""
+
+    def codegen(context, builder, signature, args):
+        source, step, target, word = args
+        runs = []
+        for _ in range(32):
+            runs.append(_load_words(builder, source, word.type.width))
+            source = builder.add(source, step)
+        for i, block in enumerate(_transposed(builder, runs)):
+            _store(builder, block, _offset(builder, target, 64 * i), 64)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, word), codegen
+
+
+@intrinsic
+def squeezed(typingctx, word):
+    """Return a word of the type of the words that values of the type of ``word`` are made into."""
+
+    def codegen(context, builder, signature, args):
+        return ir.Constant(_I16, 0)
+
+    return (types.int16 if word == types.int16 else types.uint16)(word), codegen
+
+
+@njit(nogil=True, inline="always")
 def _encode_any(table, x, word, count, codes, scales):
-    """Encode blocks of any values."""
-    stand_alone()
-    words = reserve_words()
+    """Encode up to `ENCODE_BLOCKS` blocks of any values."""
+    words, size = reserve_words(), 32 * itemsize(word)
     for k in range(count):
-        block = x + 32 * itemsize(word) * k
-        scale = load_byte(table + squeeze_block(block, words, word))
-        store_byte(scale, scales + k)
-        line = table + ENCODE_LINES + ENCODE_LINE * scale
-        encode_block(block if itemsize(word) == 2 else words, line, codes + 16 * k)
+        store_byte(load_byte(table + squeeze_block(x + size * k, words + 64 * k, word)), scales + k)
+    words = x if itemsize(word) == 2 else words
+    for k in range(count):
+        line = table + ENCODE_LINES + ENCODE_LINE * load_byte(scales + k)
+        encode_block(words + 64 * k, line, codes + 16 * k)
 
 
 @njit(nogil=True)
@@ -1040,3 +1071,39 @@ def encode_range(geometry, word, start, stop):
             for k in range(count):
                 copy_16(codes + 16 * k, out + k * block_step)
                 copy_1(bytes_ + k, scales + k * scale_step)
+
+
+GROUPS_ABREAST = 8
+"""Groups of 32 rows that are encoded together, so that it is several cache lines in a row that are read."""
+
+
+def encode_columns_range(geometry, word, start, stop):
+    """Encode matrices whose rows are columns in memory, 32 rows at a time: from group ``start`` to ``stop - 1``.
+
+    Groups of rows, of 32 or more, are counted as `transpose_range` does.
+    """
+    step, rows = geometry[OUT_STEP], geometry[ROWS]
+    groups = (rows + 31) // 32
+    tile, codes, bytes_ = reserve_tile(), reserve_codes(), reserve_scales()
+    while start < stop:
+        matrix = start // groups
+        group = start - matrix * groups
+        abreast = min(stop - start, groups - group, GROUPS_ABREAST)
+        start += abreast
+        out, scales, x = geometry[BLOCKS_ADDRESS], geometry[SCALES_ADDRESS], geometry[OUT_ADDRESS]
+        out, scales, x = _along_axes(geometry, matrix, out, scales, x)
+        for _ in range(geometry[BLOCKS_PER_ROW]):
+            for top in range(32 * group, 32 * (group + abreast), 32):
+                first = min(top, rows - 32)  # the last group may read rows of the one before
+                source = x + first * itemsize(word)
+                for i in range(32, 64):  # too far apart for the processor to see what comes next
+                    for line in range(0, 32 * itemsize(word), 64):
+                        prefetch(source + i * step + line)
+                turn_tile(source, step, tile, word)
+                _encode_blocks(geometry[TABLE_ADDRESS], tile, squeezed(word), 32, codes, bytes_)
+                for i in range(top, min(top + 32, rows)):
+                    copy_16(codes + 16 * (i - first), out + i * geometry[BLOCKS_ROW])
+                    copy_1(bytes_ + i - first, scales + i * geometry[SCALES_ROW])
+            out += geometry[BLOCKS_STEP]
+            scales += geometry[SCALES_STEP]
+            x += 32 * step
