@@ -259,13 +259,13 @@ class Conversion(Run):
             yield "no tensor of the source is packed: all of them are copied"
         if self.untouched:
             yield (
-                f"{count(len(self.untouched), 'tensor')} quantised in another way, left so, as is what config.json "
-                f"says of it: {escape(self.untouched[0])} is the first"
+                "quantised in another way, and left so with what config.json says of it: "
+                f"{count(len(self.untouched), 'tensor')}, {escape(self.untouched[0])} first"
             )
         if self.overflow:
             yield (
-                f"{count(sum(self.overflow.values()), 'value')} in {count(len(self.overflow), 'tensor')} too large for "
-                f"the dtype, and infinite now: {escape(next(iter(self.overflow)))} is the first"
+                f"too large for the dtype, and infinite now: {count(sum(self.overflow.values()), 'value')} in "
+                f"{count(len(self.overflow), 'tensor')}, {escape(next(iter(self.overflow)))} first"
             )
 
     def lines(self) -> Iterator[str]:

@@ -323,8 +323,8 @@ class Encoding(Run):
         broken = {name: errors.nan_blocks for name, errors in sorted(self.errors.items()) if errors.nan_blocks}
         if broken:
             yield (
-                f"{count(sum(broken.values()), 'block')} in {count(len(broken), 'tensor')} had NaN or infinity, and "
-                f"decode to NaN: {escape(next(iter(broken)))} is the first"
+                f"had NaN or infinity, and decode to NaN: {count(sum(broken.values()), 'block')} in "
+                f"{count(len(broken), 'tensor')}, {escape(next(iter(broken)))} first"
             )
 
     def lines(self) -> Iterator[str]:

@@ -144,9 +144,9 @@ class TestInspect:
         assert [tensor["name"] for tensor in json.loads(out)["tensors"]] == [PLAIN]
 
     def test_pattern_of_nothing(self, command):
-        status, out, _ = command("inspect", ORIGINAL, "no such*")
-        assert status == 0
-        assert out.splitlines()[-1].startswith("0 tensors")
+        status, out, err = command("inspect", ORIGINAL, "no such*")
+        assert (status, out) == (2, "")
+        assert err == f"mxfp4np: {ORIGINAL}: no tensor is called like 'no such*'\n"
 
     @pytest.mark.parametrize("path", [ORIGINAL, HF])
     def test_json(self, command, path):

@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import socket
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -15,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import mxfp4np
-from mxfp4np import cli, conversion
+from mxfp4np import CheckpointError, cli, conversion
 from mxfp4np.container import SafetensorsFile, header_bytes, nbytes_of, write_safetensors
 from mxfp4np.conversion import convert
 from mxfp4np.shards import INDEX, RECORD
@@ -223,7 +225,7 @@ def test_overflow_is_counted(tmp_path):
     result = convert(source, tmp_path / "f16", dtype="float16", verify=True)
     assert result.overflow == {"w": 3}
     assert (result.verification.overflow, result.verification.nan_blocks) == (3, 1)
-    assert any("3 values in 1 tensor, w first" in line for line in result.lines())
+    assert any("3 values in 1 tensor, w first" in line for line in result.warnings())
     result = convert(source, tmp_path / "bf16", verify=True)
     assert (result.overflow, result.verification.overflow) == ({}, 0)
     assert not any("warning" in line for line in result.lines())
@@ -370,7 +372,7 @@ def test_config_stays_where_tensors_stay_quantised(tmp_path):
     assert "layers.0.attn.wq.weight" in result.untouched
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config == {"quantization_config": json.loads((DEEPSEEK / "config.json").read_text())["quantization_config"]}
-    assert [line for line in result.lines() if line.startswith("warning: quantised in another way")]
+    assert [line for line in result.warnings() if line.startswith("quantised in another way")]
     result = convert(DEEPSEEK, tmp_path / "experts", exclude=["*.wq.*"])
     assert result.untouched == []
     assert json.loads((tmp_path / "experts" / "config.json").read_text()) == {}
@@ -599,16 +601,52 @@ def test_resume_with_another_source_is_refused(tmp_path, what):
 
 def test_force_leaves_what_is_not_its_own(tmp_path):
     target = build(tmp_path / "out", PLAIN, {"old": 1})
-    for name in ("mine.txt", INDEX, "model-00001-of-00009.safetensors", "consolidated.safetensors"):
-        (target / name).write_text("{}")
-    with pytest.raises(FileExistsError):
-        convert(HF, target)
-    with pytest.raises(FileExistsError):
-        convert(HF, target, task=(1, 1))
-    result = convert(HF, target, force=True, max_shard_size=50_000)
-    kept = {"mine.txt", "consolidated.safetensors", "config.json"}
-    assert set(tree(target)) == {*result.shards, *kept, INDEX, RECORD, "expected.npz"}
-    assert_converted(HF, target)
+    (target / "mine.txt").write_text("{}")
+    for options in ({}, {"task": (1, 1)}):
+        with pytest.raises(FileExistsError, match="expected a new or empty folder, found"):
+            convert(HF, target, **options)
+    with pytest.raises(FileExistsError, match=r"model.safetensors: was written by no earlier run"):
+        convert(HF, target, force=True)
+    (target / "model.safetensors").unlink()
+    for shard_size in (50_000, 10**9):  # the second time over what the first left, though there is no index then
+        result = convert(HF, target, force=True, max_shard_size=shard_size)
+        index = {INDEX} if len(result.shards) > 1 else set()
+        assert set(tree(target)) == {*result.shards, *index, "mine.txt", "config.json", RECORD, "expected.npz"}
+        assert_converted(HF, target)
+    (target / "my.safetensors").write_text("")
+    before = tree(target)
+    with pytest.raises(FileExistsError, match=r"my.safetensors: was written by no earlier run"):
+        convert(HF, target, force=True)
+    assert tree(target) == before
+
+
+def test_force_removes_nothing_where_there_is_no_room(tmp_path, monkeypatch):
+    convert(HF, tmp_path / "out", max_shard_size=50_000)
+    before = tree(tmp_path / "out")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=-(10**9)))
+    with pytest.raises(OSError, match="are to be written, but the disk has"):
+        convert(HF, tmp_path / "out", force=True)
+    assert tree(tmp_path / "out") == before
+
+
+def test_resume_or_force_but_not_both(tmp_path):
+    with pytest.raises(ValueError, match="give one of them"):
+        convert(HF, tmp_path / "out", resume=True, force=True)
+
+
+def test_resume_says_what_is_other(tmp_path):
+    convert(HF, tmp_path / "out", transpose="no")
+    with pytest.raises(CheckpointError, match=r"\(dtype 'bfloat16', not 'float32'; transpose 'no', not 'auto'\)"):
+        convert(HF, tmp_path / "out", resume=True, dtype="float32")
+    with pytest.raises(CheckpointError, match=r"\(shard size, or files that have changed since\)"):
+        convert(HF, tmp_path / "out", resume=True, transpose="no", max_shard_size=50_000)
+
+
+def test_nothing_packed_is_worth_a_word(tmp_path):
+    source = build(tmp_path / "in", PLAIN)
+    assert list(convert(source, tmp_path / "out").warnings()) == [
+        "no tensor of the source is packed: all of them are copied"
+    ]
 
 
 @pytest.mark.parametrize("kind", ["file", "below a file", "dangling"])
@@ -1026,7 +1064,7 @@ class TestCommand:
         wrote, verified, load = out.splitlines()
         assert wrote.startswith("wrote 347 kB in ")
         assert wrote.endswith(" shards, 347 kB, all there")
-        assert verified == "verified 8 tensors, 347 kB: nothing wrong"
+        assert verified == "verified 8 tensors, 347 kB read: nothing wrong"
         assert load == f"load it: mxfp4np.Checkpoint({str(tmp_path / 'out')!r})"
         assert_converted(HF, tmp_path / "out")
 
@@ -1057,18 +1095,20 @@ class TestCommand:
         assert out == f"model.safetensors  347 kB\n1 shard, 347 kB of tensor data, to {tmp_path / 'out'}\n"
 
     def test_tasks(self, command, tmp_path):
-        for i, end in ((2, "others are still to be written"), (1, "all there")):
+        for i, end in ((2, "2 of them still to be written"), (1, "all there")):
             status, out, _ = command("convert", HF, tmp_path / "out", "--task", f"{i}/2", "--max-shard-size", "100kB")
             assert status == 0
             assert out.splitlines()[0].endswith(end)
             assert ("load it" in out) == (i == 1)
 
     def test_warnings(self, command, tmp_path):
-        assert "warning: quantised in another way" in command("convert", DEEPSEEK, tmp_path / "a", "--dry-run")[1]
-        assert "warning: quantised in another way" in command("convert", DEEPSEEK, tmp_path / "a")[1]
+        for option in ("--dry-run", "--quiet"):
+            err = command("convert", DEEPSEEK, tmp_path / "a", option)[2]
+            assert err.startswith("mxfp4np: warning: quantised in another way")
+            assert err.count("\n") == 1
         source = build(tmp_path / "in", {"w": packed(2, 64, low=200, high=201)})
-        out = command("convert", source, tmp_path / "b", "--dtype", "float16")[1]
-        assert "warning: too large for the dtype, and infinite now: " in out
+        err = command("convert", source, tmp_path / "b", "--dtype", "float16")[2]
+        assert "warning: too large for the dtype, and infinite now: " in err
 
     def test_a_difference(self, command, tmp_path):
         convert(HF, tmp_path / "out")
@@ -1133,9 +1173,9 @@ class TestCommand:
         )
         target = tmp_path / "o\x1b[1mut"
         status, out, err = command("convert", source, target, "--dtype", "float16", "--verify")
-        assert (status, err) == (0, "")
-        assert out.count("warning") == 2
-        assert "\x1b" not in out
+        assert status == 0
+        assert err.count("warning") == err.count("\n") == 2
+        assert "\x1b" not in out + err
         assert "\x1b" not in command("convert", source, tmp_path / "\x1b[4m", "--dry-run")[1]
 
     def test_names_do_not_steer_the_terminal_while_it_works(self, tmp_path, monkeypatch, capsys):

@@ -384,8 +384,8 @@ class TestCommand:
     def test_nothing_wrong(self, command, source, target):
         status, out, err = command("verify", source, target.parent)
         assert (status, err) == (0, "")
-        assert out == "verified 2 tensors, 23.1 kB: nothing wrong\n"
-        assert command("verify", source)[:2] == (0, "verified 2 tensors, 6.12 kB: nothing wrong\n")
+        assert out == "verified 2 tensors, 23.1 kB read: nothing wrong\n"
+        assert command("verify", source)[:2] == (0, "verified 2 tensors, 6.12 kB read: nothing wrong\n")
 
     def test_a_difference(self, command, source, target):
         flip(target, "w", 5)
@@ -442,3 +442,15 @@ class TestCommand:
         assert status == 1
         assert out.count("\n") == 3
         assert "\x1b" not in out
+
+
+def test_nan_blocks_of_zeros_and_missing_shards(tmp_path):
+    """As `encode` writes them, and as tasks that were killed leave a folder."""
+    values = np.zeros((4, 64), np.float32)
+    values[1, 3] = np.nan
+    mxfp4np.save_file({"w": mxfp4np.encode(values)}, tmp_path / "model-00002-of-00003.safetensors")
+    result = mxfp4np.verify(tmp_path)
+    assert result.nan_blocks == 1
+    missing, nan = result.findings
+    assert missing.endswith("2 of 3 files model-* are missing, number 1 is the first")
+    assert nan == "tensor 'w': 1 of its blocks are NaN"
