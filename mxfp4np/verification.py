@@ -196,11 +196,13 @@ def compare(
 
 def _mismatch(info: TensorInfo, found: TensorInfo, *, turned: bool) -> str | None:
     shape = swapped(info.shape) if turned else info.shape
+    if found.layout is not None:
+        return f"is packed, as {found.layout}: give the packed checkpoint first, and then what it was converted to"
     if info.layout is None:
         raw = info.dtype if info.dtype in DTYPES else "U8"
-        if found.layout is not None or found.dtype != raw:
+        if found.dtype != raw:
             return f"expected {raw} as in the source, found {found.dtype}"
-    elif found.layout is not None or element(found.dtype)[1] not in DECODED:
+    elif element(found.dtype)[1] not in DECODED:
         return f"expected {', '.join(DECODED)}, found {found.dtype}"
     return f"expected shape {list(shape)}, found {list(found.shape)}" if shape != found.shape else None
 
