@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import DTypeLike
 
-from .checkpoint import Checkpoint, PathLike
+from .checkpoint import Checkpoint, PathLike, TensorInfo
 from .container import DTYPES, SAFETENSORS_DTYPES
 from .errors import CheckpointError
 from .format import decoded_dtype
@@ -88,6 +88,11 @@ class Copied(Single):
             begin += part.nbytes
 
 
+def copied(info: TensorInfo) -> Copied:
+    """Return the item of a tensor that stays as it is; what has no dtype in safetensors, as in GGUF, becomes bytes."""
+    return Copied(Output(info.name, info.dtype if info.dtype in DTYPES else "U8", info.shape))
+
+
 def plan_conversion(
     checkpoint: Checkpoint,
     folder: Path,
@@ -127,7 +132,7 @@ def plan_conversion(
         info = checkpoint.info(name)
         shape = info.shape
         if info.layout is None:
-            items.append(Copied(Output(name, info.dtype if info.dtype in DTYPES else "U8", shape)))
+            items.append(copied(info))
         else:
             layouts.add(info.layout)
             turned = is_turned(info.layout, shape, transpose)

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from .array import MXFP4Array, encode
 from .checkpoint import Checkpoint, PathLike, TensorInfo
-from .container import DTYPES
-from .conversion import MAX_SHARD_SIZE, QUANTIZATION_KEYS, Copied, files_beside, folder_beside, rewritten
+from .container import DTYPES, element
+from .conversion import MAX_SHARD_SIZE, QUANTIZATION_KEYS, copied, files_beside, folder_beside, rewritten
 from .errors import LayoutError
 from .format import BLOCK_SIZE, BYTES_PER_BLOCK, ENCODED_LAYOUTS, RULES, SCALE_NAN
 from .format import DTYPES as FLOATS
@@ -223,9 +223,7 @@ def plan_encoding(
             obstacle = f"is packed already, as {info.layout}: convert the checkpoint first"
         if obstacle is not None:
             raise LayoutError(f"{info.stored[0].file.path}: tensor {name!r} {obstacle}")
-        items.append(
-            _encoded(info, layout, transpose, rule) if name in chosen else Copied(Output(name, info.dtype, info.shape))
-        )
+        items.append(_encoded(info, layout, transpose, rule) if name in chosen else copied(info))
     documents, copies = {}, {}
     if beside is not None:
         copies = files_beside(beside, folder)
@@ -248,7 +246,7 @@ def _obstacle(info: TensorInfo, layout: str, transpose: str) -> str | None:
     """Return why a tensor cannot be packed as this layout has it, or None."""
     known, form = _LAYOUTS[layout], FORMS[layout]
     shape = swapped(info.shape) if is_turned(layout, info.shape, transpose) else info.shape
-    if info.layout is None and DTYPES[info.dtype][1] not in FLOATS:
+    if info.layout is None and element(info.dtype)[1] not in FLOATS:
         return f"is {info.dtype}: expected BF16, F16 or F32"
     if not info.name.endswith(known.weight):
         return f"cannot be named as {layout} names packed ones: expected a name that ends in {known.weight!r}"

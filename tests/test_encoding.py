@@ -334,3 +334,24 @@ class TestCommand:
         assert out == ""
         assert err.count("\n") == 1
         assert "that gpt-oss-hf could pack: see --layout and --include" in err
+
+
+@pytest.mark.gguf
+def test_gguf_as_a_source(tmp_path):
+    """Its own dtypes are bytes in safetensors."""
+    gguf = pytest.importorskip("gguf", reason="needs the gguf extra; tox -e peers has it")
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    values = normal(64, 64, dtype=np.float32)
+    kind = gguf.GGMLQuantizationType.Q8_0
+    writer.add_tensor("a.weight", values)
+    writer.add_tensor("b.weight", gguf.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    result = mxfp4np.encode_checkpoint(tmp_path / "m.gguf", tmp_path / "out", layout="mlx")
+    assert result.packed == ["a.weight"]
+    with mxfp4np.Checkpoint(tmp_path / "out") as ours, mxfp4np.Checkpoint(tmp_path / "m.gguf") as theirs:
+        assert ours["b.weight"].tobytes() == theirs["b.weight"].tobytes()
+    with pytest.raises(LayoutError, match=r"tensor 'b.weight' is Q8_0: expected BF16, F16 or F32"):
+        mxfp4np.encode_checkpoint(tmp_path / "m.gguf", tmp_path / "other", layout="mlx", include="b*")
