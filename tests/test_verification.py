@@ -224,7 +224,7 @@ def test_against_gguf(tmp_path):
     pytest.importorskip("gguf", reason="needs the gguf extra; tox -e peers has it")
     mxfp4np.convert(DATA / "gguf", tmp_path / "out")
     findings = mxfp4np.verify(tmp_path / "out", DATA / "gguf").findings
-    assert all("expected" in finding for finding in findings)
+    assert all("expected" in finding or "is packed, as gguf" in finding for finding in findings)
     assert mxfp4np.verify(DATA / "gguf").findings == []
 
 
