@@ -20,6 +20,7 @@ from numba.extending import intrinsic
 
 import mxfp4np
 from benchmarks.limits import Bench
+from benchmarks.report import table
 from mxfp4np.backends.memory import address_of, aligned_empty
 from mxfp4np.backends.threads import parallel_for
 from mxfp4np.bench import describe, machine
@@ -140,9 +141,11 @@ def main() -> None:
     bench = EncodeBench(args.rows, args.rounds, args.threads)
     for what in args.only or ["first", "limits", "torchao"]:
         getattr(bench, what)()
-    print(
-        json.dumps({"machine": machine(), "rows": bench.rows}) if args.json else describe(machine("torch", "torchao"))
-    )
+    found = machine("torch", "torchao")
+    if args.json:
+        print(json.dumps({"machine": found, "rows": bench.rows}))
+    else:
+        print(f"{describe(found)}\n\n{table('limits', bench.rows)}")
 
 
 if __name__ == "__main__":
