@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.peers import REFERENCE
 from mxfp4np.bench import describe
+from mxfp4np.report import count
 
 Row = dict[str, Any]
 Cell = Callable[[Row, list[Row]], str]
@@ -92,7 +93,7 @@ def table(section: str, rows: list[Row]) -> str:
 
 def caption(section: dict[str, Any]) -> str:
     """Return how and where a section was measured."""
-    threads = f"{section['threads']} thread{'s' * (section['threads'] > 1)}"
+    threads = count(section["threads"], "thread")
     return (
         f"{section['date']}, {threads}, medians of {section['rounds']} rounds in turn; {describe(section['machine'])}"
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import EllipsisType
 from typing import Any, SupportsIndex
 
@@ -242,7 +242,7 @@ class MXFP4Array:
         if transpose:
             if self.ndim < 2:
                 raise ValueError(f"transpose needs two axes or more, found shape {shape}")
-            shape = (*shape[:-2], shape[-1], shape[-2])
+            shape = swapped(shape)
         if out is None:
             out = get_backend(backend).empty(shape, decoded_dtype("bfloat16" if dtype is None else dtype))
             return out, out.swapaxes(-1, -2) if transpose else out
@@ -339,6 +339,23 @@ def split(
     for outer in itertools.product(*(range(size) for size in shape[: axis - 1])):
         for begin in range(0, shape[axis - 1], step):
             yield (*outer, slice(begin, min(begin + step, shape[axis - 1])), *whole[axis:])
+
+
+def swapped(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of an array whose last two axes are swapped."""
+    return (*shape[:-2], shape[-1], shape[-2])
+
+
+def place_in_whole(index: tuple[int | slice, ...], within: Iterable[SupportsIndex]) -> tuple[int, ...]:
+    """Return where an element is in an array, from where it is in the part that an index of `split` cut out.
+
+    Examples
+    --------
+    >>> place_in_whole((3, slice(64, 96), slice(0, 10)), (2, 5))
+    (3, 66, 5)
+    """
+    places = iter(within)
+    return tuple(k.start + operator.index(next(places)) if isinstance(k, slice) else k for k in index)
 
 
 def decode(

@@ -32,7 +32,7 @@ from .checkpoint import Checkpoint
 from .demo import ProgressBar
 from .errors import CheckpointError
 from .format import BLOCK_SIZE, BYTES_PER_BLOCK, decoded_dtype
-from .report import format_bytes, rows
+from .report import count, format_bytes, rows
 
 ROUNDS: Final = 9
 SECONDS: Final = 4.0
@@ -135,7 +135,7 @@ class Result:
     def lines(self) -> Iterator[str]:
         """Yield a report for a person."""
         yield describe(machine())
-        size, threads = 2 * self.source.size, f"{self.threads} thread{'s' * (self.threads > 1)}"
+        size, threads = 2 * self.source.size, count(self.threads, "thread")
         rounds = max(len(row.seconds) for row in self.rows)
         yield f"{self.source.what}: {format_bytes(size)} of bfloat16; {threads}, medians of {rounds} rounds in turn"
         if size < 0.9 * self.asked:
@@ -346,7 +346,7 @@ def machine(*packages: str) -> dict[str, Any]:
 def describe(machine: dict[str, Any]) -> str:
     """Return what `machine` found in a line."""
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
-    return f"{machine['cpu']}, {machine['cpus']} CPU{'s' * (machine['cpus'] > 1)}, {machine['code']} code; {versions}"
+    return f"{machine['cpu']}, {count(machine['cpus'], 'CPU')}, {machine['code']} code; {versions}"
 
 
 def _processor() -> str:

@@ -16,7 +16,7 @@ from typing import Any, Final, NamedTuple, Self
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from .array import MXFP4Array, split
+from .array import MXFP4Array, split, swapped
 from .backends import get_backend
 from .container import (
     SAFETENSORS_DTYPES,
@@ -130,7 +130,7 @@ class Checkpoint(Mapping[str, Any]):
         self.device = device
         files, index = _find_files(path)
         self._arguments = (index or files, device, io, layout)
-        self.index, self._folder = index, (index or files[0]).parent
+        self._index, self._folder = index, (index or files[0]).parent
         self._files: list[TensorFile] = []
         self._stored: dict[str, StoredTensor] = {}
         for file in files:
@@ -189,6 +189,11 @@ class Checkpoint(Mapping[str, Any]):
     def files(self) -> list[Path]:
         """The files it consists of."""
         return [file.path for file in self._files]
+
+    @property
+    def index(self) -> Path | None:
+        """The index that it was opened by, if there is one."""
+        return self._index
 
     @property
     def folder(self) -> Path:
@@ -464,7 +469,7 @@ def _cuts(
         return
     if len(shape) < 2:
         raise ValueError(f"transpose needs two axes or more, found shape {shape}")
-    for index in split((*shape[:-2], shape[-1], shape[-2]), itemsize, max_bytes, (unit, 1)):
+    for index in split(swapped(shape), itemsize, max_bytes, (unit, 1)):
         *lead, i, j = (
             k if n < len(shape) - 2 or isinstance(k, slice) else slice(k, k + 1) for n, k in enumerate(index)
         )

@@ -13,20 +13,19 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import DTypeLike
 
+from .array import swapped
 from .checkpoint import Checkpoint, PathLike, TensorInfo
 from .container import DTYPES, SAFETENSORS_DTYPES
 from .errors import CheckpointError
 from .format import decoded_dtype
-from .layouts import LAYOUTS, METADATA, is_turned, swapped
+from .layouts import LAYOUTS, METADATA, is_turned
 from .report import count, escape
 from .selection import patterns, select
-from .shards import RECORD, Item, Output, Pieces, Plan, Progress, Run, Scratch, Task, make_shards
+from .shards import MAX_SHARD_SIZE, RECORD, Item, Output, Pieces, Plan, Progress, Run, Scratch, Task, make_shards
 from .verification import Verification, compare, count_overflow
 
 PIECE_BYTES: Final = 32 << 20
 """Decoded bytes that a thread has in memory at a time. One expert of gpt-oss-20b fits, and can be transposed whole."""
-
-MAX_SHARD_SIZE: Final = 5_000_000_000
 
 WEIGHTS: Final = (".safetensors", ".uqff", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx")
 """Endings of files that hold weights, which are not copied."""
@@ -140,12 +139,8 @@ def plan_conversion(
             items.append(Decoded(Output(name, SAFETENSORS_DTYPES[wanted], shape), turned))
     if not items:
         raise ValueError(f"{checkpoint.folder}: no tensor is left to convert: see --include and --exclude")
-    documents, copies = {}, {}
-    if beside is not None:
-        copies = files_beside(beside, folder)
-        if copies.pop("config.json", None):
-            keep = bool(untouched(items))
-            documents["config.json"] = rewritten(checkpoint, lambda config: plain_config(config, wanted, keep=keep))
+    keep = bool(untouched(items))
+    files = small_files(checkpoint, beside, folder, lambda config: plain_config(config, wanted, keep=keep))
     about = {
         "dtype": wanted,
         "transpose": transpose,
@@ -153,7 +148,7 @@ def plan_conversion(
         "exclude": exclude,
         "layouts": sorted(layouts),  # a forced one changes values without changing a header
     }
-    return Plan(folder, make_shards(items, max_shard_size), documents, copies, about, checkpoint)
+    return Plan(folder, make_shards(items, max_shard_size), *files, about, checkpoint)
 
 
 def untouched(items: Iterable[Item]) -> list[str]:
@@ -187,10 +182,19 @@ def plain_config(config: dict[str, Any], dtype: str, *, keep: bool) -> dict[str,
     return plain
 
 
-def rewritten(checkpoint: Checkpoint, change: Callable[[dict[str, Any]], dict[str, Any]]) -> bytes:
-    """Return the text of a checkpoint's config.json, changed."""
+def small_files(
+    checkpoint: Checkpoint,
+    beside: Path | None,
+    target: Path,
+    change: Callable[[dict[str, Any]], dict[str, Any]],
+) -> tuple[dict[str, bytes], dict[str, Path]]:
+    """Return what goes with weights: a changed config.json to be written, and files to be copied."""
+    copies = {} if beside is None else _files_beside(beside, target)
+    if not copies.pop("config.json", None):
+        return {}, copies
     try:
-        return (json.dumps(change(checkpoint.config), indent=2, ensure_ascii=False) + "\n").encode()
+        text = json.dumps(change(checkpoint.config), indent=2, ensure_ascii=False) + "\n"
+        return {"config.json": text.encode()}, copies
     except (RecursionError, UnicodeEncodeError) as error:
         raise CheckpointError(f"{checkpoint.folder / 'config.json'}: cannot be written again: {error}") from error
 
@@ -201,7 +205,7 @@ def _without(value: Any, keys: tuple[str, ...]) -> Any:
     return {name: _without(part, keys) for name, part in value.items() if name not in keys}
 
 
-def files_beside(folder: Path, target: Path) -> dict[str, Path]:
+def _files_beside(folder: Path, target: Path) -> dict[str, Path]:
     """Return the files that go with weights, tokenizers for instance; folders that hold other weights do not."""
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
@@ -209,7 +213,7 @@ def files_beside(folder: Path, target: Path) -> dict[str, Path]:
             continue
         if path.is_dir():
             if not path.is_symlink() and not _is_other(path.resolve(), target.resolve()):
-                found.update((f"{path.name}/{name}", inner) for name, inner in files_beside(path, target).items())
+                found.update((f"{path.name}/{name}", inner) for name, inner in _files_beside(path, target).items())
         elif not _is_weights(path) and stat.S_ISREG(path.stat().st_mode):  # a link to nothing is an error
             found[path.name] = path
     return found

@@ -23,7 +23,7 @@ from .backends.threads import default_num_threads
 from .checkpoint import Checkpoint
 from .container import write_safetensors
 from .format import BLOCK_SIZE, BYTES_PER_BLOCK, dtype_named
-from .report import collapse, escape, format_bytes, rows, table_lines
+from .report import collapse, count, escape, format_bytes, rows, table_lines
 from .selection import Selection
 
 EXPERTS: Final = 8
@@ -73,7 +73,7 @@ class Result:
         decode, copy = (format_bytes(2 * self.elements / s) for s in (self.decode_seconds, self.copy_seconds))
         yield ""
         yield (
-            f"decoded to bfloat16 with {self.threads} thread{'s' * (self.threads > 1)}: "
+            f"decoded to bfloat16 with {count(self.threads, 'thread')}: "
             f"{self.elements / self.decode_seconds / 1e6:,.0f} million elements/s, {decode}/s; "
             f"a plain memory copy: {copy}/s"
         )

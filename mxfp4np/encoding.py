@@ -11,17 +11,17 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .array import MXFP4Array, encode
+from .array import MXFP4Array, encode, place_in_whole, swapped
 from .checkpoint import Checkpoint, PathLike, TensorInfo
 from .container import DTYPES, element
-from .conversion import MAX_SHARD_SIZE, QUANTIZATION_KEYS, copied, files_beside, folder_beside, rewritten
+from .conversion import QUANTIZATION_KEYS, copied, folder_beside, small_files
 from .errors import LayoutError
 from .format import BLOCK_SIZE, BYTES_PER_BLOCK, ENCODED_LAYOUTS, RULES, SCALE_NAN
 from .format import DTYPES as FLOATS
-from .layouts import LAYOUTS, as_blocks, is_turned, swapped
+from .layouts import LAYOUTS, as_blocks, is_turned
 from .report import count, escape
 from .selection import patterns, select
-from .shards import Item, Output, Pieces, Plan, Progress, Run, Scratch, make_shards
+from .shards import MAX_SHARD_SIZE, Item, Output, Pieces, Plan, Progress, Run, Scratch, make_shards
 
 PIECE_BYTES: Final = 8 << 20
 """Bytes of values that a thread has in memory at a time; finding the errors takes some ten times as many."""
@@ -160,10 +160,8 @@ def _added(total: Errors, part: Errors, index: tuple[int | slice, ...]) -> Error
     """Add the errors of the piece that lies at ``index``."""
     worst, block = total.worst, total.worst_block
     if part.worst > worst:
-        within = iter(part.worst_block)
-        starts = [(k.start, next(within)) if isinstance(k, slice) else (k, 0) for k in index]
-        *rows, (first, group) = starts
-        worst, block = part.worst, (*map(sum, rows), first // BLOCK_SIZE + group)
+        *rows, element = place_in_whole(index, (*part.worst_block[:-1], BLOCK_SIZE * part.worst_block[-1]))
+        worst, block = part.worst, (*rows, element // BLOCK_SIZE)
     return Errors(total.error + part.error, total.norm + part.norm, worst, block, total.nan_blocks + part.nan_blocks)
 
 
@@ -224,14 +222,9 @@ def plan_encoding(
         if obstacle is not None:
             raise LayoutError(f"{info.stored[0].file.path}: tensor {name!r} {obstacle}")
         items.append(_encoded(info, layout, transpose, rule) if name in chosen else copied(info))
-    documents, copies = {}, {}
-    if beside is not None:
-        copies = files_beside(beside, folder)
-        if copies.pop("config.json", None):
-            left = [
-                n for n, info in infos.items() if n.endswith(".weight") and len(info.shape) == 2 and n not in chosen
-            ]
-            documents["config.json"] = rewritten(checkpoint, lambda config: _packed_config(config, form.config(left)))
+    matrices = (name for name, info in infos.items() if name.endswith(".weight") and len(info.shape) == 2)
+    how = form.config([name for name in matrices if name not in chosen])
+    files = small_files(checkpoint, beside, folder, lambda config: _packed_config(config, how))
     about = {
         "rule": rule,
         "layout": layout,
@@ -239,7 +232,7 @@ def plan_encoding(
         "include": include,
         "exclude": exclude,
     }
-    return Plan(folder, make_shards(items, max_shard_size), documents, copies, about, checkpoint)
+    return Plan(folder, make_shards(items, max_shard_size), *files, about, checkpoint)
 
 
 def _obstacle(info: TensorInfo, layout: str, transpose: str) -> str | None:

@@ -29,11 +29,6 @@ METADATA: Final = "__metadata__"
 """In place of a file's name: what the safetensors header itself says of a tensor, as JSON under its logical name."""
 
 
-def swapped(shape: Shape) -> Shape:
-    """Return the shape of a tensor whose last two axes are swapped."""
-    return (*shape[:-2], shape[-1], shape[-2])
-
-
 class Says(NamedTuple):
     """What a file beside the checkpoint says if it was written by a certain tool."""
 

@@ -134,20 +134,20 @@ def table_lines(groups: dict[tuple[Any, ...], list[Row]]) -> list[str]:
     problems = []
     total = packed = stored = decoded = 0
     for kind, group in groups.items():
-        name, count, info = escape(kind[0]), f"x{len(group)}" if len(group) > 1 else "", group[0].info
+        name, times, info = escape(kind[0]), f"x{len(group)}" if len(group) > 1 else "", group[0].info
         total += len(group)
         if info is None:
             problems.append(escape(kind[1]))
-            lines.append((name, count, "", "broken", "", "", ""))
+            lines.append((name, times, "", "broken", "", "", ""))
             continue
         packed += len(group) * (info.layout is not None)
         sizes = sum(_info(row).nbytes for row in group), sum(_info(row).decoded_nbytes() for row in group)
         stored, decoded = stored + sizes[0], decoded + sizes[1]
         shape = "x".join(map(str, info.shape)) or "scalar"
-        lines.append((name, count, shape, info.dtype, info.layout or "-", *map(format_bytes, sizes)))
+        lines.append((name, times, shape, info.dtype, info.layout or "-", *map(format_bytes, sizes)))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    summary = f"{total:,} tensor{'s' * (total != 1)}, {packed:,} of them MXFP4: {format_bytes(stored)} stored, "
+    summary = f"{count(total, 'tensor')}, {packed:,} of them MXFP4: {format_bytes(stored)} stored, "
     return [*text, *problems, *_reasons(groups), summary + f"{format_bytes(decoded)} with MXFP4 decoded to bfloat16"]
 
 

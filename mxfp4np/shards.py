@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -37,6 +38,9 @@ RECORD: Final = ".mxfp4np.json"
 
 METADATA: Final = {"format": "pt"}
 """Of each shard, as transformers wants it."""
+
+MAX_SHARD_SIZE: Final = 5_000_000_000
+"""Bytes of a file, unless the caller says otherwise; as huggingface_hub has it."""
 
 _SHARD: Final = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors")
 _TEMPORARY: Final = re.compile(r"\.(.+)\.\d+-[0-9a-f]{8}\.tmp")
@@ -75,7 +79,7 @@ class Scratch:
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         """Return an array in the same memory as the last one."""
-        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        size = math.prod(shape) * dtype.itemsize
         if size > self._memory.nbytes:
             self._memory = aligned_empty((size,), np.dtype(np.uint8))
         return self._memory[:size].view(dtype).reshape(shape)
@@ -311,8 +315,8 @@ class Plan:
         written, missing, begin = 0, [shard.file for shard in self.shards], time.perf_counter()
         reports: dict[str, Any] = {}
         if not dry_run:
-            self.prepare(tasks, resume=resume or part is not None, force=force, shared=part is not None)
-            tasks = [task for task in tasks if not task.is_done()]
+            shared = part is not None
+            tasks = self.prepare(tasks, resume=resume or shared, force=force, shared=shared)
             written = sum(task.shard.nbytes for task in tasks)
             reports = run_tasks(tasks, workers, progress)
             missing = self.finish()
@@ -326,8 +330,8 @@ class Plan:
             raise ValueError(f"task must be i/n with 1 <= i <= n, found {i}/{n}")
         return [Task(self.folder, shard, self.source) for shard in self.shards[i - 1 :: n]]
 
-    def prepare(self, tasks: Sequence[Task], *, resume: bool, force: bool, shared: bool) -> None:
-        """Make the folder ready for tasks, and put everything there that is not a shard.
+    def prepare(self, tasks: Sequence[Task], *, resume: bool, force: bool, shared: bool) -> list[Task]:
+        """Make the folder ready for tasks, put everything there that is not a shard, and return what is left to do.
 
         Parameters
         ----------
@@ -363,7 +367,9 @@ class Plan:
             )
         if not shared:
             _clear(self.folder, self._names)
-        self._check_room(tasks, earlier)
+        removed = set(earlier)
+        left = [task for task in tasks if task.path in removed or not task.is_done()]
+        self._check_room(left, earlier)
         for path in earlier:
             path.unlink(missing_ok=True)
         _put(record, self.record)
@@ -371,6 +377,7 @@ class Plan:
             _put(self.folder / name, text)
         for name, path in self.copies.items():
             _copy(path, self.folder / name)
+        return left
 
     def finish(self) -> list[str]:
         """Write the index if all shards are there, and return the names of those that are not."""
@@ -415,15 +422,15 @@ class Plan:
         """Return what this run does away with, in this order: with its index, a folder is no longer complete."""
         record = self.folder / RECORD
         weights = [path for path in others if path.name.endswith((".safetensors", ".index.json"))]
-        known = [path for path in weights if path.name == INDEX or _SHARD.fullmatch(path.name)]
+        began = record in others
         for path in weights:
-            if path not in known or record not in others:
+            if not began or not (path.name == INDEX or _SHARD.fullmatch(path.name)):
                 raise FileExistsError(f"{path}: was written by no earlier run: remove it, or choose another folder")
-        known.sort(key=lambda path: path.name != INDEX)
-        return [*known, *(self.folder / name for name in (*self.documents, *self.copies)), record]
+        weights.sort(key=lambda path: path.name != INDEX)
+        return [*weights, *(self.folder / name for name in (*self.documents, *self.copies)), record]
 
     def _check_room(self, tasks: Sequence[Task], earlier: Sequence[Path]) -> None:
-        needed = sum(task.shard.nbytes for task in tasks if task.path in earlier or not task.is_done())
+        needed = sum(task.shard.nbytes for task in tasks)
         free = shutil.disk_usage(self.folder).free + sum(path.stat().st_size for path in earlier if path.exists())
         if needed > free:
             raise OSError(
@@ -550,10 +557,15 @@ class Crew:
         Bytes to be done.
     progress : callable
         Called by one thread at a time, and never again once it has raised.
+
+    Attributes
+    ----------
+    done : int
+        Bytes that are done.
     """
 
     def __init__(self, total: int, progress: Callable[[Progress], object]) -> None:
-        self._total, self._done, self._progress = total, 0, progress
+        self.done, self._total, self._progress = 0, total, progress
         self._lock = threading.Lock()
         self._errors: list[BaseException] = []
 
@@ -562,9 +574,9 @@ class Crew:
         with self._lock:
             if self._errors:
                 raise _StoppedError
-            self._done += nbytes
+            self.done += nbytes
             try:
-                self._progress(Progress(shard, tensor, self._done, self._total))
+                self._progress(Progress(shard, tensor, self.done, self._total))
             except BaseException as error:
                 self._errors.append(error)
                 raise

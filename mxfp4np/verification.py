@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
@@ -15,13 +14,13 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from .array import MXFP4Array
+from .array import MXFP4Array, place_in_whole, swapped
 from .checkpoint import Checkpoint, PathLike, TensorInfo, read_json, weight_map_of
 from .container import DTYPES, element
 from .errors import CheckpointError, LayoutError, TensorNotFoundError
 from .format import DTYPES as DECODED
 from .format import SCALE_BIAS, SCALE_NAN, TRANSPOSE
-from .layouts import is_turned, swapped
+from .layouts import is_turned
 from .report import count, escape, format_bytes
 from .selection import select
 from .shards import RECORD, Crew, Progress
@@ -32,8 +31,8 @@ PIECE_BYTES: Final = 4 << 20
 PLAUSIBLE: Final = range(SCALE_BIAS - 64, SCALE_BIAS + 33)
 """Scales of weights. Where the middle one is outside, bytes were converted that should have been viewed."""
 
-
 _NUMBERED: Final = re.compile(r"(.+)-(\d+)-of-(\d+)\.(?:safetensors|uqff|gguf)")
+"""Names of files that say how many there are."""
 
 
 @dataclass
@@ -172,25 +171,26 @@ def compare(
         else:
             pairs.append((info, found, turned))
 
-    crew, lock = Crew(sum(found.nbytes for _, found, _ in pairs), progress), threading.Lock()
-    differences: list[tuple[int, str]] = []
+    crew = Crew(sum(found.nbytes for _, found, _ in pairs), progress)
+    compared: list[tuple[int, int, int, str | None]] = []
 
     def run(number: int) -> None:
         info, found, turned = pairs[number]
-        path, difference = found.stored[0].file.path, None
-        for index, expected, nan_blocks, overflow in _expected(source, info, found, turned=turned):
+        path, nan_blocks, overflow, difference = found.stored[0].file.path, 0, 0, None
+        for index, expected, nan, infinite in _expected(source, info, found, turned=turned):
             if difference is None:
                 difference = _first_difference(index, expected, target.get(found.name, index=index or ...))
-            with lock:
-                result.nan_blocks += nan_blocks
-                result.overflow += overflow
-                result.nbytes += expected.nbytes
+            nan_blocks, overflow = nan_blocks + nan, overflow + infinite
             crew.advance(path.name, found.name, expected.nbytes)
-        if difference is not None:
-            differences.append((number, f"{path}: tensor {found.name!r}{difference}"))
+        finding = None if difference is None else f"{path}: tensor {found.name!r}{difference}"
+        compared.append((number, nan_blocks, overflow, finding))
 
     crew.run(run, len(pairs), workers)
-    result.findings += [difference for _, difference in sorted(differences)]
+    result.nbytes = crew.done
+    for _, nan_blocks, overflow, finding in sorted(compared, key=itemgetter(0)):
+        result.nan_blocks += nan_blocks
+        result.overflow += overflow
+        result.findings += [finding] if finding is not None else []
     return result
 
 
@@ -235,8 +235,7 @@ def _first_difference(index: tuple[int | slice, ...], expected: NDArray[Any], ac
     if np.array_equal(theirs, ours):
         return None
     at = int(np.flatnonzero(theirs != ours)[0]) // expected.itemsize
-    within = iter(np.unravel_index(at, expected.shape))
-    place = [k.start + int(next(within)) if isinstance(k, slice) else k for k in index]
+    place = place_in_whole(index, np.unravel_index(at, expected.shape))
     return f"[{', '.join(map(str, place))}]: expected {expected.flat[at]!s}, found {actual.flat[at]!s}"
 
 
@@ -275,8 +274,8 @@ def _health(
             else:
                 packed += [info] if info.layout is not None else []
 
-        crew, lock = Crew(sum(info.nbytes for info in packed), progress), threading.Lock()
-        problems: list[tuple[int, str]] = []
+        crew = Crew(sum(info.nbytes for info in packed), progress)
+        counted: list[tuple[int, NDArray[np.int64]]] = []
 
         def run(number: int) -> None:
             info, scales = packed[number], np.zeros(256, np.int64)
@@ -284,15 +283,14 @@ def _health(
                 # A block of zeros may have any scale.
                 used = part.scales[(part.blocks & 0x77).any(axis=-1) | (part.scales == SCALE_NAN)]
                 scales += np.bincount(used.reshape(-1), minlength=256)
-                with lock:
-                    result.nbytes += part.nbytes
                 crew.advance(info.stored[0].file.path.name, info.name, part.nbytes)
-            with lock:
-                result.nan_blocks += int(scales[SCALE_NAN])
-            problems.extend((number, f"tensor {info.name!r}: {problem}") for problem in _implausible(scales))
+            counted.append((number, scales))
 
         crew.run(run, len(packed), workers)
-        result.findings += [problem for _, problem in sorted(problems, key=itemgetter(0))]
+        result.nbytes = crew.done
+        for number, scales in sorted(counted, key=itemgetter(0)):
+            result.nan_blocks += int(scales[SCALE_NAN])
+            result.findings += [f"tensor {packed[number].name!r}: {problem}" for problem in _implausible(scales)]
     return result
 
 

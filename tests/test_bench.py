@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from contract import run_python
 
 import mxfp4np
-from mxfp4np import bench, cli
+from mxfp4np import bench
 from mxfp4np.backends import cpu
 from mxfp4np.backends.memory import aligned_empty
 from mxfp4np.format import DTYPES, decoded_dtype
@@ -20,18 +21,9 @@ REUSED, NEW = ["stream", "memset"], ["allocate and fill"]
 
 
 @pytest.fixture
-def command(capsys):
+def command(command):
     """Return a function that runs the command with little data and returns its status, stdout and stderr."""
-
-    def run(*arguments):
-        capsys.readouterr()
-        try:
-            status = cli.main(["bench", "--size", "18kB", *map(str, arguments)])
-        except SystemExit as error:
-            status = error.code
-        return (status, *capsys.readouterr())
-
-    return run
+    return partial(command, "bench", "--size", "18kB")
 
 
 @pytest.fixture
