@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .encoding import encode_checkpoint as encode_checkpoint
     from .errors import BackendUnavailableError as BackendUnavailableError
     from .errors import CheckpointError as CheckpointError
+    from .errors import DeviceMemoryError as DeviceMemoryError
     from .errors import LayoutError as LayoutError
     from .errors import MXFP4Error as MXFP4Error
     from .errors import TensorNotFoundError as TensorNotFoundError
@@ -39,6 +40,7 @@ _HOMES = {
     "verify": "verification",
     "BackendUnavailableError": "errors",
     "CheckpointError": "errors",
+    "DeviceMemoryError": "errors",
     "LayoutError": "errors",
     "MXFP4Error": "errors",
     "TensorNotFoundError": "errors",

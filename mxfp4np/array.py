@@ -6,7 +6,6 @@ no tensor name.
 
 from __future__ import annotations
 
-import itertools
 import math
 import operator
 from collections.abc import Iterable, Iterator
@@ -16,9 +15,9 @@ from typing import Any, SupportsIndex
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from .backends import get_backend
+from .backends import Backend, as_array, backend_for, device_of
 from .errors import LayoutError
-from .format import BLOCK_SIZE, BYTES_PER_BLOCK, DTYPES, ORDERS, RULES, blocks_in, decoded_dtype, name_of
+from .format import BLOCK_SIZE, BYTES_PER_BLOCK, DTYPES, ORDERS, RULES, blocks_in, decoded_dtype, name_of, split
 
 BasicIndex = SupportsIndex | slice | EllipsisType
 Index = BasicIndex | tuple[BasicIndex, ...]
@@ -76,7 +75,7 @@ class MXFP4Array:
     start: int
 
     def __init__(self, blocks: ArrayLike, scales: ArrayLike, order: str = "pairs") -> None:
-        blocks, scales = np.asarray(blocks), np.asarray(scales)
+        blocks, scales = as_array(blocks), as_array(scales)
         if blocks.dtype != _UINT8 or scales.dtype != _UINT8:
             if scales.dtype.name == "float8_e8m0fnu":
                 scales = scales.view(np.uint8)
@@ -91,8 +90,17 @@ class MXFP4Array:
             )
         if order not in ORDERS:
             raise ValueError(f"order must be {' or '.join(map(repr, ORDERS))}, found {order!r}")
+        if device_of(blocks) != device_of(scales):
+            raise LayoutError(
+                f"blocks are on {device_of(blocks)!r} and scales on {device_of(scales)!r}: copy one of them"
+            )
         self.blocks, self.scales, self.order, self.start = blocks, scales, order, 0
         self.shape = (*scales.shape[:-1], scales.shape[-1] * BLOCK_SIZE)
+
+    @property
+    def device(self) -> str:
+        """Where the packed bytes are: ``"cpu"``, or ``"cuda:0"`` or another."""
+        return device_of(self.blocks)
 
     @property
     def ndim(self) -> int:
@@ -187,6 +195,7 @@ class MXFP4Array:
         out: NDArray[Any] | None = None,
         transpose: bool = False,
         backend: str | None = None,
+        device: str | None = None,
         num_threads: int | None = None,
     ) -> NDArray[Any]:
         """Return the values.
@@ -195,35 +204,45 @@ class MXFP4Array:
         ----------
         dtype : str, type or numpy.dtype, optional
             bfloat16, float16 or float32; that of ``out``, or bfloat16, by default.
-        out : numpy.ndarray, optional
+        out : numpy.ndarray or cupy.ndarray, optional
             Where to write: any writable array of the right shape and dtype, of any strides and alignment, that does
             not overlap the packed data.
         transpose : bool
             Swap the last two axes: ``[.., out, in]`` becomes ``[.., in, out]``, as Hugging Face's loader gives the
             experts of gpt-oss. Done on the way, without a temporary.
-        backend : {"cpu", "numpy"}, optional
+        backend : {"cpu", "numpy", "cuda"}, optional
             Who decodes; see `mxfp4np.backends.get_backend`.
+        device : str, optional
+            Where: ``"cuda"`` or ``"cuda:1"`` takes packed bytes of the host to that device and decodes them there. By
+            default where ``out`` is, or else the packed bytes.
         num_threads : int, optional
-            At most this many threads. By default ``MXFP4NP_NUM_THREADS``, or as many as the process has CPUs.
+            At most this many threads of the host. By default ``MXFP4NP_NUM_THREADS``, or as many as the process has
+            CPUs.
 
         Returns
         -------
-        numpy.ndarray
+        numpy.ndarray or cupy.ndarray
             ``out``, or a new C-contiguous array aligned to 64 bytes. Exact in bfloat16 and float32; float16 rounds to
-            nearest even. Beyond the largest finite value it is infinity; where the scale is 255 it is NaN.
+            nearest even. Beyond the largest finite value it is infinity; where the scale is 255 it is NaN. On a device,
+            it is ready for what comes later on the current stream.
 
         Raises
         ------
         ValueError
-            If ``dtype``, ``out`` or ``num_threads`` does not fit.
+            If ``dtype``, ``out``, ``device`` or ``num_threads`` does not fit.
+        BackendUnavailableError
+            If the device needs what is not installed.
+        DeviceMemoryError
+            If the device has too little memory left.
 
         Notes
         -----
         ``value = E2M1[code] * 2**(scale - 127)``: OCP Microscaling Formats (MX) v1.0, section 6.3.
         """
         _check_num_threads(num_threads)
-        result, target = self.prepare_out(dtype, out, transpose=transpose, backend=backend)
-        get_backend(backend).decode(
+        worker = backend_for(self.blocks, out, backend, device)
+        result, target = self.prepare_out(dtype, out, transpose=transpose, worker=worker)
+        worker.decode(
             self.blocks,
             self.scales,
             target,
@@ -235,7 +254,7 @@ class MXFP4Array:
         return result
 
     def prepare_out(
-        self, dtype: DTypeLike | None, out: NDArray[Any] | None, *, transpose: bool, backend: str | None
+        self, dtype: DTypeLike | None, out: NDArray[Any] | None, *, transpose: bool, worker: Backend
     ) -> tuple[NDArray[Any], NDArray[Any]]:
         """Return where `decode` writes, checked or new, and a view of it that has the shape of the packed array."""
         shape = self.shape
@@ -244,23 +263,20 @@ class MXFP4Array:
                 raise ValueError(f"transpose needs two axes or more, found shape {shape}")
             shape = swapped(shape)
         if out is None:
-            out = get_backend(backend).empty(shape, decoded_dtype("bfloat16" if dtype is None else dtype))
+            out = worker.empty(shape, decoded_dtype("bfloat16" if dtype is None else dtype))
             return out, out.swapaxes(-1, -2) if transpose else out
-        if not isinstance(out, np.ndarray):
-            raise TypeError(f"out must be a numpy.ndarray, found {type(out).__name__}")
+        worker.check_out(out, self.blocks, self.scales)
         expected = decoded_dtype(out.dtype if dtype is None else dtype)
         if out.dtype != expected:
             raise ValueError(f"out must have dtype {expected}, found {out.dtype}")
         if out.shape != shape:
             raise ValueError(f"out must have shape {shape}, found {out.shape}")
-        if not out.flags.writeable:
-            raise ValueError("out must be writable, found a read-only array")
-        if np.may_share_memory(out, self.blocks) or np.may_share_memory(out, self.scales):
-            raise ValueError("out must not overlap the packed blocks and scales")
         return out, out.swapaxes(-1, -2) if transpose else out
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
         """Decode for NumPy: to bfloat16, or through float32 to any other dtype."""
+        if self.device != "cpu":
+            raise TypeError(f"packed values on {self.device!r} do not become a numpy.ndarray unasked: use decode()")
         if copy is False:
             raise ValueError("packed MXFP4 values cannot become an array without a copy")
         if dtype is None or np.dtype(dtype).name in DTYPES:
@@ -296,51 +312,6 @@ class MXFP4Array:
             yield index, self[index]
 
 
-def split(
-    shape: tuple[int, ...], itemsize: int, max_bytes: int, units: tuple[int, ...] = (1,)
-) -> Iterator[tuple[int | slice, ...]]:
-    """Yield indices, in C order, that cut an array into parts of at most ``max_bytes``.
-
-    Parameters
-    ----------
-    shape, itemsize
-        Of the array.
-    max_bytes : int
-        Of one part; at least one unit of the last axis.
-    units : tuple of int
-        The last axes are cut at multiples of these many elements, the very last one always, others where that fits.
-
-    Yields
-    ------
-    tuple of int and slice
-        Integers for the axes that are walked through, one cut slice, whole slices for the rest.
-
-    Raises
-    ------
-    ValueError
-        If not even one unit of the last axis fits.
-    """
-    if max_bytes < units[-1] * itemsize:
-        raise ValueError(f"max_bytes must be at least {units[-1] * itemsize}, found {max_bytes}")
-    if 0 in shape:
-        return
-    axis, inner = len(shape), itemsize  # `inner`: bytes of one step along the axis before
-    while axis and inner * shape[axis - 1] <= max_bytes:
-        axis -= 1
-        inner *= shape[axis]
-    whole = tuple(slice(0, size) for size in shape)
-    if axis == 0:
-        yield whole
-        return
-    step = max_bytes // inner
-    unit = (*[1] * len(shape), *units)[axis - 1 - len(shape)]
-    if step >= unit:
-        step -= step % unit
-    for outer in itertools.product(*(range(size) for size in shape[: axis - 1])):
-        for begin in range(0, shape[axis - 1], step):
-            yield (*outer, slice(begin, min(begin + step, shape[axis - 1])), *whole[axis:])
-
-
 def swapped(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape of an array whose last two axes are swapped."""
     return (*shape[:-2], shape[-1], shape[-2])
@@ -367,6 +338,7 @@ def decode(
     num_threads: int | None = None,
     *,
     transpose: bool = False,
+    device: str | None = None,
 ) -> NDArray[Any]:
     """Decode packed blocks and scales to an array of values.
 
@@ -374,12 +346,13 @@ def decode(
     ----------
     blocks : (..., G, 16) uint8
     scales : (..., G) uint8 or float8_e8m0fnu
-    dtype, out, backend, num_threads, transpose
+        Arrays of NumPy, or of CuPy or another library that has them on a CUDA device.
+    dtype, out, backend, num_threads, transpose, device
         As for `MXFP4Array.decode`.
 
     Returns
     -------
-    (..., 32 * G) numpy.ndarray
+    (..., 32 * G) numpy.ndarray or cupy.ndarray
         bfloat16 by default. With ``transpose``, the last two axes are swapped.
 
     Raises
@@ -396,7 +369,7 @@ def decode(
     array([ 0.5, -3. ,  0.5, -3. ], dtype=float32)
     """
     return MXFP4Array(blocks, scales).decode(
-        dtype, out=out, transpose=transpose, backend=backend, num_threads=num_threads
+        dtype, out=out, transpose=transpose, backend=backend, device=device, num_threads=num_threads
     )
 
 
@@ -412,12 +385,12 @@ def encode(
     Parameters
     ----------
     x : (..., 32 * G) bfloat16, float16 or float32
-        Any strides and alignment.
+        Any strides and alignment. An array of CuPy, or of another library on a CUDA device, is encoded there.
     rule : {"even", "floor", "rceil", "ceil"}
         How a block's scale follows from its largest magnitude; see the notes.
     out : MXFP4Array, optional
         Where to write: of the shape of ``x``, in pairs, whole blocks, of any strides, that do not overlap ``x``.
-    backend : {"cpu", "numpy"}, optional
+    backend : {"cpu", "numpy", "cuda"}, optional
         Who encodes; see `mxfp4np.backends.get_backend`.
     num_threads : int, optional
         At most this many threads. By default ``MXFP4NP_NUM_THREADS``, or as many as the process has CPUs.
@@ -482,39 +455,36 @@ def encode(
     >>> packed[0, 8:16].decode("float32")
     array([ 8.,  8.,  8., 12., 12., 12., 16., 16.], dtype=float32)
     """
-    x = np.asarray(x)
-    if name_of(x.dtype) not in DTYPES or not x.dtype.isnative:
-        raise ValueError(f"x must be {', '.join(DTYPES)}, in native byte order, found {x.dtype!r}")
-    if not x.ndim or x.shape[-1] % BLOCK_SIZE:
-        raise ValueError(f"x must have a last axis of a multiple of {BLOCK_SIZE}, found shape {x.shape}")
+    values = as_array(x)
+    if name_of(values.dtype) not in DTYPES or not values.dtype.isnative:
+        raise ValueError(f"x must be {', '.join(DTYPES)}, in native byte order, found {values.dtype!r}")
+    if not values.ndim or values.shape[-1] % BLOCK_SIZE:
+        raise ValueError(f"x must have a last axis of a multiple of {BLOCK_SIZE}, found shape {values.shape}")
     if rule not in RULES:
         raise ValueError(f"rule must be {', '.join(map(repr, RULES))}, found {rule!r}")
     _check_num_threads(num_threads)
-    worker = get_backend(backend)
+    if out is not None and not isinstance(out, MXFP4Array):
+        raise TypeError(f"out must be an MXFP4Array, found {type(out).__name__}")
+    worker = backend_for(values, None if out is None else out.blocks, backend, None)
     if out is None:
-        shape = (*x.shape[:-1], x.shape[-1] // BLOCK_SIZE)
+        shape = (*values.shape[:-1], values.shape[-1] // BLOCK_SIZE)
         out = MXFP4Array(worker.empty((*shape, BYTES_PER_BLOCK), _UINT8), worker.empty(shape, _UINT8))
     else:
-        _check_encoded(out, x)
-    worker.encode(x, out.blocks, out.scales, rule=rule, num_threads=num_threads)
+        _check_encoded(out, values, worker)
+    worker.encode(values, out.blocks, out.scales, rule=rule, num_threads=num_threads)
     return out
 
 
-def _check_encoded(out: MXFP4Array, x: NDArray[Any]) -> None:
+def _check_encoded(out: MXFP4Array, x: NDArray[Any], worker: Backend) -> None:
     """Refuse what `encode` cannot write to."""
-    if not isinstance(out, MXFP4Array):
-        raise TypeError(f"out must be an MXFP4Array, found {type(out).__name__}")
     if out.shape != x.shape:
         raise ValueError(f"out must have shape {x.shape}, found {out.shape}")
     if out.order != "pairs":
         raise ValueError(f"out must have its elements in pairs, found order {out.order!r}")
     if out.start:
         raise ValueError(f"out must begin with a whole block, found one that begins at element {out.start} of a block")
-    for what, array in (("blocks", out.blocks), ("scales", out.scales)):
-        if not array.flags.writeable:
-            raise ValueError(f"out must be writable, found read-only {what}")
-        if np.may_share_memory(array, x):
-            raise ValueError(f"out must not overlap x, found that its {what} do")
+    worker.check_out(out.blocks, x)
+    worker.check_out(out.scales, x)
 
 
 def _check_num_threads(num_threads: int | None) -> None:

@@ -16,8 +16,8 @@ from typing import Any, Final, NamedTuple, Self
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from .array import MXFP4Array, split, swapped
-from .backends import get_backend
+from .array import MXFP4Array, swapped
+from .backends import Backend, as_numpy, backend_for, get_backend
 from .container import (
     SAFETENSORS_DTYPES,
     SafetensorsFile,
@@ -31,7 +31,7 @@ from .container import (
     write_safetensors,
 )
 from .errors import CheckpointError, LayoutError, TensorNotFoundError
-from .format import BLOCK_SIZE, BYTES_PER_BLOCK, as_dtype, decoded_dtype
+from .format import BLOCK_SIZE, BYTES_PER_BLOCK, as_dtype, decoded_dtype, split
 from .layouts import LAYOUTS, Evidence, Packed, PackedTensor, find_tensors
 
 PathLike = str | os.PathLike[str]
@@ -86,7 +86,9 @@ class Checkpoint(Mapping[str, Any]):
         index is opened by it; one without ``.safetensors`` files by its ``.uqff`` or else its ``.gguf`` files, which
         need the gguf extra.
     device : str
-        Where arrays are wanted: ``"cpu"``, or ``"cuda"`` or ``"cuda:1"`` with the CUDA extra installed.
+        Where arrays are wanted: ``"cpu"``, or ``"cuda"`` for CuPy's current device, or ``"cuda:1"``, with the extra
+        cuda12 or cuda13 installed. What `get` and `chunks` return is a ``cupy.ndarray`` there; packed bytes cross the
+        bus, decoded ones never do.
     io : {"mmap", "pread"}
         Map the files, or read what is asked for. A mapped file must not be truncated while it is in use, or the
         operating system ends the process: use ``"pread"`` where that can happen, for instance on network shares.
@@ -126,8 +128,7 @@ class Checkpoint(Mapping[str, Any]):
             raise ValueError(f"layout must be one of {', '.join(names)}, found {layout!r}")
         if io not in ("mmap", "pread"):
             raise ValueError(f"io must be 'mmap' or 'pread', found {io!r}")
-        get_backend(device=device)
-        self.device = device
+        self.device, self._backend = device, get_backend(device=device)
         files, index = _find_files(path)
         self._arguments = (index or files, device, io, layout)
         self._index, self._folder = index, (index or files[0]).parent
@@ -151,6 +152,11 @@ class Checkpoint(Mapping[str, Any]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen, self._arguments
+
+    @property
+    def _device(self) -> str | None:
+        """Where to decode, if that is not up to the output."""
+        return None if self.device == "cpu" else self.device
 
     # Mapping
 
@@ -176,9 +182,10 @@ class Checkpoint(Mapping[str, Any]):
         self.close()
 
     def close(self) -> None:
-        """Let go of the files. Arrays that were handed out stay valid."""
+        """Let go of the files, and of pinned memory. Arrays that were handed out stay valid."""
         for file in self._files:
             file.close()
+        self._backend.release()
 
     def __repr__(self) -> str:
         return f"<Checkpoint of {len(self)} tensors in {len(self._files)} files at {str(self._folder)!r}>"
@@ -292,13 +299,16 @@ class Checkpoint(Mapping[str, Any]):
 
         Returns
         -------
-        numpy.ndarray
-            A new array or ``out``. For a plain tensor with neither ``dtype`` nor ``out``, a read-only view of the file.
+        numpy.ndarray or cupy.ndarray
+            A new array or ``out``. On the CPU, for a plain tensor with neither ``dtype`` nor ``out``, a read-only view
+            of the file.
 
         Raises
         ------
         TensorNotFoundError
             If there is no such tensor and no default.
+        DeviceMemoryError
+            If the device has too little memory left.
         LayoutError
             If the tensor is a broken pair, or could be in several layouts.
         CheckpointError
@@ -311,17 +321,17 @@ class Checkpoint(Mapping[str, Any]):
         tensor, rows = self._find(name)
         if isinstance(tensor, StoredTensor):
             stored = _stored_array(tensor, index, rows)
-            return _plain(stored.swapaxes(-1, -2) if transpose else stored, dtype, out)
+            return _plain(stored.swapaxes(-1, -2) if transpose else stored, dtype, out, self._backend)
         source = _PackedSource(tensor, rows)
         array = source.array if index is None else source.array[index]
+        where: dict[str, Any] = {"backend": backend, "device": self._device, "num_threads": num_threads}
         if not source.copies:
             source.prefetch(array)
-            return source.load(array).decode(
-                dtype, out=out, transpose=transpose, backend=backend, num_threads=num_threads
-            )
-        out, target = array.prepare_out(dtype, out, transpose=transpose, backend=backend)
+            return source.load(array).decode(dtype, out=out, transpose=transpose, **where)
+        worker = backend_for(array.blocks, out, backend, self._device)
+        out, target = array.prepare_out(dtype, out, transpose=transpose, worker=worker)
         for place, part in array.chunks(READ_BYTES, out.dtype):
-            source.load(part).decode(out=target[place], backend=backend, num_threads=num_threads)
+            source.load(part).decode(out=target[place], **where)
         return out
 
     def packed(self, name: str) -> MXFP4Array:
@@ -366,13 +376,14 @@ class Checkpoint(Mapping[str, Any]):
         ------
         index : tuple of int and slice
             Where the piece belongs: ``whole[index] = piece`` for every piece, in C order, fills the whole.
-        piece : numpy.ndarray
+        piece : numpy.ndarray or cupy.ndarray
         """
+        where: dict[str, Any] = {"backend": backend, "device": self._device, "num_threads": num_threads}
         for index, piece in self.pieces(name, max_bytes, dtype=dtype, transpose=transpose):
             if isinstance(piece, MXFP4Array):
-                yield index, piece.decode(dtype, transpose=transpose, backend=backend, num_threads=num_threads)
+                yield index, piece.decode(dtype, transpose=transpose, **where)
             else:
-                yield index, np.asarray(_plain(piece, dtype, None))
+                yield index, _plain(np.asarray(piece), dtype, None, self._backend)
 
     def pieces(
         self, name: str, max_bytes: int, *, dtype: DTypeLike | None = None, transpose: bool = False
@@ -550,21 +561,20 @@ def _stored_array(tensor: StoredTensor, index: Any = None, rows: slice | None = 
     return tensor.file.read(tensor, base, array)[index]  # a scalar, or a copy by an advanced index
 
 
-def _plain(array: Any, dtype: DTypeLike | None, out: NDArray[Any] | None) -> Any:
+def _plain(array: Any, dtype: DTypeLike | None, out: NDArray[Any] | None, worker: Backend) -> Any:
     if out is not None:
-        if not isinstance(out, np.ndarray):
-            raise TypeError(f"out must be a numpy.ndarray, found {type(out).__name__}")
+        worker.check_out(out)
         if out.shape != array.shape or (dtype is not None and out.dtype != as_dtype(dtype)):
             expected = f"shape {array.shape}" + (f" and dtype {as_dtype(dtype)}" if dtype is not None else "")
             raise ValueError(f"out must have {expected}, found {out.shape} and {out.dtype}")
         dtype = out.dtype
     if dtype is None:
-        return array
+        return worker.asarray(array)
     if array.dtype.kind == "c" and as_dtype(dtype).kind != "c":
         raise ValueError(f"complex values cannot become {as_dtype(dtype)}")
     if out is None:
-        return array.astype(as_dtype(dtype), copy=False)
-    np.copyto(out, array, casting="unsafe")
+        return worker.asarray(array.astype(as_dtype(dtype), copy=False))
+    worker.store(array, out)
     return out
 
 
@@ -663,18 +673,18 @@ def read_json(path: Path) -> dict[str, Any]:
 # Whole files
 
 
-def load_file(path: PathLike | Sequence[PathLike]) -> dict[str, NDArray[Any]]:
+def load_file(path: PathLike | Sequence[PathLike], device: str = "cpu") -> dict[str, NDArray[Any]]:
     """Return all tensors of a checkpoint, packed ones decoded to bfloat16.
 
     Parameters
     ----------
-    path : path, or sequence of paths
+    path, device
         As for `Checkpoint`.
 
     Returns
     -------
-    dict of str to numpy.ndarray
-        Plain tensors are read-only views of the files.
+    dict of str to numpy.ndarray or cupy.ndarray
+        On the CPU, plain tensors are read-only views of the files.
 
     Examples
     --------
@@ -684,7 +694,7 @@ def load_file(path: PathLike | Sequence[PathLike]) -> dict[str, NDArray[Any]]:
     >>> mxfp4np.load_file(path)
     {'bias': array([0, 1, 2], dtype=int16)}
     """
-    with Checkpoint(path) as checkpoint:
+    with Checkpoint(path, device) as checkpoint:
         return dict(checkpoint)
 
 
@@ -698,9 +708,10 @@ def save_file(
     Parameters
     ----------
     tensors : mapping of str to numpy.ndarray or MXFP4Array, or iterable of such pairs
-        Arrays of any strides and byte order. An `MXFP4Array` becomes the pair ``name.blocks`` and ``name.scales``.
-        Those of an iterable lie in the file as they come, and each is let go of when the next has come; of a mapping,
-        those with the widest elements come first, so that every tensor is aligned.
+        Arrays of any strides and byte order; those of CuPy are copied to the host. An `MXFP4Array` becomes the pair
+        ``name.blocks`` and ``name.scales``. Those of an iterable lie in the file as they come, and each is let go of
+        when the next has come; of a mapping, those with the widest elements come first, so that every tensor is
+        aligned.
     path : path
         The file appears, or replaces an older one, only when it is complete.
     metadata : mapping of str to str, optional
@@ -746,10 +757,10 @@ def _to_store(name: str, tensor: NDArray[Any] | MXFP4Array) -> Iterator[tuple[st
         if tensor.start or tensor.shape[-1] % BLOCK_SIZE:
             raise ValueError(f"tensor {name!r}: packed arrays are saved in whole blocks, found {tensor!r}")
         layout = LAYOUTS[0]
-        yield f"{name}{layout.codes}", tensor.in_pairs().blocks
-        yield f"{name}{layout.scales}", tensor.scales
+        yield f"{name}{layout.codes}", as_numpy(tensor.in_pairs().blocks)
+        yield f"{name}{layout.scales}", as_numpy(tensor.scales)
         return
-    array = np.asarray(tensor)
+    array = as_numpy(tensor)
     if array.dtype.name not in SAFETENSORS_DTYPES:
         raise ValueError(f"tensor {name!r}: safetensors has no dtype for {array.dtype}")
     yield name, array

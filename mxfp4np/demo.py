@@ -17,12 +17,11 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from .array import split
 from .backends.memory import aligned_empty
 from .backends.threads import default_num_threads
 from .checkpoint import Checkpoint
 from .container import write_safetensors
-from .format import BLOCK_SIZE, BYTES_PER_BLOCK, dtype_named
+from .format import BLOCK_SIZE, BYTES_PER_BLOCK, dtype_named, split
 from .report import collapse, count, escape, format_bytes, rows, table_lines
 from .selection import Selection
 

@@ -28,3 +28,7 @@ class LayoutError(MXFP4Error, ValueError):
 
 class BackendUnavailableError(MXFP4Error, ImportError):
     """A backend or a file format cannot be used here; the message names the extra to install."""
+
+
+class DeviceMemoryError(MXFP4Error, MemoryError):
+    """A device has too little memory left; the message says how much is needed and free."""

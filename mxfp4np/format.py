@@ -10,7 +10,8 @@ The source is the OCP Microscaling Formats (MX) Specification v1.0, sections 5.3
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable
+import itertools
+from collections.abc import Hashable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -127,3 +128,48 @@ def blocks_in(elements: int) -> int:
     2
     """
     return -(-elements // BLOCK_SIZE)
+
+
+def split(
+    shape: tuple[int, ...], itemsize: int, max_bytes: int, units: tuple[int, ...] = (1,)
+) -> Iterator[tuple[int | slice, ...]]:
+    """Yield indices, in C order, that cut an array into parts of at most ``max_bytes``.
+
+    Parameters
+    ----------
+    shape, itemsize
+        Of the array.
+    max_bytes : int
+        Of one part; at least one unit of the last axis.
+    units : tuple of int
+        The last axes are cut at multiples of these many elements, the very last one always, others where that fits.
+
+    Yields
+    ------
+    tuple of int and slice
+        Integers for the axes that are walked through, one cut slice, whole slices for the rest.
+
+    Raises
+    ------
+    ValueError
+        If not even one unit of the last axis fits.
+    """
+    if max_bytes < units[-1] * itemsize:
+        raise ValueError(f"max_bytes must be at least {units[-1] * itemsize}, found {max_bytes}")
+    if 0 in shape:
+        return
+    axis, inner = len(shape), itemsize  # `inner`: bytes of one step along the axis before
+    while axis and inner * shape[axis - 1] <= max_bytes:
+        axis -= 1
+        inner *= shape[axis]
+    whole = tuple(slice(0, size) for size in shape)
+    if axis == 0:
+        yield whole
+        return
+    step = max_bytes // inner
+    unit = (*[1] * len(shape), *units)[axis - 1 - len(shape)]
+    if step >= unit:
+        step -= step % unit
+    for outer in itertools.product(*(range(size) for size in shape[: axis - 1])):
+        for begin in range(0, shape[axis - 1], step):
+            yield (*outer, slice(begin, min(begin + step, shape[axis - 1])), *whole[axis:])

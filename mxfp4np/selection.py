@@ -11,10 +11,10 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from .array import MXFP4Array, split
+from .array import MXFP4Array
 from .checkpoint import Checkpoint
 from .container import SAFETENSORS_DTYPES, atomic_file, bytes_of, write_safetensors
-from .format import as_dtype, decoded_dtype
+from .format import as_dtype, decoded_dtype, split
 
 PIECE_BYTES: Final = 32 << 20
 """Decoded bytes in memory at a time."""

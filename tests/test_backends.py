@@ -160,13 +160,9 @@ def test_get_backend_picks_by_name_and_device():
     assert get_backend().name == "cpu"
     assert get_backend("numpy").name == "numpy"
     assert get_backend("cpu", "cpu").available()
-    for name, device in [("torch", "cpu"), (None, "tpu"), (None, "cpu:0"), (None, "cuda:x"), ("numpy", "cuda")]:
-        with pytest.raises(ValueError, match=r"expected|leave one"):
+    for name, device in [("torch", None), (None, "tpu"), (None, "cpu:0"), (None, "cuda:x")]:
+        with pytest.raises(ValueError, match="expected"):
             get_backend(name, device)
-
-
-def test_cuda_without_cupy_names_the_extra_and_the_alternative(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    for arguments in [("cuda", "cpu"), (None, "cuda"), (None, "cuda:3")]:
-        with pytest.raises(mxfp4np.BackendUnavailableError, match=r"mxfp4np\[cuda12\].*device='cpu'"):
-            get_backend(*arguments)
+    for name, device in [("numpy", "cuda"), ("cpu", "cuda:1"), ("cuda", "cpu")]:
+        with pytest.raises(ValueError, match="leave one of the two out"):
+            get_backend(name, device)

@@ -343,10 +343,10 @@ def test_arguments_that_do_not_fit_are_refused():
         ({"num_threads": 0}, "num_threads must be at least 1, found 0"),
         ({"out": MXFP4Array(blocks[:1], scales[:1])}, r"out must have shape \(2, 64\), found \(1, 64\)"),
         ({"out": MXFP4Array(blocks, scales, "halves")}, "out must have its elements in pairs, found order 'halves'"),
-        ({"out": MXFP4Array(fixed, scales)}, "out must be writable, found read-only blocks"),
-        ({"out": MXFP4Array(blocks, fixed[..., 0])}, "out must be writable, found read-only scales"),
-        ({"out": MXFP4Array(over[:64].reshape(2, 2, 16), scales)}, "out must not overlap x, found that its blocks do"),
-        ({"out": MXFP4Array(blocks, over[:4].reshape(2, 2))}, "out must not overlap x, found that its scales do"),
+        ({"out": MXFP4Array(fixed, scales)}, "out must be writable, found a read-only array"),
+        ({"out": MXFP4Array(blocks, fixed[..., 0])}, "out must be writable, found a read-only array"),
+        ({"out": MXFP4Array(over[:64].reshape(2, 2, 16), scales)}, "out must not overlap"),
+        ({"out": MXFP4Array(blocks, over[:4].reshape(2, 2))}, "out must not overlap"),
         ({"backend": "torch"}, "no backend 'torch'"),
     ]:
         with pytest.raises(ValueError, match=message):

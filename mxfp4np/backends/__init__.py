@@ -9,15 +9,17 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..errors import BackendUnavailableError
+import numpy as np
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
 
 class Backend(Protocol):
-    """What every backend offers."""
+    """What every backend offers.
+
+    Arrays are NumPy's, or CuPy's if the backend is for CUDA; packed bytes and values to encode may come from the host.
+    """
 
     name: str
 
@@ -27,6 +29,22 @@ class Backend(Protocol):
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         """Return an uninitialised C-contiguous array, aligned to 64 bytes, that the caller owns."""
+        ...
+
+    def asarray(self, array: NDArray[Any]) -> NDArray[Any]:
+        """Return an array of the host as one of this backend's."""
+        ...
+
+    def store(self, array: NDArray[Any], out: NDArray[Any]) -> None:
+        """Copy an array of the host into ``out``, an array of this backend's of any dtype."""
+        ...
+
+    def check_out(self, out: Any, *inputs: NDArray[Any]) -> None:
+        """Refuse an output that is no array of this backend's, cannot be written, or shares memory with an input."""
+        ...
+
+    def release(self) -> None:
+        """Return memory that is kept between calls to the system."""
         ...
 
     def decode(
@@ -88,16 +106,15 @@ class Backend(Protocol):
         ...
 
 
-@functools.cache
-def get_backend(name: str | None = None, device: str = "cpu") -> Backend:
+def get_backend(name: str | None = None, device: str | None = None) -> Backend:
     """Return the backend called ``name``, or the one that serves ``device``.
 
     Parameters
     ----------
-    name : {"cpu", "numpy"}, optional
-        ``"cpu"`` is Numba on all cores, ``"numpy"`` the slow reference that defines what is right.
-    device : str
-        ``"cpu"``, or ``"cuda"`` or ``"cuda:1"``.
+    name : {"cpu", "numpy", "cuda"}, optional
+        ``"cpu"`` is Numba on all cores, ``"numpy"`` the slow reference that defines what is right, ``"cuda"`` is CuPy.
+    device : str, optional
+        ``"cpu"``, or ``"cuda"`` for CuPy's current device, or ``"cuda:1"``. Without a name either, ``"cpu"``.
 
     Raises
     ------
@@ -111,32 +128,67 @@ def get_backend(name: str | None = None, device: str = "cpu") -> Backend:
     >>> get_backend().name
     'cpu'
     """
-    kind, _, ordinal = device.partition(":")
+    return _get_backend(name, device)  # with one spelling for each call, which a cache needs
+
+
+@functools.cache
+def _get_backend(name: str | None, device: str | None) -> Backend:
+    kind, _, ordinal = (device or ("cuda" if name == "cuda" else "cpu")).partition(":")
     if kind not in ("cpu", "cuda") or (ordinal and (kind == "cpu" or not ordinal.isdecimal())):
         raise ValueError(f"no device {device!r}: expected 'cpu', 'cuda' or 'cuda:<number>'")
     name = name or kind
-    if name == "cuda":
-        raise BackendUnavailableError(_no_cuda(device))
-    if kind == "cuda":
+    if name not in ("cpu", "numpy", "cuda"):
+        raise ValueError(f"no backend {name!r}: expected 'cpu', 'numpy' or 'cuda'")
+    if (name == "cuda") != (kind == "cuda"):
         raise ValueError(f"backend {name!r} does not run on device {device!r}: leave one of the two out")
-    if name == "cpu":
-        from .cpu import CPUBackend
+    if name == "cuda":
+        from .cuda import CUDABackend
 
-        return CPUBackend()
+        return CUDABackend(int(ordinal) if ordinal else None)
     if name == "numpy":
         from .reference import ReferenceBackend
 
         return ReferenceBackend()
-    raise ValueError(f"no backend {name!r}: expected 'cpu' or 'numpy'")
+    from .cpu import CPUBackend
+
+    return CPUBackend()
 
 
-def _no_cuda(device: str) -> str:
-    from importlib.util import find_spec
+def as_array(array: Any) -> NDArray[Any]:
+    """Return a NumPy array, or a view as a CuPy one of what is on a CUDA device."""
+    if not isinstance(array, np.ndarray) and hasattr(array, "__cuda_array_interface__"):
+        from .cuda import as_cupy
 
-    wanted = device if device != "cpu" else "cuda"
-    if find_spec("cupy") is None:
-        return (
-            f"device {wanted!r} needs CuPy: python -m pip install 'mxfp4np[cuda12]' (or cuda13, to match the "
-            "driver); device='cpu' works without it"
-        )
-    return f"device {wanted!r} is not supported by this version of mxfp4np; device='cpu' works"
+        return as_cupy(array)
+    return np.asarray(array)
+
+
+def as_numpy(array: Any) -> NDArray[Any]:
+    """Return a NumPy array: a copy of what is on a CUDA device."""
+    array = as_array(array)
+    return array if isinstance(array, np.ndarray) else array.get()
+
+
+def device_of(array: Any) -> str:
+    """Return ``"cpu"``, or ``"cuda:0"`` or another where a CuPy array is."""
+    return "cpu" if isinstance(array, np.ndarray) else f"cuda:{array.device.id}"
+
+
+def backend_for(packed: Any, out: Any, name: str | None, device: str | None) -> Backend:
+    """Return the backend for data where it is, or, if that is the host, for where it is wanted.
+
+    Parameters
+    ----------
+    packed, out : array or None
+        What is worked on, and where the result goes if that is given.
+    name, device : str, optional
+        What the caller asked for.
+    """
+    if isinstance(packed, np.ndarray):
+        if device is None and hasattr(out, "__cuda_array_interface__"):
+            device = device_of(as_array(out))
+        return _get_backend(name, device)
+    there = device_of(packed)
+    if device not in (None, "cuda", there):
+        raise ValueError(f"the data is on {there!r}, not on {device!r}: leave device out, or copy the data first")
+    return _get_backend(name, there)

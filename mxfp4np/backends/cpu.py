@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ..errors import BackendUnavailableError
 from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, FP4_BOUNDS, SCALE_BIAS, SCALE_NAN, blocks_in, decoded_dtype, name_of
-from .memory import address_of, aligned_empty
+from .memory import HostBackend, address_of, aligned_empty, is_transposed, merged_axes
 from .reference import ReferenceBackend
 from .threads import default_num_threads, parallel_for
 
@@ -38,16 +38,10 @@ Unless they are new: the system has just cleared their pages, which then are in 
 Kernel = Callable[[NDArray[np.int64], Any, int, int], None]
 
 
-class CPUBackend:
+class CPUBackend(HostBackend):
     """Numba on all cores."""
 
     name = "cpu"
-
-    def available(self) -> bool:
-        return True
-
-    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-        return aligned_empty(shape, dtype)
 
     def decode(
         self,
@@ -62,7 +56,7 @@ class CPUBackend:
     ) -> None:
         if out.size == 0:
             return
-        transposed = _is_transposed(out)
+        transposed = is_transposed(out)
         word = _WORDS[order, out.itemsize]
         kernel = range_kernel("transpose_range" if transposed else "decode_range", type(word))
         if kernel is None:
@@ -86,7 +80,7 @@ class CPUBackend:
         if x.size == 0:
             return
         word = _ENCODED_WORDS[name_of(x.dtype)]
-        columns = _is_transposed(x) and x.shape[-2] >= BLOCK_SIZE
+        columns = is_transposed(x) and x.shape[-2] >= BLOCK_SIZE
         kernel = range_kernel("encode_columns_range" if columns else "encode_range", type(word))
         if kernel is None:
             return ReferenceBackend().encode(x, blocks, scales, rule=rule)
@@ -167,11 +161,6 @@ def _run(
         parallel_for(lambda i, j: kernel(geometry, word, i, j), units, max(1, piece // unit_blocks), threads)
 
 
-def _is_transposed(out: NDArray[Any]) -> bool:
-    """Tell whether it is the last axis but one whose elements are next to each other."""
-    return out.ndim > 1 and out.strides[-2] == out.itemsize != out.strides[-1] and out.shape[-1] > 1 < out.shape[-2]
-
-
 _FLOAT16 = np.dtype(np.float16)
 _WORDS: dict[tuple[str, int], np.integer[Any]] = {
     ("pairs", 2): np.uint16(0),
@@ -203,15 +192,11 @@ def _geometry(
     matrix = (1, 0, 0)
     rows: list[tuple[int, ...]] = []
     if scales.ndim > 1:
-        row: tuple[int, ...]
-        axes = list(zip(out.shape[:-1], blocks.strides, scales.strides, out.strides, strict=False))
+        lead = scales.ndim - 1
         if transposed:
-            matrix = axes.pop()[:3]
-        for row in axes:
-            if rows and all(a == row[0] * b for a, b in zip(rows[-1][1:], row[1:], strict=True)):
-                rows[-1] = (rows[-1][0] * row[0], *row[1:])
-            elif row[0] != 1:
-                rows.append(row)
+            lead -= 1
+            matrix = out.shape[lead], blocks.strides[lead], scales.strides[lead]
+        rows = merged_axes(out.shape[:lead], blocks.strides[:lead], scales.strides[:lead], out.strides[:lead])
         whole = start == 0 and length == BLOCK_SIZE * per_row and not transposed
         if rows and whole and rows[-1][1:] == (per_row * block_step, per_row * scale_step, length * out_step):
             per_row *= rows.pop()[0]

@@ -13,6 +13,34 @@ ALIGNMENT = 64
 """Bytes."""
 
 
+class HostBackend:
+    """What backends share whose arrays are NumPy's."""
+
+    def available(self) -> bool:
+        return True
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+        return aligned_empty(shape, dtype)
+
+    def asarray(self, array: NDArray[Any]) -> NDArray[Any]:
+        return array
+
+    def store(self, array: NDArray[Any], out: NDArray[Any]) -> None:
+        np.copyto(out, array, casting="unsafe")
+
+    def check_out(self, out: NDArray[Any], *inputs: NDArray[Any]) -> None:
+        if not isinstance(out, np.ndarray):
+            raise TypeError(f"out must be a numpy.ndarray, found {type(out).__name__}")
+        if not out.flags.writeable:
+            raise ValueError("out must be writable, found a read-only array")
+        for array in inputs:
+            if np.may_share_memory(out, array):
+                raise ValueError("out must not overlap what it is made from")
+
+    def release(self) -> None:
+        pass
+
+
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     """Return an uninitialised C-contiguous array whose first byte is on a multiple of `ALIGNMENT`.
 
@@ -31,3 +59,27 @@ def address_of(array: NDArray[Any]) -> int:
     """Return the address of an array's first element."""
     address: int = array.__array_interface__["data"][0]
     return address
+
+
+def is_transposed(out: NDArray[Any]) -> bool:
+    """Tell whether it is the last axis but one whose elements are next to each other."""
+    return out.ndim > 1 and out.strides[-2] == out.itemsize != out.strides[-1] and out.shape[-1] > 1 < out.shape[-2]
+
+
+def merged_axes(shape: tuple[int, ...], *strides: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Return the length and the strides of as few axes as walk through several arrays of one shape together.
+
+    Examples
+    --------
+    >>> merged_axes((2, 3, 5), (60, 20, 4), (15, 5, 1))
+    [(30, 4, 1)]
+    >>> merged_axes((2, 3, 5), (60, 20, 4), (100, 5, 1))
+    [(2, 60, 100), (15, 4, 1)]
+    """
+    axes: list[tuple[int, ...]] = []
+    for axis in zip(shape, *strides, strict=True):
+        if axes and all(a == axis[0] * b for a, b in zip(axes[-1][1:], axis[1:], strict=True)):
+            axes[-1] = (axes[-1][0] * axis[0], *axis[1:])
+        elif axis[0] != 1:
+            axes.append(axis)
+    return axes

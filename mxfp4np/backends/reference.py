@@ -12,22 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..format import BLOCK_SIZE, FP4_BOUNDS, FP4_VALUES, SCALE_BIAS, SCALE_NAN
-from .memory import aligned_empty
+from .memory import HostBackend
 
 BLOCKS_AT_ONCE = 1 << 15
 """Bounds the float64 temporaries to a few tens of MB."""
 
 
-class ReferenceBackend:
+class ReferenceBackend(HostBackend):
     """The formula, spelled out."""
 
     name = "numpy"
-
-    def available(self) -> bool:
-        return True
-
-    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-        return aligned_empty(shape, dtype)
 
     def decode(
         self,

@@ -11,9 +11,14 @@ import functools
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 ENVIRONMENT_VARIABLE = "MXFP4NP_NUM_THREADS"
 
@@ -138,3 +143,31 @@ def parallel_for(task: Callable[[int, int], object], stop: int, step: int, num_t
     for helper in helpers:
         if not helper.cancelled():
             helper.result()
+
+
+def in_order(task: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
+    """Yield ``task(item)`` for each item, in the order of the items, computed in several threads.
+
+    Parameters
+    ----------
+    task : callable
+        As for `parallel_for`.
+    items : iterable
+    ahead : int
+        At most this many items are begun before the first of them is yielded.
+    """
+    begun: deque[tuple[T, Future[R]]] = deque()
+
+    def first() -> R:
+        item, future = begun.popleft()
+        return task(item) if future.cancel() else future.result()
+
+    try:
+        for item in items:
+            if len(begun) == ahead:
+                yield first()
+            begun.append((item, _shared_pool().submit(task, item)))
+        while begun:
+            yield first()
+    finally:
+        wait([future for _, future in begun if not future.cancel()])

@@ -1,0 +1,570 @@
+"""The CUDA backend: what it gives is what the CPU gives; and what it says where it cannot run.
+
+All but the last tests need a device and are skipped without one.
+"""
+
+import gc
+import os
+import sys
+import threading
+import types
+
+import numpy as np
+import pytest
+from contract import (
+    DTYPES,
+    assert_same_bits,
+    encode_oracle,
+    every_magnitude,
+    every_pair,
+    indices,
+    oracle,
+    packed,
+    run_python,
+    strided,
+    values,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mxfp4np
+from mxfp4np.backends import cuda as cuda_backend
+from mxfp4np.backends import get_backend
+from mxfp4np.format import RULES
+
+try:
+    import cupy
+
+    cupy.cuda.runtime.getDeviceCount()
+    REASON = ""
+except Exception as error:  # noqa: BLE001
+    cupy, REASON = None, f"needs CuPy and an NVIDIA GPU: {error}"
+
+gpu = [pytest.mark.gpu, pytest.mark.skipif(bool(REASON), reason=REASON)]
+ORDERS = ["pairs", "halves"]
+
+
+def marked(test):
+    for mark in gpu:
+        test = mark(test)
+    return test
+
+
+def on_device(array):
+    """Copy an array with its strides, gaps and misalignment."""
+    low, high = np.lib.array_utils.byte_bounds(array)
+    begin = low % 64
+    memory = cupy.zeros(begin + high - low + 64, np.uint8)
+    copy = cupy.ndarray(array.shape, array.dtype, memory.data + begin + array.ctypes.data - low, array.strides)
+    if array.size:
+        copy[...] = cupy.asarray(np.ascontiguousarray(array))
+    return copy
+
+
+def poisoned(shape, dtype):
+    out = cupy.empty(shape, DTYPES[dtype])
+    out.view(np.uint8)[...] = 0xA5
+    return out
+
+
+def random_pair(*shape):
+    rng = np.random.default_rng(4)
+    return rng.integers(0, 256, (*shape, 16), np.uint8), rng.integers(0, 256, shape, np.uint8)
+
+
+@marked
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_byte_under_every_scale(dtype, order):
+    blocks, scales = every_pair()
+    expected = oracle(blocks, scales, dtype, order)
+    array = mxfp4np.MXFP4Array(cupy.asarray(blocks), cupy.asarray(scales), order)
+    out = poisoned(expected.shape, dtype)
+    assert array.decode(out=out) is out
+    assert_same_bits(out.get(), expected)
+    assert_same_bits(array[:, 1:].decode(dtype).get(), expected[:, 1:])  # one element a thread
+    turned = poisoned(expected.shape[::-1], dtype)
+    array.decode(out=turned, transpose=True)
+    assert_same_bits(turned.get().T, expected)
+    host = mxfp4np.MXFP4Array(blocks, scales, order)
+    assert_same_bits(host.decode(dtype, device="cuda").get(), expected)
+
+
+@marked
+@given(data=st.data())
+@settings(max_examples=300)
+def test_any_shape_index_and_strides(data):
+    blocks, scales = data.draw(packed())
+    dtype, order = data.draw(st.sampled_from(sorted(DTYPES))), data.draw(st.sampled_from(ORDERS))
+    expected = oracle(blocks, scales, dtype, order)
+    array = mxfp4np.MXFP4Array(on_device(blocks), on_device(scales), order)
+    index = data.draw(indices(expected.shape))
+    expected = expected[index]
+    if data.draw(st.booleans()):
+        result = array[index].decode(dtype)
+    else:
+        out = on_device(data.draw(strided(expected.shape, DTYPES[dtype])))
+        result = array[index].decode(out=out)
+        assert result is out
+    assert_same_bits(result.get(), expected)
+    if expected.ndim > 1:
+        assert_same_bits(array[index].decode(dtype, transpose=True).get(), expected.swapaxes(-1, -2))
+    host = mxfp4np.MXFP4Array(blocks, scales, order)[index]
+    assert_same_bits(host.decode(dtype, device="cuda").get(), expected)
+
+
+@marked
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_and_matrices_of_many_shapes(dtype, order):
+    blocks, scales = random_pair(3, 264, 7)
+    expected = oracle(blocks, scales, dtype, order)
+    array = mxfp4np.MXFP4Array(cupy.asarray(blocks), cupy.asarray(scales), order)
+    for index in [np.s_[:, ::2], np.s_[1:, :, 32:96], np.s_[0, 8:256], np.s_[:, 3:12], np.s_[::2, ::-1], np.s_[:, :1]]:
+        part = array[index]
+        assert_same_bits(part.decode(dtype).get(), expected[index])
+        assert_same_bits(part.decode(dtype, transpose=True).get(), expected[index].swapaxes(-1, -2))
+        whole = poisoned(expected.shape, dtype)
+        part.decode(out=whole[index])
+        assert_same_bits(whole[index].get(), expected[index])
+        before = poisoned(expected.shape, dtype).get()
+        before[index] = expected[index]
+        assert_same_bits(whole.get(), before)
+
+
+@marked
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_array_beyond_32_bit_addresses(dtype):
+    rows, groups = 75_000, 900 if dtype != "float32" else 450
+    blocks = cupy.random.randint(0, 256, (rows, groups, 16), np.uint8)
+    scales = cupy.random.randint(110, 140, (rows, groups), np.uint8)
+    array = mxfp4np.MXFP4Array(blocks, scales)
+    for transpose in (False, True):
+        out = array.decode(dtype, transpose=transpose)
+        assert out.nbytes > 1 << 32
+        for i in (0, rows // 2, rows - 1):
+            row = out[:, i] if transpose else out[i]
+            assert_same_bits(row.get(), oracle(blocks[i].get(), scales[i].get(), dtype))
+        del out
+    every = array[::2].decode(dtype)
+    assert_same_bits(every[-1].get(), oracle(blocks[-2].get(), scales[-2].get(), dtype))
+
+
+@marked
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_from_the_host_in_many_pieces(monkeypatch, dtype):
+    monkeypatch.setattr(cuda_backend, "STAGED_BYTES", 5000)
+    monkeypatch.setattr(cuda_backend, "SLOT_BYTES", 1000)
+    get_backend("cuda").release()  # slots of the usual size
+    blocks, scales = random_pair(3, 70, 9)
+    expected = oracle(blocks, scales, dtype)
+    array = mxfp4np.MXFP4Array(blocks, scales)
+    for index in [np.s_[...], np.s_[1, :, 5:200], np.s_[::2, ::3, 32:], np.s_[0, 0, 1:280]]:
+        for threads in (1, 3):
+            result = array[index].decode(dtype, device="cuda", num_threads=threads)
+            assert_same_bits(result.get(), expected[index])
+        if expected[index].ndim > 1:
+            turned = array[index].decode(dtype, device="cuda", transpose=True)
+            assert_same_bits(turned.get(), expected[index].swapaxes(-1, -2))
+        out = poisoned((3, 70, 290), dtype)[index] if expected[index].shape == out_shape(index) else None
+        if out is not None:
+            array[index].decode(out=out)
+            assert_same_bits(out.get(), expected[index])
+    get_backend("cuda").release()
+
+
+def out_shape(index):
+    return np.empty((3, 70, 290))[index].shape
+
+
+@marked
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_encodes_every_magnitude_as_the_oracle(dtype, rule):
+    x = every_magnitude(dtype)
+    blocks, scales = encode_oracle(x, rule)
+    for array in (cupy.asarray(x), x):
+        result = mxfp4np.encode(array, rule, backend="cuda")
+        assert result.device == "cuda:0"
+        assert np.array_equal(result.scales.get(), scales)
+        assert np.array_equal(result.blocks.get(), blocks)
+
+
+@marked
+@given(data=st.data())
+@settings(max_examples=200)
+def test_encodes_any_shape_and_strides(data):
+    x, rule = data.draw(values()), data.draw(st.sampled_from(RULES))
+    blocks, scales = encode_oracle(x, rule)
+    shape = scales.shape
+    out = None
+    if data.draw(st.booleans()):
+        out = mxfp4np.MXFP4Array(
+            on_device(data.draw(strided((*shape, 16), np.dtype("uint8")))),
+            on_device(data.draw(strided(shape, np.dtype("uint8")))),
+        )
+    result = mxfp4np.encode(on_device(x), rule, out=out)
+    assert np.array_equal(result.scales.get(), scales)
+    assert np.array_equal(result.blocks.get(), blocks)
+
+
+@pytest.fixture
+def model(tmp_path):
+    blocks, scales = random_pair(4, 64, 6)
+    tensors = {
+        "w": mxfp4np.MXFP4Array(blocks, scales),
+        "bias": np.arange(64, dtype=np.float32),
+        "norm": np.arange(64).astype(DTYPES["bfloat16"]),
+        "step": np.array(7, np.int64),
+    }
+    mxfp4np.save_file(tensors, tmp_path / "model.safetensors")
+    return tmp_path
+
+
+@marked
+@pytest.mark.parametrize("io", ["mmap", "pread"])
+def test_a_checkpoint_on_a_device(model, io):
+    with mxfp4np.Checkpoint(model) as host, mxfp4np.Checkpoint(model, "cuda:0", io=io) as ckpt:
+        assert list(ckpt) == list(host)
+        for name in ckpt:
+            assert isinstance(ckpt[name], cupy.ndarray)
+            assert_same_bits(ckpt[name].get(), host[name])
+        for dtype in DTYPES:
+            assert_same_bits(ckpt.get("w", dtype=dtype).get(), host.get("w", dtype=dtype))
+        for index in [np.s_[1], np.s_[:, ::2], np.s_[2, :, 5:99]]:
+            assert_same_bits(ckpt.get("w", index=index).get(), host.get("w", index=index))
+        turned = ckpt.get("w", transpose=True)
+        assert_same_bits(turned.get(), host.get("w", transpose=True))
+        out = poisoned((4, 64, 192), "float32")
+        assert ckpt.get("w", out=out) is out
+        assert_same_bits(out.get(), host.get("w", dtype="float32"))
+        assert ckpt.get("bias", dtype="float16").dtype == np.float16
+        out = cupy.zeros(128)[::2]
+        ckpt.get("bias", out=out)
+        assert np.array_equal(out.get(), np.arange(64.0))
+        whole = cupy.zeros((4, 64, 192), DTYPES["bfloat16"])
+        for index, piece in ckpt.chunks("w", 20_000):
+            whole[index] = piece
+        assert_same_bits(whole.get(), host["w"])
+        assert isinstance(ckpt.packed("w").blocks, np.ndarray)
+        assert isinstance(ckpt.stored["bias"], np.ndarray)
+        assert next(iter(ckpt.chunks("bias")))[1].device.id == 0
+        with pytest.raises(TypeError, match=r"must be a cupy\.ndarray, found numpy\.ndarray"):
+            ckpt.get("w", out=np.empty((4, 64, 192), np.float32))
+        with pytest.raises(TypeError, match=r"must be a cupy\.ndarray, found numpy\.ndarray"):
+            ckpt.get("bias", out=np.empty(64, np.float32))
+        with pytest.raises(ValueError, match="leave one of the two out"):
+            ckpt.get("w", backend="numpy")
+        assert ckpt.get("none", None) is None
+        with pytest.raises(mxfp4np.TensorNotFoundError):
+            ckpt["none"]
+    assert {name: array.device.id for name, array in mxfp4np.load_file(model, "cuda").items()} == dict.fromkeys(host, 0)
+
+
+@marked
+def test_a_host_checkpoint_decodes_to_where_out_is(model):
+    with mxfp4np.Checkpoint(model) as ckpt:
+        out = poisoned((4, 64, 192), "bfloat16")
+        ckpt.get("w", out=out)
+        assert_same_bits(out.get(), ckpt["w"])
+
+
+@marked
+def test_what_is_on_a_device_can_be_saved(tmp_path):
+    x = cupy.random.standard_normal((8, 64)).astype(np.float32)
+    packed = mxfp4np.encode(x)
+    assert packed.device == "cuda:0"
+    assert repr(packed) == "MXFP4Array(shape=(8, 64), nbytes=272)"
+    mxfp4np.save_file({"w": packed, "x": x}, tmp_path / "model.safetensors")
+    with mxfp4np.Checkpoint(tmp_path) as ckpt:
+        assert np.array_equal(ckpt["x"], x.get())
+        assert_same_bits(ckpt["w"], packed.decode().get())
+    with pytest.raises(TypeError, match="use decode"):
+        np.asarray(packed)
+
+
+@marked
+def test_float8_has_no_dtype_there(tmp_path):
+    import ml_dtypes
+
+    mxfp4np.save_file({"x": np.zeros(4, ml_dtypes.float8_e4m3fn)}, tmp_path / "model.safetensors")
+    with mxfp4np.Checkpoint(tmp_path, "cuda") as ckpt, pytest.raises(mxfp4np.BackendUnavailableError, match="float8"):
+        ckpt["x"]
+
+
+@marked
+def test_the_callers_stream_is_used_and_nothing_waits():
+    blocks, scales = (cupy.asarray(a) for a in random_pair(64, 5760, 90))
+    out = poisoned((64, 5760, 2880), "bfloat16")
+    mxfp4np.decode(blocks[:1], scales[:1], out=out[:1])  # built
+    stream = cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.Device().synchronize()
+    pool = cupy.get_default_memory_pool()
+    used = pool.used_bytes()
+    with stream:
+        for _ in range(50):
+            mxfp4np.decode(blocks, scales, out=out)
+        assert not stream.done  # queued, not waited for
+        assert cupy.cuda.Stream.null.done
+    assert pool.used_bytes() == used
+    stream.synchronize()
+    assert_same_bits(out[63, -5:].get(), oracle(blocks[63, -5:].get(), scales[63, -5:].get(), "bfloat16"))
+
+
+@marked
+def test_from_the_host_in_order_of_the_callers_stream():
+    blocks, scales = random_pair(2, 5760, 90)
+    expected = oracle(blocks[1, :5], scales[1, :5], "float16")
+    array = mxfp4np.MXFP4Array(blocks, scales)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    big = cupy.ones(1 << 28, np.float32)
+    with stream:
+        for _ in range(5):
+            out = cupy.empty((2, 5760, 2880), np.float16)
+            for _ in range(20):
+                cupy.multiply(big, 1, out=big)
+            out[...] = 1  # late, and on this stream: decoding must come after it
+            array.decode(out=out)
+            copy = out.copy()  # comes after decoding
+            out[...] = 2
+            assert_same_bits(copy[1, :5].get(), expected)
+
+
+@marked
+def test_threads_and_memory_at_once():
+    blocks, scales = random_pair(8, 2880, 90)
+    array = mxfp4np.MXFP4Array(blocks, scales)
+    expected = array.decode()
+    get_backend("cuda").release()
+    failures = []
+
+    def run():
+        with cupy.cuda.Stream(non_blocking=True):
+            for _ in range(4):
+                result = array.decode(device="cuda:0").get()
+                failures.append(not np.array_equal(result.view("u2"), expected.view("u2")))
+
+    threads = [threading.Thread(target=run) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not any(failures)
+    assert len(failures) == 32
+    assert cuda_backend._pinned._count * cuda_backend.SLOT_BYTES <= 256 << 20
+    assert len(cuda_backend._pinned._free) == cuda_backend._pinned._count > 0
+    get_backend("cuda").release()
+    assert not cuda_backend._pinned._count
+
+
+@marked
+def test_closing_returns_pinned_memory_and_its_bound_can_be_set(model, monkeypatch):
+    monkeypatch.setenv("MXFP4NP_PINNED_BYTES", str(1))
+    get_backend("cuda").release()
+    with mxfp4np.Checkpoint(model, "cuda") as ckpt:
+        assert_same_bits(ckpt["w"].get(), ckpt.packed("w").decode())
+        assert cuda_backend._pinned._count == 1
+    assert not cuda_backend._pinned._count
+    monkeypatch.setenv("MXFP4NP_PINNED_BYTES", "much")
+    with mxfp4np.Checkpoint(model, "cuda") as ckpt, pytest.raises(ValueError, match="number of bytes, found 'much'"):
+        ckpt["w"]
+
+
+@marked
+def test_device_memory_is_the_output_and_two_buffers():
+    blocks, scales = random_pair(16, 5760, 90)
+    array = mxfp4np.MXFP4Array(blocks, scales)
+    pool = cupy.get_default_memory_pool()
+    gc.collect()
+    pool.free_all_blocks()
+    used = pool.total_bytes()
+    out = array.decode(device="cuda")
+    assert pool.total_bytes() - used <= out.nbytes + 2 * cuda_backend.STAGED_BYTES + (1 << 20)
+
+
+@marked
+def test_out_of_device_memory_says_how_much_and_is_survived(model):
+    free = cupy.cuda.Device().mem_info[0]
+    groups = free // 64 + 1
+    blocks = np.broadcast_to(np.zeros(16, np.uint8), (groups, 16))
+    scales = np.broadcast_to(np.zeros((), np.uint8), (groups,))
+    with pytest.raises(mxfp4np.DeviceMemoryError, match=rf"{64 * groups:,} bytes are needed, [\d,]+ are free") as error:
+        mxfp4np.decode(blocks, scales, device="cuda:0")
+    assert isinstance(error.value, MemoryError)
+    with mxfp4np.Checkpoint(model, "cuda:0") as ckpt:
+        assert ckpt["w"].shape == (4, 64, 192)
+
+
+@marked
+def test_arguments_that_do_not_fit():
+    blocks, scales = random_pair(4, 3)
+    there = cupy.asarray(blocks), cupy.asarray(scales)
+    count = cupy.cuda.runtime.getDeviceCount()
+    with pytest.raises(ValueError, match=rf"no device 'cuda:{count}': this machine has 'cuda:0'"):
+        mxfp4np.decode(blocks, scales, device=f"cuda:{count}")
+    with pytest.raises(mxfp4np.LayoutError, match="'cpu' and scales on 'cuda:0'"):
+        mxfp4np.MXFP4Array(blocks, there[1])
+    with pytest.raises(ValueError, match="the data is on 'cuda:0', not on 'cpu'"):
+        mxfp4np.decode(*there, device="cpu")
+    with pytest.raises(ValueError, match="backend 'cpu' does not run on device 'cuda:0'"):
+        mxfp4np.decode(*there, backend="cpu")
+    with pytest.raises(TypeError, match=r"must be a cupy\.ndarray, found numpy\.ndarray"):
+        mxfp4np.decode(*there, out=np.empty((4, 96), np.float32))
+    memory = cupy.zeros(4096, np.uint8)
+    with pytest.raises(ValueError, match="overlap"):
+        mxfp4np.decode(memory[:64].reshape(4, 16), memory[64:68], out=memory[32:288].view(np.float16))
+    with pytest.raises(ValueError, match="overlap"):
+        mxfp4np.encode(
+            memory[:256].view(np.float32), out=mxfp4np.MXFP4Array(memory[:32].reshape(2, 16), memory[512:514])
+        )
+    assert mxfp4np.decode(*there, device="cuda").device.id == 0
+    assert mxfp4np.decode(blocks, scales, backend="cuda").device.id == 0
+    assert mxfp4np.decode(np.zeros((0, 16), np.uint8), np.zeros(0, np.uint8), device="cuda").shape == (0,)
+
+
+@marked
+def test_arrays_of_torch_cross_without_a_copy():
+    torch = pytest.importorskip("torch")
+    blocks, scales = random_pair(5, 64, 3)
+    expected = oracle(blocks, scales, "bfloat16")
+    there = torch.from_numpy(blocks).cuda(), torch.from_numpy(scales).cuda()
+    result = mxfp4np.decode(*there)
+    assert isinstance(result, cupy.ndarray)
+    assert_same_bits(result.get(), expected)
+    tensor = torch.from_dlpack(result)
+    assert tensor.dtype is torch.bfloat16
+    assert tensor.data_ptr() == result.data.ptr
+    assert_same_bits(tensor.cpu().view(torch.uint16).numpy().view(DTYPES["bfloat16"]), expected)
+    back = cupy.from_dlpack(tensor)
+    assert back.data.ptr == result.data.ptr
+    assert back.dtype == DTYPES["bfloat16"]
+    packed = mxfp4np.encode(back)
+    assert_same_bits(packed.decode().get(), mxfp4np.encode(expected).decode())
+    values = torch.randn(8, 64, device="cuda")
+    assert np.array_equal(mxfp4np.encode(values).blocks.get(), mxfp4np.encode(values.cpu().numpy()).blocks)
+    for dtype in (np.float32, np.float16):
+        out = torch.empty(5, 64, 96, dtype=torch.float32 if dtype is np.float32 else torch.float16, device="cuda")
+        mxfp4np.decode(*there, out=cupy.asarray(out))
+        assert_same_bits(out.cpu().numpy(), oracle(blocks, scales, np.dtype(dtype).name))
+
+
+@marked
+def test_arrays_to_numpy_and_through_the_array_interface():
+    blocks, scales = random_pair(5, 3)
+    result = mxfp4np.decode(cupy.asarray(blocks), cupy.asarray(scales), "float32")
+    assert_same_bits(cupy.asnumpy(result), oracle(blocks, scales, "float32"))
+    interface = result.__cuda_array_interface__
+    assert interface["shape"] == (5, 96)
+    assert interface["typestr"] == "<f4"
+    assert result.data.ptr % 64 == 0
+
+    class Other:
+        __cuda_array_interface__ = cupy.asarray(blocks).__cuda_array_interface__
+
+    assert mxfp4np.MXFP4Array(Other(), cupy.asarray(scales)).device == "cuda:0"
+
+
+@marked
+def test_arrays_of_jax():
+    jax = pytest.importorskip("jax")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if not any(device.platform == "gpu" for device in jax.devices()):
+        pytest.skip("jax has no GPU here")
+    blocks, scales = random_pair(5, 3)
+    result = mxfp4np.decode(cupy.asarray(blocks), cupy.asarray(scales))
+    array = jax.dlpack.from_dlpack(result)
+    assert array.dtype == DTYPES["bfloat16"]
+    assert_same_bits(np.asarray(array), oracle(blocks, scales, "bfloat16"))
+    there = jax.numpy.asarray(blocks), jax.numpy.asarray(scales)
+    assert_same_bits(mxfp4np.decode(*there, device="cuda").get(), oracle(blocks, scales, "bfloat16"))
+
+
+@marked
+def test_two_devices_from_two_threads(model):
+    if cupy.cuda.runtime.getDeviceCount() < 2:
+        pytest.skip("needs two devices")
+    with mxfp4np.Checkpoint(model) as ckpt:
+        expected = ckpt["w"]
+    found = {}
+
+    def run(device):
+        with mxfp4np.Checkpoint(model, f"cuda:{device}") as ckpt:
+            arrays = [ckpt["w"] for _ in range(20)]
+            found[device] = {array.device.id for array in arrays}
+            for array in arrays:
+                assert_same_bits(array.get(), expected)
+                assert_same_bits(mxfp4np.encode(array).decode().get(), expected)
+
+    threads = [threading.Thread(target=run, args=(device,)) for device in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {0: {0}, 1: {1}}
+    assert cupy.cuda.Device().id == 0
+    with cupy.cuda.Device(1):
+        assert mxfp4np.Checkpoint(model, "cuda")["w"].device.id == 1
+    there = cupy.zeros((1, 16), np.uint8), cupy.zeros(1, np.uint8)
+    with pytest.raises(ValueError, match="the data is on 'cuda:0', not on 'cuda:1'"):
+        mxfp4np.decode(*there, device="cuda:1")
+
+
+# Without a device
+
+
+@pytest.fixture
+def fake_cupy(monkeypatch):
+    """Return a function that puts something in the place of CuPy."""
+
+    def put(module):
+        cuda_backend._working_cupy.cache_clear()
+        monkeypatch.setitem(sys.modules, "cupy", module)
+
+    yield put
+    cuda_backend._working_cupy.cache_clear()
+
+
+def without_driver():
+    raise RuntimeError("cudaErrorInsufficientDriver: CUDA driver version is insufficient for CUDA runtime version")
+
+
+BROKEN = {
+    "not installed": (None, r"need CuPy: python -m pip install 'mxfp4np\[cuda12\]' \(or cuda13.*device='cpu' works"),
+    "too old": (types.SimpleNamespace(__version__="13.6.0"), r"need CuPy 14 or newer, found 13\.6\.0"),
+    "no driver": (
+        types.SimpleNamespace(
+            __version__="14.0.1",
+            cuda=types.SimpleNamespace(runtime=types.SimpleNamespace(getDeviceCount=without_driver)),
+        ),
+        r"finds no NVIDIA driver .*cudaErrorInsufficientDriver.* device='cpu' works",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_what_is_missing_is_said_and_what_works_instead(fake_cupy, model, what):
+    module, message = BROKEN[what]
+    fake_cupy(module)
+    pair = np.zeros((1, 16), np.uint8), np.zeros(1, np.uint8)
+    for use in (
+        lambda: get_backend("cuda"),
+        lambda: get_backend(device="cuda:3"),
+        lambda: mxfp4np.Checkpoint(model, device="cuda"),
+        lambda: mxfp4np.decode(*pair, device="cuda:0"),
+        lambda: mxfp4np.encode(np.zeros(32, np.float32), backend="cuda"),
+    ):
+        with pytest.raises(mxfp4np.BackendUnavailableError, match=message):
+            use()
+    assert mxfp4np.decode(*pair).shape == (32,)
+
+
+def test_cupy_is_not_imported_until_it_is_needed(model):
+    run_python(
+        """
+        import sys, mxfp4np
+        with mxfp4np.Checkpoint(sys.argv[1]) as ckpt:
+            ckpt["w"]
+        assert "cupy" not in sys.modules
+        """,
+        model,
+    )
