@@ -133,7 +133,9 @@ def get_backend(name: str | None = None, device: str | None = None) -> Backend:
 
 @functools.cache
 def _get_backend(name: str | None, device: str | None) -> Backend:
-    kind, _, ordinal = (device or ("cuda" if name == "cuda" else "cpu")).partition(":")
+    if device is None:
+        device = "cuda" if name == "cuda" else "cpu"
+    kind, _, ordinal = device.partition(":")
     if kind not in ("cpu", "cuda") or (ordinal and (kind == "cpu" or not ordinal.isdecimal())):
         raise ValueError(f"no device {device!r}: expected 'cpu', 'cuda' or 'cuda:<number>'")
     name = name or kind
