@@ -51,9 +51,9 @@ def marked(test):
 
 
 def on_device(array):
-    """Copy an array with its strides, gaps and misalignment."""
+    """Copy an array with its strides, gaps and misalignment; bytes may be anywhere, other elements not."""
     low, high = np.lib.array_utils.byte_bounds(array)
-    begin = low % 64
+    begin = low % 64 // array.itemsize * array.itemsize
     memory = cupy.zeros(begin + high - low + 64, np.uint8)
     copy = cupy.ndarray(array.shape, array.dtype, memory.data + begin + array.ctypes.data - low, array.strides)
     if array.size:
@@ -127,6 +127,22 @@ def test_rows_and_matrices_of_many_shapes(dtype, order):
         whole = poisoned(expected.shape, dtype)
         part.decode(out=whole[index])
         assert_same_bits(whole[index].get(), expected[index])
+        before = poisoned(expected.shape, dtype).get()
+        before[index] = expected[index]
+        assert_same_bits(whole.get(), before)
+
+
+@marked
+@pytest.mark.parametrize("most", [1, 100, 1 << 31])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_along_several_axes_at_once_or_in_turn(monkeypatch, dtype, most):
+    monkeypatch.setattr(cuda_backend, "MOST_VECTORS", most)
+    blocks, scales = random_pair(2, 3, 4, 6, 5)
+    expected = oracle(blocks, scales, dtype)
+    array = mxfp4np.MXFP4Array(cupy.asarray(blocks), cupy.asarray(scales))
+    for index in [np.s_[1], np.s_[0, ::2], np.s_[1, :, ::2, ::3], np.s_[1, ::2, 1:, ::2], np.s_[:, ::2, ::3, ::5]]:
+        whole = poisoned(expected.shape, dtype)
+        array[index].decode(out=whole[index])
         before = poisoned(expected.shape, dtype).get()
         before[index] = expected[index]
         assert_same_bits(whole.get(), before)
@@ -417,6 +433,11 @@ def test_arguments_that_do_not_fit():
         mxfp4np.encode(
             memory[:256].view(np.float32), out=mxfp4np.MXFP4Array(memory[:32].reshape(2, 16), memory[512:514])
         )
+    odd = memory[1 : 1 + 4 * 96 * 2].view(np.float16)
+    with pytest.raises(ValueError, match="out must have its elements of 2 bytes at multiples of 2: copy it first"):
+        mxfp4np.decode(*there, out=odd.reshape(4, 96))
+    with pytest.raises(ValueError, match="x must have its elements of 2 bytes at multiples of 2"):
+        mxfp4np.encode(odd)
     assert mxfp4np.decode(*there, device="cuda").device.id == 0
     assert mxfp4np.decode(blocks, scales, backend="cuda").device.id == 0
     assert mxfp4np.decode(np.zeros((0, 16), np.uint8), np.zeros(0, np.uint8), device="cuda").shape == (0,)

@@ -14,7 +14,8 @@ import itertools
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, Final, NamedTuple
 
@@ -24,12 +25,15 @@ from numpy.typing import NDArray
 from ..errors import BackendUnavailableError, DeviceMemoryError
 from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, name_of, split
 from . import cuda_kernels
-from .cuda_kernels import ROWS, THREADS, VALUES, VECTORS
+from .cuda_kernels import ROW_AXES, ROWS, THREADS, VALUES, VECTORS
 from .memory import is_transposed, merged_axes
-from .threads import default_num_threads, in_order
+from .threads import default_num_threads, parallel_for
 
 SLOT_BYTES: Final = 4 << 20
 """Bytes that are copied to a device at a time."""
+
+MOST_FILLING: Final = 8
+"""Threads that gather bytes for a device at most: as many as fill the bus."""
 
 STAGED_BYTES: Final = 32 << 20
 """Packed bytes that are decoded at a time, where they come from the host; a device keeps memory for two times that."""
@@ -37,6 +41,9 @@ STAGED_BYTES: Final = 32 << 20
 PINNED_VARIABLE: Final = "MXFP4NP_PINNED_BYTES"
 PINNED_BYTES: Final = 256 << 20
 """Pinned memory of a process at most, if the environment variable does not say."""
+
+MOST_VECTORS: Final = (1 << 31) - 1
+"""Vectors that rows with gaps are decoded to at a time: what a kernel counts in 32 bits."""
 
 OLDEST_CUPY: Final = 14
 
@@ -100,7 +107,7 @@ class CUDABackend:
             return
         with out.device:
             target = out if out.flags.c_contiguous else self.empty(out.shape, out.dtype)
-            _transfer(_loads(array, target), default_num_threads())
+            _Transfer([_Part(list(_loads(array, target)))]).run(default_num_threads())
             if target is not out:
                 out[...] = target
 
@@ -110,6 +117,7 @@ class CUDABackend:
             raise TypeError(f"out must be a cupy.ndarray, found {type(out).__module__}.{type(out).__name__}")
         if self._ordinal not in (None, out.device.id):
             raise ValueError(f"out must be on 'cuda:{self._ordinal}', found one on 'cuda:{out.device.id}'")
+        _check_aligned(out, "out")
         for array in inputs:
             if isinstance(array, cupy.ndarray) and cupy.may_share_memory(out, array):
                 raise ValueError("out must not overlap what it is made from")
@@ -142,34 +150,28 @@ class CUDABackend:
         self, blocks: NDArray[np.uint8], scales: NDArray[np.uint8], out: Any, start: int, halves: bool, threads: int
     ) -> None:
         """Decode from host memory: part by part, through two buffers on the device in turn."""
-        stream = self._cupy.cuda.get_current_stream()
-        parts = list(split(scales.shape, 1 + BYTES_PER_BLOCK, STAGED_BYTES, (ROWS, 1)))
-        largest = max(scales[part].size for part in parts)
-        buffers = [
-            (self.empty((largest * BYTES_PER_BLOCK,), _UINT8), self.empty((largest,), _UINT8), _event())
-            for _ in parts[:2]
-        ]
+        indices = list(split(scales.shape, 1 + BYTES_PER_BLOCK, STAGED_BYTES, (ROWS, 1)))
+        largest = max(scales[index].size for index in indices)
+        sizes = largest * BYTES_PER_BLOCK, largest
+        buffers = [[self.empty((size,), _UINT8) for size in sizes] for _ in indices[:2]]
 
-        def decode(part: Any, codes: Any, factors: Any, decoded: Any) -> None:
-            span = part[-1]
+        def decode(index: Any, codes: Any, factors: Any) -> None:
+            span = index[-1]
             begin, end = BLOCK_SIZE * span.start - start, BLOCK_SIZE * span.stop - start
-            target = out[(*part[:-1], slice(max(0, begin), min(end, out.shape[-1])))]
+            target = out[(*index[:-1], slice(max(0, begin), min(end, out.shape[-1])))]
             _decode(codes, factors, target, max(0, -begin), halves)
-            decoded.record(stream)
 
-        def loads() -> Iterator[_Load]:
-            for i, part in enumerate(parts):
-                *memory, decoded = buffers[i % 2]
-                sources = blocks[part], scales[part]
-                codes, factors = (
-                    buffer[: source.size].reshape(source.shape) for buffer, source in zip(memory, sources, strict=True)
-                )
-                first, *others = [*_loads(sources[0], codes), *_loads(sources[1], factors)]
-                yield first._replace(behind=decoded if i > 1 else None)
-                yield from others[:-1]
-                yield others[-1]._replace(then=partial(decode, part, codes, factors, decoded))
+        def parts() -> Iterator[_Part]:
+            before: list[_Part | None] = [None, None]  # whose buffers are used again
+            for index, buffer in zip(indices, itertools.cycle(buffers), strict=False):
+                sources = blocks[index], scales[index]
+                targets = [b[: s.size].reshape(s.shape) for b, s in zip(buffer, sources, strict=True)]
+                loads = itertools.chain.from_iterable(map(_loads, sources, targets))
+                part = _Part(list(loads), partial(decode, index, *targets), before.pop(0))
+                before.append(part)
+                yield part
 
-        _transfer(loads(), threads)
+        _Transfer(parts()).run(threads)
 
     def encode(
         self,
@@ -186,6 +188,7 @@ class CUDABackend:
             if isinstance(x, np.ndarray):
                 x = self.asarray(x)
             _same_device(blocks, x, scales)
+            _check_aligned(x, "x")
             _encode(x, blocks, scales, rule)
 
 
@@ -242,6 +245,13 @@ def _same_device(out: Any, *inputs: Any) -> None:
             raise ValueError(f"arrays must be on one device, found 'cuda:{array.device.id}' and 'cuda:{out.device.id}'")
 
 
+def _check_aligned(array: Any, what: str) -> None:
+    """Refuse elements at addresses that are no multiples of their size, which a device cannot load or store."""
+    size = array.itemsize
+    if array.data.ptr % size or any(stride % size for stride in array.strides):
+        raise ValueError(f"{what} must have its elements of {size} bytes at multiples of {size}: copy it first")
+
+
 def _launch(kernel: Callable[[str], Any], dtype: np.dtype[Any], *arguments: Any, threads: int | None = None) -> None:
     """Queue a kernel, built if it has not been used before: for so many threads, or as many as elements."""
     options = {} if threads is None else {"size": -(-threads // THREADS) * THREADS, "block_size": THREADS}
@@ -274,22 +284,22 @@ def _decode(blocks: Any, scales: Any, out: Any, start: int, halves: bool) -> Non
         return
     contiguous = blocks.flags.c_contiguous and scales.flags.c_contiguous and out.flags.c_contiguous
     if contiguous and blocks.data.ptr % 4 == 0 == out.data.ptr % 16:
-        _decode_rows(blocks, scales, out, [], halves)
+        vectors = out.nbytes // 16
+        arguments = _raw(blocks), _raw(scales), halves, vectors, _raw(out)
+        _launch(cuda_kernels.decode, out.dtype, *arguments, threads=-(-vectors // VECTORS))
         return
     transposed = is_transposed(out)
-    lead = scales.ndim - 1 - transposed
-    vectors = out.swapaxes(-1, -2) if transposed else out
+    lead, most = (scales.ndim - 2, 1) if transposed else (scales.ndim - 1, ROW_AXES)
+    lines = out.swapaxes(-1, -2) if transposed else out
     outer = merged_axes(out.shape[:lead], out.strides[:lead])
-    if len(outer) > 1 or vectors.shape[-1] * out.itemsize % 16 or not _is_dense(vectors, 1, 16):
+    if len(outer) > most or lines.shape[-1] * out.itemsize % 16 or not _is_dense(lines, 1, 16):
         _decode_any(blocks, scales, out, start, halves)
         return
-    # What does not lie as the kernel wants it is copied: it is half as large as the output at most.
-    if not _is_dense(blocks, 2, 16 if transposed else 4) or not _is_dense(scales, 1, 1):
+    axes = merged_axes(out.shape[:lead], *(array.strides[:lead] for array in (blocks, scales, out)))
+    if len(axes) > most or not _is_dense(blocks, 2, 16 if transposed else 4) or not _is_dense(scales, 1, 1):
+        # What does not lie as the kernel wants it is copied: it is half as large as the output at most.
         blocks, scales = blocks.copy(), scales.copy()
-    for _ in range(2):
         axes = merged_axes(out.shape[:lead], *(array.strides[:lead] for array in (blocks, scales, out)))
-        if len(axes) > 1:
-            blocks, scales = blocks.copy(), scales.copy()
     (_decode_columns if transposed else _decode_rows)(blocks, scales, out, axes, halves)
 
 
@@ -305,23 +315,16 @@ def _is_dense(array: Any, inner: int, grain: int) -> bool:
 
 
 def _decode_rows(blocks: Any, scales: Any, out: Any, axes: list[tuple[int, ...]], halves: bool) -> None:
-    """Decode where at most one axis, of rows, is not contiguous; its length and strides are given."""
-    if not axes:
-        vectors = out.nbytes // 16
-        arguments = _raw(blocks), _raw(scales), halves, vectors, 0, 0, 0, 0, 0, 0, _raw(out)
-        _launch(cuda_kernels.decode, out.dtype, *arguments, threads=-(-vectors // VECTORS))
-        return
-    ((rows, *steps),) = axes
-    per_row = out.nbytes // 16 // rows
-    # Division by multiplication (Granlund and Montgomery, 1994): exact for dividends below 2**31.
-    shift = (per_row - 1).bit_length() - 1
-    reciprocal = -(-(1 << 32 + shift) // per_row)
-    most = ((1 << 31) - 1) // per_row
-    for first in range(0, rows, most):
-        vectors = min(most, rows - first) * per_row
-        raw = [_raw(array, first * step) for array, step in zip((blocks, scales, out), steps, strict=True)]
-        arguments = *raw[:2], halves, vectors, per_row, reciprocal, shift, *steps, raw[2]
-        _launch(cuda_kernels.decode, out.dtype, *arguments, threads=-(-vectors // VECTORS))
+    """Decode rows along a few axes, whose lengths and strides are given."""
+    per_row = out.shape[-1] * out.itemsize // 16
+    sizes, *steps = zip(*[(1, 0, 0, 0)] * (ROW_AXES - len(axes)), *axes, strict=True)
+    each = math.prod(sizes[1:]) * per_row  # vectors for a step along the first axis
+    most = max(1, MOST_VECTORS // each)
+    for first in range(0, sizes[0], most):
+        vectors = min(most, sizes[0] - first) * each
+        raw = [_raw(array, first * step[0]) for array, step in zip((blocks, scales, out), steps, strict=True)]
+        arguments = *raw[:2], halves, vectors, per_row, *sizes[1:], *itertools.chain(*steps), raw[2]
+        _launch(cuda_kernels.decode_rows, out.dtype, *arguments, threads=-(-vectors // VECTORS))
 
 
 def _decode_columns(blocks: Any, scales: Any, out: Any, axes: list[tuple[int, ...]], halves: bool) -> None:
@@ -371,24 +374,70 @@ class _Load(NamedTuple):
     """To be converted to."""
     address: int
     """On the device."""
-    behind: Any = None
-    """An event that has to come first."""
-    then: Callable[[], None] | None = None
-    """What to do when this, and all before it, is on the device."""
 
 
 def _loads(source: NDArray[Any], target: Any) -> Iterator[_Load]:
     """Cut an array to be copied into a contiguous one."""
-    for part in split(source.shape, target.itemsize, SLOT_BYTES):
-        yield _Load(source[part], target.dtype, target[part].data.ptr)
+    address = target.data.ptr
+    for index in split(source.shape, target.itemsize, SLOT_BYTES):
+        piece = source[index]
+        yield _Load(piece, target.dtype, address)
+        address += piece.size * target.itemsize
 
 
-class _Slot(NamedTuple):
+class _Part:
+    """Loads, and what is done when all of them are on the device, in the order of the parts.
+
+    Parameters
+    ----------
+    loads : list of _Load
+    then : callable, optional
+        Queues work on the caller's stream.
+    behind : _Part, optional
+        What this one has to wait for: what was queued after it uses the same memory.
+    """
+
+    def __init__(
+        self, loads: list[_Load], then: Callable[[], object] = lambda: None, behind: _Part | None = None
+    ) -> None:
+        self.loads, self.then, self.behind = loads, then, behind
+        self.missing = len(loads)
+        self.queued = False
+        self.done = _event()
+        """Recorded behind what is queued."""
+
+
+class _Slot:
     """Pinned memory, for one copy at a time."""
 
-    memory: NDArray[np.uint8]
-    address: int
-    owner: Any
+    def __init__(self) -> None:
+        import cupy
+
+        self._owner = cupy.cuda.PinnedMemory(SLOT_BYTES)
+        self._memory = np.frombuffer(cupy.cuda.PinnedMemoryPointer(self._owner, 0), np.uint8, SLOT_BYTES)
+        self._device = -1
+        self._copied: Any = None
+
+    def fill(self, load: _Load) -> int:
+        """Put in what is to be copied, when what was there before has left; return its size in bytes."""
+        self.wait()
+        nbytes = load.source.size * load.dtype.itemsize
+        np.copyto(self._memory[:nbytes].view(load.dtype).reshape(load.source.shape), load.source, casting="unsafe")
+        return nbytes
+
+    def copy(self, address: int, nbytes: int, copies: Any, device: int) -> None:
+        """Queue the copy to an address on the current device."""
+        from cupy.cuda import runtime
+
+        runtime.memcpyAsync(address, self._owner.ptr, nbytes, runtime.memcpyHostToDevice, copies.ptr)
+        if self._device != device:  # events belong to devices
+            self._copied, self._device = _event(), device
+        self._copied.record(copies)
+
+    def wait(self) -> None:
+        """Wait until what is in it has been copied."""
+        if self._copied is not None:
+            self._copied.synchronize()
 
 
 class _Pinned:
@@ -396,20 +445,20 @@ class _Pinned:
 
     def __init__(self) -> None:
         self._condition = threading.Condition()
-        self._free: list[_Slot] = []
+        self._free: deque[_Slot] = deque()
         self._count = 0
 
-    def take(self, wanted: int) -> list[_Slot]:
+    def take(self, wanted: int) -> deque[_Slot]:
         """Return at least one slot, and as many as are wanted where the bound allows."""
         bound = _pinned_slots()
         with self._condition:
             self._condition.wait_for(lambda: self._free or self._count < bound)
-            taken = [self._free.pop() for _ in range(min(wanted, len(self._free)))]
+            taken = deque(self._free.popleft() for _ in range(min(wanted, len(self._free))))
             new = max(0, min(wanted - len(taken), bound - self._count))
             self._count += new
         try:
             for _ in range(new):
-                taken.append(_new_slot())
+                taken.append(_Slot())
                 new -= 1
         except Exception as error:
             if not taken:
@@ -423,8 +472,8 @@ class _Pinned:
                     self._condition.notify_all()
         return taken
 
-    def give_back(self, slots: list[_Slot]) -> None:
-        """Let others have the slots."""
+    def give_back(self, slots: deque[_Slot]) -> None:
+        """Let others have the slots, whose copies may still be under way."""
         with self._condition:
             self._free += slots
             self._condition.notify_all()
@@ -432,8 +481,11 @@ class _Pinned:
     def release(self) -> None:
         """Return all memory that is not in use to the system."""
         with self._condition:
-            self._count -= len(self._free)
+            slots = list(self._free)
             self._free.clear()
+            for slot in slots:
+                slot.wait()
+            self._count -= len(slots)
             self._condition.notify_all()
 
 
@@ -447,18 +499,11 @@ def _pinned_slots() -> int:
     return max(1, (int(text) if text else PINNED_BYTES) // SLOT_BYTES)
 
 
-def _new_slot() -> _Slot:
+def _event() -> Any:
+    """Return an event of the current device that a thread can wait for without using its CPU."""
     import cupy
 
-    owner = cupy.cuda.PinnedMemory(SLOT_BYTES)
-    memory = np.frombuffer(cupy.cuda.PinnedMemoryPointer(owner, 0), np.uint8, SLOT_BYTES)
-    return _Slot(memory, owner.ptr, owner)
-
-
-def _event(*, block: bool = False) -> Any:
-    import cupy
-
-    return cupy.cuda.Event(block=block, disable_timing=True)
+    return cupy.cuda.Event(block=True, disable_timing=True)
 
 
 @functools.cache
@@ -470,40 +515,76 @@ def _copies(device: int) -> Any:
         return cupy.cuda.Stream(non_blocking=True)
 
 
-def _transfer(loads: Iterator[_Load], threads: int) -> None:
-    """Copy to the current device: several threads fill slots, and this one queues their copies in order.
+class _Transfer:
+    """Copies to the current device: several threads fill slots, and queue their copies and what comes behind them.
 
-    Returns when everything has left the host; what comes later on the caller's stream comes after it.
+    What comes later on the caller's stream comes after it all.
     """
-    import cupy
 
-    runtime, device = cupy.cuda.runtime, cupy.cuda.Device()
-    stream, copies = cupy.cuda.get_current_stream(), _copies(device.id)
-    ready = _event()
-    ready.record(stream)
-    copies.wait_event(ready)  # whoever used the memory before has finished with it
-    slots = _pinned.take(threads + 2)
-    copied = [_event(block=True) for _ in slots]
+    def __init__(self, parts: Iterable[_Part]) -> None:
+        import cupy
 
-    def fill(item: tuple[_Load, int]) -> tuple[_Load, int, int]:
-        load, i = item
-        with device:
-            copied[i].synchronize()
-        nbytes = load.source.size * load.dtype.itemsize
-        np.copyto(slots[i].memory[:nbytes].view(load.dtype).reshape(load.source.shape), load.source, casting="unsafe")
-        return load, i, nbytes
+        self._device, self._stream = cupy.cuda.Device(), cupy.cuda.get_current_stream()
+        self._copies = _copies(self._device.id)
+        self._loads = ((part, load) for part in parts for load in part.loads)
+        self._slots: deque[_Slot] = deque()
+        self._turn = threading.Condition()  # for what only one thread may do at a time
+        self._done: list[Any] = []
+        self._failed = False
 
-    try:
-        for load, i, nbytes in in_order(fill, zip(loads, itertools.cycle(range(len(slots))), strict=False), len(slots)):
-            if load.behind is not None:
-                copies.wait_event(load.behind)
-            runtime.memcpyAsync(load.address, slots[i].address, nbytes, runtime.memcpyHostToDevice, copies.ptr)
-            copied[i].record(copies)
-            if load.then is not None:
-                stream.wait_event(copied[i])
-                load.then()
-        ready.record(copies)
-        stream.wait_event(ready)
-    finally:
-        copies.synchronize()
-        _pinned.give_back(slots)
+    def run(self, threads: int) -> None:
+        """Return when nothing is left to read from the host."""
+        ready = _event()
+        ready.record(self._stream)
+        self._copies.wait_event(ready)  # whoever used the memory before has finished with it
+        self._slots = _pinned.take(2 * min(threads, MOST_FILLING))
+        threads = min(threads, MOST_FILLING, len(self._slots))
+        try:
+            parallel_for(self._work, threads, 1, threads)
+        except BaseException:
+            self._copies.synchronize()  # the memory that is copied to may be let go of
+            raise
+        finally:
+            _pinned.give_back(self._slots)
+        for done in self._done:  # where each thread has a default stream of its own, these were others'
+            self._stream.wait_event(done)
+
+    def _work(self, _begin: int, _end: int) -> None:
+        with self._device, self._stream:
+            try:
+                while (claimed := self._claim()) is not None:
+                    part, load = claimed
+                    slot = self._slots.popleft()
+                    try:
+                        self._queue(part, load, slot, slot.fill(load))
+                    finally:
+                        self._slots.append(slot)
+            except BaseException:
+                with self._turn:
+                    self._failed = True
+                    self._turn.notify_all()
+                raise
+
+    def _claim(self) -> tuple[_Part, _Load] | None:
+        with self._turn:
+            return None if self._failed else next(self._loads, None)
+
+    def _queue(self, part: _Part, load: _Load, slot: _Slot, nbytes: int) -> None:
+        with self._turn:
+            behind = part.behind
+            self._turn.wait_for(lambda: self._failed or behind is None or behind.queued)
+            if self._failed:
+                return
+            if part.behind is not None:
+                self._copies.wait_event(part.behind.done)
+                part.behind = None
+            slot.copy(load.address, nbytes, self._copies, self._device.id)
+            part.missing -= 1
+            if not part.missing:
+                part.done.record(self._copies)
+                self._stream.wait_event(part.done)
+                part.then()
+                part.done.record(self._stream)
+                part.queued = True
+                self._done.append(part.done)
+                self._turn.notify_all()

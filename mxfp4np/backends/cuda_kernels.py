@@ -4,9 +4,14 @@ A kernel is given addresses, as arrays of one element, and strides in bytes. It 
 chooses one whose conditions hold.
 
 * `decode` gives each thread vectors of 16 bytes of output, so that neighbours write next to each other.
+* `decode_rows` does the same where there are gaps between rows.
 * `transpose` gives each thread one block of 8 rows, whose nibbles it turns, 8 x 8 at a time, in registers.
 * `decode_any` gives each thread one element, and takes any strides.
-* `encode` gives each thread 8 values, and 4 threads a block.
+* `encode` gives each thread 8 or 16 values, and as many threads a block as that takes.
+
+Values are decoded in pairs, two of 16 bits to a word: the four bits of E2M1, put where such a value has its sign, the
+end of its exponent and the first bit of its fraction, are right but for a power of two, the subnormal ones included.
+Two products make up for it and for the scale. A float32 is a bfloat16 with 16 zeros behind.
 
 CuPy compiles with ``-ftz=true``, under which plain products lose subnormal numbers: those of PTX do not.
 """
@@ -20,7 +25,10 @@ THREADS: Final = 128
 """Threads of a CUDA block."""
 
 VECTORS: Final = 2
-"""Vectors that a thread of `decode` has, whose loads are under way at the same time."""
+"""Vectors that a thread has, whose loads are under way at the same time."""
+
+ROW_AXES: Final = 3
+"""Axes that `decode_rows` walks through."""
 
 ROWS: Final = 256
 """Rows that a warp of `transpose` has."""
@@ -37,16 +45,63 @@ __device__ __forceinline__ float times(float a, float b) {
 }
 """
 
-_DECODING = """
-// 2**(scale - 127): subnormal for scale 0, NaN for 255.
-__device__ __forceinline__ float factor_of(unsigned scale) {
-    return __uint_as_float(scale == 0 ? 0x00400000u : scale == 255 ? 0x7FC00000u : scale << 23);
+_BFLOAT16 = """
+const int PLACE = 6;  // where the lowest bit of a code goes: then a value is times 2**-126
+const unsigned MAGNITUDES = 0x01C001C0u;
+__device__ __forceinline__ unsigned product(unsigned a, unsigned b) {
+#if __CUDA_ARCH__ >= 800
+    unsigned pair;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(a), "r"(b), "r"(0x80008000u));
+    return pair;
+#else
+    float low = times(__uint_as_float(a << 16), __uint_as_float(b << 16));
+    float high = times(__uint_as_float(a & 0xFFFF0000u), __uint_as_float(b & 0xFFFF0000u));
+    return __byte_perm(__float_as_uint(low), __float_as_uint(high), 0x7632);
+#endif
 }
-// The four bits of E2M1, put where a float has its sign, its exponent and the first bit of its fraction, are the value
-// times 2**-126, the subnormal ones included.
-__device__ __forceinline__ float value_of(unsigned code, float factor) {
-    float small = __uint_as_float((code & 8) << 28 | (code & 7) << 22);
-    return times(times(small, __uint_as_float(253u << 23)), factor);
+__device__ __forceinline__ Factors factors_of(unsigned scale) {
+    Factors factors = {0x7E80, scale == 0 ? 0x40u : scale == 255 ? 0x7FC0u : scale << 7};
+    return factors;
+}
+"""
+
+_FLOAT16 = """
+const int PLACE = 9;  // times 2**-14
+const unsigned MAGNITUDES = 0x0E000E00u;
+__device__ __forceinline__ unsigned product(unsigned a, unsigned b) {
+    unsigned pair;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+    return pair;
+}
+// One of the two products is exact: the first is the result, or else twice the value, and the second the result.
+__device__ __forceinline__ Factors factors_of(unsigned scale) {
+    int power = max((int)scale, 89) - 113;  // with 2**-38, all values round to zero
+    Factors factors = {power < -14 ? 1u << power + 24 : power + 15 << 10, 0x3C00};
+    if (power > 15) {
+        factors.first = 0x7800;
+        factors.second = (unsigned)power << 10;
+    }
+    if (scale > 143)  // what is not zero becomes infinite
+        factors.first = factors.second = scale == 255 ? 0x7E00 : 0x7BFF;
+    return factors;
+}
+"""
+
+_DECODING = """
+// What to multiply by: the numbers in the low halves, or pairs of them.
+struct Factors {
+    unsigned first, second;
+};
+%s
+__device__ __forceinline__ Factors pair_of(Factors low, Factors high) {
+    Factors factors = {__byte_perm(low.first, high.first, 0x5410), __byte_perm(low.second, high.second, 0x5410)};
+    return factors;
+}
+// The values of two codes, which begin at a bit of a word and 16 bits above.
+__device__ __forceinline__ unsigned values_at(unsigned codes, int bit, Factors factors) {
+    unsigned magnitudes = PLACE < bit ? codes >> (bit - PLACE & 31) : codes << (PLACE - bit & 31);
+    unsigned bits = (magnitudes & MAGNITUDES) | (codes << 12 - bit & 0x80008000u);
+    return product(product(bits, factors.first), factors.second);
 }
 // The low nibbles of four bytes, next to each other.
 __device__ __forceinline__ unsigned squeeze(unsigned x) {
@@ -56,51 +111,24 @@ __device__ __forceinline__ unsigned squeeze(unsigned x) {
 }
 """
 
-_WORDS = {
-    "bfloat16": """
-typedef unsigned short Word;
-__device__ __forceinline__ Word word_of(float value) {
-    return __float_as_uint(value) >> 16;
-}
-__device__ __forceinline__ unsigned pair_of(float low, float high) {
-    return __byte_perm(__float_as_uint(low), __float_as_uint(high), 0x7632);
-}
-""",
-    "float16": """
-typedef unsigned short Word;
-__device__ __forceinline__ Word word_of(float value) {
-    Word word;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(word) : "f"(value));
-    return word;
-}
-__device__ __forceinline__ unsigned pair_of(float low, float high) {
-#if __CUDA_ARCH__ >= 800
-    unsigned pair;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-    return pair;
-#else
-    return word_of(low) | (unsigned)word_of(high) << 16;
-#endif
-}
-""",
-    "float32": """
-typedef unsigned Word;
-__device__ __forceinline__ Word word_of(float value) {
-    return __float_as_uint(value);
-}
-""",
-}
-
 _VECTORS = {
     16: """
+typedef unsigned short Word;
 const int N = 8;  // elements in 16 bytes
-// A vector of N elements from their codes, the first in the lowest bits, and their factors.
-__device__ __forceinline__ uint4 vector_of(unsigned codes, const float* factors) {
+__device__ __forceinline__ Word word_of(unsigned value) {
+    return value;
+}
+// A vector of N elements from their codes, the first in the lowest bits, and the factors of each and the one N / 2
+// further on.
+__device__ __forceinline__ uint4 vector_of(unsigned codes, const Factors* factors) {
     unsigned pairs[4];
     #pragma unroll
     for (int j = 0; j < 4; ++j)
-        pairs[j] = pair_of(value_of(codes >> 8 * j, factors[2 * j]), value_of(codes >> 8 * j + 4, factors[2 * j + 1]));
-    return make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+        pairs[j] = values_at(codes, 4 * j, factors[j]);
+    return make_uint4(
+        __byte_perm(pairs[0], pairs[1], 0x5410), __byte_perm(pairs[2], pairs[3], 0x5410),
+        __byte_perm(pairs[0], pairs[1], 0x7632), __byte_perm(pairs[2], pairs[3], 0x7632)
+    );
 }
 // The codes of a block's vector.
 __device__ __forceinline__ unsigned codes_of(const unsigned char* block, int vector, bool halves) {
@@ -113,13 +141,15 @@ __device__ __forceinline__ unsigned codes_of(const unsigned char* block, int vec
 }
 """,
     32: """
+typedef unsigned Word;
 const int N = 4;
-__device__ __forceinline__ uint4 vector_of(unsigned codes, const float* factors) {
-    Word words[4];
-    #pragma unroll
-    for (int j = 0; j < 4; ++j)
-        words[j] = word_of(value_of(codes >> 4 * j, factors[j]));
-    return make_uint4(words[0], words[1], words[2], words[3]);
+__device__ __forceinline__ Word word_of(unsigned value) {
+    return value << 16;
+}
+__device__ __forceinline__ uint4 vector_of(unsigned codes, const Factors* factors) {
+    codes = __byte_perm(codes, 0, 0x4140);
+    unsigned even = values_at(codes, 0, factors[0]), odd = values_at(codes, 4, factors[1]);
+    return make_uint4(even << 16, odd << 16, even & 0xFFFF0000u, odd & 0xFFFF0000u);
 }
 __device__ __forceinline__ unsigned codes_of(const unsigned char* block, int vector, bool halves) {
     if (!halves)
@@ -129,35 +159,59 @@ __device__ __forceinline__ unsigned codes_of(const unsigned char* block, int vec
 """,
 }
 
+_VECTOR_OF_BLOCK = """
+__device__ __forceinline__ uint4 vector_of_block(unsigned codes, unsigned scale) {
+    Factors one = factors_of(scale), factors[N / 2];
+    #pragma unroll
+    for (int j = 0; j < N / 2; ++j)
+        factors[j] = pair_of(one, one);
+    return vector_of(codes, factors);
+}
+"""
+
 _DECODE = """
     const int per_block = 32 / N;
-    ptrdiff_t first = (ptrdiff_t)blockIdx.x * blockDim.x * VECTORS + threadIdx.x;
+    size_t first = (size_t)(i - threadIdx.x) * VECTORS + threadIdx.x;
+    unsigned codes[VECTORS], scale[VECTORS];
+    #pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+        size_t vector = first + v * blockDim.x;
+        if (vector < vectors) {
+            codes[v] = codes_of(&blocks[vector / per_block * 16], vector % per_block, halves);
+            scale[v] = __ldg(&scales[vector / per_block]);
+        }
+    }
+    #pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+        size_t vector = first + v * blockDim.x;
+        if (vector < vectors)
+            __stcs(reinterpret_cast<uint4*>(&out[0]) + vector, vector_of_block(codes[v], scale[v]));
+    }
+"""
+
+_DECODE_ROWS = """
+    const unsigned per_block = 32 / N;
+    unsigned first = ((unsigned)i - threadIdx.x) * VECTORS + threadIdx.x;
     unsigned codes[VECTORS], scale[VECTORS];
     uint4* target[VECTORS];
     #pragma unroll
     for (int v = 0; v < VECTORS; ++v) {
-        ptrdiff_t vector = first + v * (int)blockDim.x, row = 0;
+        unsigned vector = first + v * blockDim.x;
         target[v] = 0;
         if (vector < vectors) {
-            if (per_row) {  // there are several rows, and fewer than 2**31 vectors
-                row = __umulhi((unsigned)vector, (unsigned)reciprocal) >> shift;
-                vector -= row * per_row;
-            }
-            ptrdiff_t block = vector / per_block;
-            codes[v] = codes_of(&blocks[row * blocks_row + 16 * block], vector % per_block, halves);
-            scale[v] = __ldg(&scales[row * scales_row + block]);
-            target[v] = reinterpret_cast<uint4*>(&out[row * out_row]) + vector;
+            unsigned row = vector / per_row;
+            vector -= row * per_row;
+            ptrdiff_t i2 = row % size2, i1 = row / size2 % size1, i0 = row / size2 / size1;
+            const unsigned char* block = &blocks[i0 * blocks0 + i1 * blocks1 + i2 * blocks2];
+            codes[v] = codes_of(block + vector / per_block * 16, vector % per_block, halves);
+            scale[v] = __ldg(&scales[i0 * scales0 + i1 * scales1 + i2 * scales2 + vector / per_block]);
+            target[v] = reinterpret_cast<uint4*>(&out[i0 * out0 + i1 * out1 + i2 * out2]) + vector;
         }
     }
     #pragma unroll
     for (int v = 0; v < VECTORS; ++v)
-        if (target[v]) {
-            float factors[N];
-            #pragma unroll
-            for (int j = 0; j < N; ++j)
-                factors[j] = factor_of(scale[v]);
-            __stcs(target[v], vector_of(codes[v], factors));
-        }
+        if (target[v])
+            __stcs(target[v], vector_of_block(codes[v], scale[v]));
 """
 
 _TURN = """
@@ -194,15 +248,20 @@ _TRANSPOSE = """
     chunk -= matrix * chunks;
     ptrdiff_t first = chunk * 256 + (i & 31) * N;
     uint4 codes[8];
-    float factors[8];
+    Factors factors[8];
     #pragma unroll
     for (int j = 0; j < 8; ++j) {
         ptrdiff_t row = first + j / N * (32 * N) + j % N;
         if (row < rows) {
             const unsigned char* block = &blocks[matrix * blocks_matrix + row * blocks_row + group * 16];
             codes[j] = __ldg(reinterpret_cast<const uint4*>(block));
-            factors[j] = factor_of(__ldg(&scales[matrix * scales_matrix + row * scales_row + group]));
+            factors[j] = factors_of(__ldg(&scales[matrix * scales_matrix + row * scales_row + group]));
         }
+    }
+    #pragma unroll
+    for (int j = 0; j < 4; ++j) {
+        int low = j / (N / 2) * N + j % (N / 2);
+        factors[j] = pair_of(factors[low], factors[low + N / 2]);
     }
     unsigned char* column = &out[matrix * out_matrix + first * (int)sizeof(Word)];
     #pragma unroll
@@ -219,7 +278,7 @@ _TRANSPOSE = """
             #pragma unroll
             for (int h = 0; h < 8 / N; ++h)
                 if (first + h * (32 * N) < rows)
-                    __stcs(target + 32 * h, vector_of(x[k] >> 4 * N * h % 32, factors + N * h));
+                    __stcs(target + 32 * h, vector_of(x[k] >> 4 * N * h % 32, factors + N / 2 * h));
         }
     }
 """
@@ -232,7 +291,7 @@ _DECODE_ANY = """
     unsigned code = blocks[block * 16 + (halves ? element % 16 : element / 2)];
     if (halves ? element >= 16 : element & 1)
         code >>= 4;
-    out = word_of(value_of(code, factor_of(scales[block])));
+    out = word_of(values_at(code & 15, 0, factors_of(scales[block])));
 """
 
 _LOADS = {
@@ -334,8 +393,6 @@ __device__ __forceinline__ void store(unsigned char* blocks, ptrdiff_t i, const 
 """,
 }
 
-_STRIDES = "int64 blocks_row, int64 scales_row, int64 out_row"
-
 
 def _element_wise(name: str, dtype: str, inputs: str, outputs: str, operation: str, *preamble: str) -> Any:
     import cupy
@@ -346,22 +403,26 @@ def _element_wise(name: str, dtype: str, inputs: str, outputs: str, operation: s
 
 
 def _decoder(name: str, dtype: str, inputs: str, outputs: str, operation: str, *preamble: str) -> Any:
+    values = _DECODING % (_FLOAT16 if dtype == "float16" else _BFLOAT16)
     vectors = _VECTORS[32 if dtype == "float32" else 16]
     inputs = f"raw uint8 blocks, raw uint8 scales, bool halves, {inputs}"
-    return _element_wise(name, dtype, inputs, outputs, operation, _DECODING, _WORDS[dtype], vectors, *preamble)
+    return _element_wise(name, dtype, inputs, outputs, operation, values, vectors, *preamble)
 
 
 @functools.cache
 def decode(dtype: str) -> Any:
-    """Return the kernel for rows of whole blocks, 16 bytes of output a time."""
-    return _decoder(
-        "decode",
-        dtype,
-        f"int64 vectors, int64 per_row, int64 reciprocal, int64 shift, {_STRIDES}",
-        "raw uint8 out",
-        _DECODE,
-        f"const int VECTORS = {VECTORS};",
-    )
+    """Return the kernel for whole blocks that follow each other, 16 bytes of output a time."""
+    count = f"const int VECTORS = {VECTORS};"
+    return _decoder("decode", dtype, "uint64 vectors", "raw uint8 out", _DECODE, _VECTOR_OF_BLOCK, count)
+
+
+@functools.cache
+def decode_rows(dtype: str) -> Any:
+    """Return the kernel for rows of whole blocks, along three axes, in fewer than 2**31 vectors."""
+    strides = (f"int64 {array}{axis}" for array in ("blocks", "scales", "out") for axis in range(ROW_AXES))
+    inputs = f"uint32 vectors, uint32 per_row, uint32 size1, uint32 size2, {', '.join(strides)}"
+    count = f"const int VECTORS = {VECTORS};"
+    return _decoder("decode_rows", dtype, inputs, "raw uint8 out", _DECODE_ROWS, _VECTOR_OF_BLOCK, count)
 
 
 @functools.cache
