@@ -3,8 +3,8 @@
 All but the last tests need a device and are skipped without one.
 """
 
+import ctypes
 import gc
-import os
 import sys
 import threading
 import types
@@ -358,15 +358,14 @@ def test_threads_and_memory_at_once():
         with cupy.cuda.Stream(non_blocking=True):
             for _ in range(4):
                 result = array.decode(device="cuda:0").get()
-                failures.append(not np.array_equal(result.view("u2"), expected.view("u2")))
+                failures.append(np.count_nonzero((result != expected) & ~np.isnan(expected)))
 
     threads = [threading.Thread(target=run) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not any(failures)
-    assert len(failures) == 32
+    assert failures == [0] * 32
     assert cuda_backend._pinned._count * cuda_backend.SLOT_BYTES <= 256 << 20
     assert len(cuda_backend._pinned._free) == cuda_backend._pinned._count > 0
     get_backend("cuda").release()
@@ -400,6 +399,7 @@ def test_device_memory_is_the_output_and_two_buffers():
 
 @marked
 def test_out_of_device_memory_says_how_much_and_is_survived(model):
+    cupy.get_default_memory_pool().free_all_blocks()
     free = cupy.cuda.Device().mem_info[0]
     groups = free // 64 + 1
     blocks = np.broadcast_to(np.zeros(16, np.uint8), (groups, 16))
@@ -487,17 +487,24 @@ def test_arrays_to_numpy_and_through_the_array_interface():
 
 @marked
 def test_arrays_of_jax():
-    jax = pytest.importorskip("jax")
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    if not any(device.platform == "gpu" for device in jax.devices()):
-        pytest.skip("jax has no GPU here")
-    blocks, scales = random_pair(5, 3)
-    result = mxfp4np.decode(cupy.asarray(blocks), cupy.asarray(scales))
-    array = jax.dlpack.from_dlpack(result)
-    assert array.dtype == DTYPES["bfloat16"]
-    assert_same_bits(np.asarray(array), oracle(blocks, scales, "bfloat16"))
-    there = jax.numpy.asarray(blocks), jax.numpy.asarray(scales)
-    assert_same_bits(mxfp4np.decode(*there, device="cuda").get(), oracle(blocks, scales, "bfloat16"))
+    pytest.importorskip("jax")
+    run_python(
+        """
+        import warnings
+        warnings.simplefilter("ignore")
+        import os
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+        import cupy, jax, mxfp4np, numpy as np
+        rng = np.random.default_rng(4)
+        blocks, scales = rng.integers(0, 256, (5, 3, 16), np.uint8), rng.integers(0, 255, (5, 3), np.uint8)
+        expected = mxfp4np.decode(blocks, scales)
+        array = jax.dlpack.from_dlpack(mxfp4np.decode(cupy.asarray(blocks), cupy.asarray(scales)))
+        assert array.dtype == expected.dtype and np.array_equal(np.asarray(array), expected)
+        if jax.default_backend() == "gpu":
+            there = jax.numpy.asarray(blocks), jax.numpy.asarray(scales)
+            assert np.array_equal(mxfp4np.decode(*there).get(), expected)
+        """
+    )
 
 
 @marked
@@ -531,6 +538,145 @@ def test_two_devices_from_two_threads(model):
 
 
 # Without a device
+
+
+class HostCupy(types.ModuleType):
+    """What `_Transfer` needs of CuPy, with the host in the place of a device."""
+
+    class Queue:
+        ptr = 0
+        id = 0
+        done = True
+
+        def __init__(self, *_, **__):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def wait_event(self, _):
+            pass
+
+        record = wait_event
+
+        def synchronize(self):
+            pass
+
+    class PinnedMemory:
+        def __init__(self, nbytes):
+            self.memory = ctypes.create_string_buffer(nbytes)
+            self.ptr = ctypes.addressof(self.memory)
+
+    def __init__(self):
+        super().__init__("cupy")
+        self.cuda = types.ModuleType("cupy.cuda")
+        self.cuda.Device = self.cuda.Stream = self.cuda.Event = self.Queue
+        self.cuda.PinnedMemory = self.PinnedMemory
+        self.cuda.get_current_stream = self.Queue
+        self.cuda.runtime = types.SimpleNamespace(
+            memcpyHostToDevice=1, memcpyAsync=lambda to, source, nbytes, *_: ctypes.memmove(to, source, nbytes)
+        )
+
+
+@pytest.fixture
+def host_cupy(monkeypatch):
+    """Put the host in the place of a device, with small slots."""
+    fake = HostCupy()
+    monkeypatch.setitem(sys.modules, "cupy", fake)
+    monkeypatch.setitem(sys.modules, "cupy.cuda", fake.cuda)
+    monkeypatch.setattr(cuda_backend, "_pinned", cuda_backend._Pinned())
+    monkeypatch.setattr(cuda_backend, "SLOT_BYTES", 1000)
+    monkeypatch.setattr(cuda_backend, "FILL_BYTES", 96)
+    cuda_backend._copies.cache_clear()
+    yield cuda_backend
+    cuda_backend._copies.cache_clear()
+
+
+class OnHost:
+    """A contiguous array in the place of one on a device."""
+
+    def __init__(self, shape, dtype):
+        self.array = np.empty(shape, dtype)
+        self.itemsize, self.dtype = self.array.itemsize, self.array.dtype
+        self.data = types.SimpleNamespace(ptr=self.array.ctypes.data)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("slots", [1, 3, 100])
+def test_bytes_of_all_strides_and_dtypes_arrive(host_cupy, monkeypatch, threads, slots):
+    monkeypatch.setenv("MXFP4NP_PINNED_BYTES", str(1000 * slots))
+    big = np.random.default_rng(0).integers(0, 256, (6, 40, 16, 8), np.uint8)
+    sources = [
+        big,
+        big[::2],
+        big[:, ::-2],
+        big[::2, ::3],
+        big[..., ::2],
+        big.transpose(2, 0, 3, 1),
+        big[0, 0, 0],
+        big[0, 0, 0, 0:1],
+        big[2, 3, 4, 5],
+        big.reshape(-1)[1:-1].view(np.int16),
+    ]
+    for dtype in (None, np.float32):
+        for source in sources:
+            source = np.asarray(source)
+            target = OnHost(source.shape, dtype or source.dtype)
+            part = host_cupy._Part(list(host_cupy._loads(source, target)))
+            host_cupy._Transfer([part]).run(source.nbytes, threads)
+            assert np.array_equal(target.array, source.astype(target.dtype))
+    assert host_cupy._pinned._count <= slots
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_parts_are_finished_once_they_are_there_and_memory_is_used_again_after(host_cupy, threads):
+    source = np.random.default_rng(0).integers(0, 256, (30, 7000), np.uint8)
+    targets = [OnHost(7000, np.uint8) for _ in range(2)]
+    found = []
+
+    def parts():
+        before = [None, None]
+        for i, row in enumerate(source):
+            target = targets[i % 2]
+            then = lambda i=i, target=target: found.append((i, target.array.copy()))  # noqa: E731
+            part = host_cupy._Part(list(host_cupy._loads(row, target)), then, before.pop(0))
+            before.append(part)
+            yield part
+
+    host_cupy._Transfer(parts()).run(source.nbytes, threads)
+    assert sorted(i for i, _ in found) == list(range(30))
+    assert all(np.array_equal(array, source[i]) for i, array in found)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_an_error_on_the_way_ends_all_and_gives_back_the_memory(host_cupy, threads):
+    source = np.zeros((30, 7000), np.uint8)
+    target = OnHost(7000, np.uint8)
+
+    def fail():
+        raise MemoryError("enough")
+
+    def parts():
+        part = None
+        for i, row in enumerate(source):
+            part = host_cupy._Part(list(host_cupy._loads(row, target)), fail if i == 3 else lambda: None, part)
+            yield part
+
+    for _ in range(20):
+        with pytest.raises(MemoryError, match="enough"):
+            host_cupy._Transfer(parts()).run(source.nbytes, threads)
+    assert len(host_cupy._pinned._free) == host_cupy._pinned._count == host_cupy.SLOTS
+    host_cupy._pinned.release()
+    assert not host_cupy._pinned._count
+
+
+def test_bytes_are_not_brought_to_a_device_without_compiled_code(host_cupy, monkeypatch):
+    monkeypatch.setattr(cuda_backend, "compiled", lambda *_: None)
+    with pytest.raises(mxfp4np.BackendUnavailableError, match="unset NUMBA_DISABLE_JIT"):
+        host_cupy._Transfer([])
 
 
 @pytest.fixture

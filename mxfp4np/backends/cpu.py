@@ -262,12 +262,21 @@ def _table_name(dtype: np.dtype[Any]) -> str:
     return "float16" if dtype == _FLOAT16 else "bfloat16"  # float32 values are bfloat16 ones, and 16 bits more
 
 
-_kernels: dict[tuple[str, type], Kernel | None] = {}
-
-
 def range_kernel(name: str, word: type) -> Kernel | None:
     """Return the kernel of this name compiled for words of this type, or None if Numba's compiler is switched off."""
-    key = name, word
+    kernel: Kernel | None = compiled(name, word.__name__, "int64", "int64")
+    return kernel
+
+
+_kernels: dict[tuple[str, ...], Any] = {}
+
+
+def compiled(name: str, *types: str) -> Any:
+    """Return a function of `cpu_kernels` compiled for a vector of int64 and numbers of the given types, or None.
+
+    None is for where Numba's compiler is switched off.
+    """
+    key = name, *types
     if key not in _kernels:
         with _compiling:
             if key not in _kernels:
@@ -275,7 +284,7 @@ def range_kernel(name: str, word: type) -> Kernel | None:
     return _kernels[key]
 
 
-def _compile(name: str, word: type) -> Kernel | None:
+def _compile(name: str, *types: str) -> Any:
     import numba
 
     if numba.config.DISABLE_JIT:
@@ -283,13 +292,13 @@ def _compile(name: str, word: type) -> Kernel | None:
     from . import cpu_kernels
 
     function = getattr(cpu_kernels, name)
-    signature = (numba.types.int64[::1], getattr(numba.types, word.__name__), numba.types.int64, numba.types.int64)
+    signature = numba.types.int64[::1], *(getattr(numba.types, number) for number in types)
     for cache in (True, False):
         try:
             kernel = numba.njit(nogil=True, cache=cache)(function)
             kernel.compile(signature)
             kernel.disable_compile()
-            return kernel  # type: ignore[no-any-return, unused-ignore]
+            return kernel
         except Exception:
             if not cache:  # no place for a cache, or a broken one, is no reason to fail; anything else is
                 raise

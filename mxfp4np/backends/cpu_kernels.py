@@ -1107,3 +1107,89 @@ def encode_columns_range(geometry, word, start, stop):
             out += geometry[BLOCKS_STEP]
             scales += geometry[SCALES_STEP]
             x += 32 * step
+
+
+# Memory that a device copies from is filled by several threads at once, slot by slot, each in pieces. The vector
+# `slots` begins with these numbers, and has some more for each slot: where its bytes are, in runs a step apart, where
+# they go, how many they are, and how many pieces are not there yet.
+PIECES_CLAIMED, PIECES_OPEN, PIECES_OF_SLOT, PIECE_BYTES = 0, 1, 2, 3
+FIRST_SLOT, SLOT_NUMBERS = 8, 8
+SOURCE, RUN_BYTES, RUN_STEP, TARGET, LOAD_BYTES, PIECES_MISSING = range(6)
+
+PREFETCH_BYTES = 2048
+
+copy_64 = _copier(64, 1, streaming=False)
+
+
+@intrinsic
+def load_shared(typingctx, address):
+    """Read an int64 that other threads write, and what they wrote before it."""
+
+    def codegen(context, builder, signature, args):
+        return builder.load_atomic(builder.inttoptr(args[0], ir.IntType(64).as_pointer()), "acquire", 8)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def add_shared(typingctx, address, number):
+    """Add to an int64 that other threads read, behind what was written before; return what it was."""
+
+    def codegen(context, builder, signature, args):
+        pointer = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", pointer, args[1], "acq_rel")
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def replace_shared(typingctx, address, old, new):
+    """Write an int64 if no other thread has changed it; return whether that is so."""
+
+    def codegen(context, builder, signature, args):
+        pointer = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+        return builder.extract_value(builder.cmpxchg(pointer, args[1], args[2], "acq_rel", "monotonic"), 1)
+
+    return types.boolean(types.int64, types.int64, types.int64), codegen
+
+
+@njit(nogil=True, inline="always")
+def _copy_run(source, target, count):
+    """Copy so many bytes, a line at a time while there is one."""
+    for _ in range(count // 64):
+        prefetch(source + PREFETCH_BYTES)
+        copy_64(source, target)
+        source += 64
+        target += 64
+    for i in range(count % 64):
+        copy_1(source + i, target + i)
+
+
+def open_slot(slots):
+    """Let threads fill one more slot, whose numbers have been written."""
+    return add_shared(slots.ctypes.data + 8 * PIECES_OPEN, slots[PIECES_OF_SLOT])
+
+
+def fill_slots(slots):
+    """Fill slots until one is full, and return how many were opened before it, or until no piece is open: -1."""
+    address = slots.ctypes.data
+    count = (len(slots) - FIRST_SLOT) // SLOT_NUMBERS
+    while True:
+        piece = load_shared(address + 8 * PIECES_CLAIMED)
+        if piece >= load_shared(address + 8 * PIECES_OPEN):
+            return -1
+        if not replace_shared(address + 8 * PIECES_CLAIMED, piece, piece + 1):
+            continue
+        load = piece // slots[PIECES_OF_SLOT]
+        slot = FIRST_SLOT + SLOT_NUMBERS * (load % count)
+        begin = (piece - load * slots[PIECES_OF_SLOT]) * slots[PIECE_BYTES]
+        end = min(begin + slots[PIECE_BYTES], slots[slot + LOAD_BYTES])
+        while begin < end:
+            run = begin // slots[slot + RUN_BYTES]
+            offset = begin - run * slots[slot + RUN_BYTES]
+            size = min(end - begin, slots[slot + RUN_BYTES] - offset)
+            source = slots[slot + SOURCE] + run * slots[slot + RUN_STEP] + offset
+            _copy_run(source, slots[slot + TARGET] + begin, size)
+            begin += size
+        if add_shared(address + 8 * (slot + PIECES_MISSING), -1) == 1:
+            return load

@@ -25,15 +25,20 @@ from numpy.typing import NDArray
 from ..errors import BackendUnavailableError, DeviceMemoryError
 from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, name_of, split
 from . import cuda_kernels
+from .cpu import compiled
+from .cpu_kernels import FIRST_SLOT, PIECE_BYTES, PIECES_CLAIMED, PIECES_OF_SLOT, PIECES_OPEN, SLOT_NUMBERS
 from .cuda_kernels import ROW_AXES, ROWS, THREADS, VALUES, VECTORS
-from .memory import is_transposed, merged_axes
+from .memory import address_of, is_transposed, merged_axes
 from .threads import default_num_threads, parallel_for
 
-SLOT_BYTES: Final = 4 << 20
+SLOT_BYTES: Final = 8 << 20
 """Bytes that are copied to a device at a time."""
 
-MOST_FILLING: Final = 8
-"""Threads that gather bytes for a device at most: as many as fill the bus."""
+SLOTS: Final = 8
+"""Slots that are in use at a time: full ones wait for the bus while others are filled."""
+
+FILL_BYTES: Final = 256 << 10
+"""Bytes that a thread puts into a slot at a time: they stay in its cache until the device has them."""
 
 STAGED_BYTES: Final = 32 << 20
 """Packed bytes that are decoded at a time, where they come from the host; a device keeps memory for two times that."""
@@ -107,7 +112,7 @@ class CUDABackend:
             return
         with out.device:
             target = out if out.flags.c_contiguous else self.empty(out.shape, out.dtype)
-            _Transfer([_Part(list(_loads(array, target)))]).run(default_num_threads())
+            _Transfer([_Part(list(_loads(array, target)))]).run(target.nbytes, default_num_threads())
             if target is not out:
                 out[...] = target
 
@@ -171,7 +176,7 @@ class CUDABackend:
                 before.append(part)
                 yield part
 
-        _Transfer(parts()).run(threads)
+        _Transfer(parts()).run(blocks.nbytes + scales.nbytes, threads)
 
     def encode(
         self,
@@ -386,13 +391,13 @@ def _loads(source: NDArray[Any], target: Any) -> Iterator[_Load]:
 
 
 class _Part:
-    """Loads, and what is done when all of them are on the device, in the order of the parts.
+    """Loads, and what is done when all of them are on the device.
 
     Parameters
     ----------
     loads : list of _Load
     then : callable, optional
-        Queues work on the caller's stream.
+        Queues work on the current stream.
     behind : _Part, optional
         What this one has to wait for: what was queued after it uses the same memory.
     """
@@ -413,31 +418,41 @@ class _Slot:
     def __init__(self) -> None:
         import cupy
 
-        self._owner = cupy.cuda.PinnedMemory(SLOT_BYTES)
-        self._memory = np.frombuffer(cupy.cuda.PinnedMemoryPointer(self._owner, 0), np.uint8, SLOT_BYTES)
-        self._device = -1
+        self._memory = cupy.cuda.PinnedMemory(SLOT_BYTES)
+        self._source: Any = None  # kept until it has been read
         self._copied: Any = None
+        self._device = -1
 
-    def fill(self, load: _Load) -> int:
-        """Put in what is to be copied, when what was there before has left; return its size in bytes."""
-        self.wait()
-        nbytes = load.source.size * load.dtype.itemsize
-        np.copyto(self._memory[:nbytes].view(load.dtype).reshape(load.source.shape), load.source, casting="unsafe")
-        return nbytes
+    def take(self, load: _Load) -> tuple[int, ...]:
+        """Return the numbers that `cpu_kernels` wants, to fill it by."""
+        source = load.source
+        axes = merged_axes(source.shape, source.strides)
+        if source.dtype != load.dtype or len(axes) > 2 or (axes and axes[-1][1] != source.itemsize):
+            source = np.ascontiguousarray(source.astype(load.dtype))
+            axes = [(source.size, source.itemsize)]
+        self._source = source
+        *outer, (count, _) = axes or [(1, 0)]
+        step = outer[0][1] if outer else 0
+        return address_of(source), count * source.itemsize, step, self._memory.ptr, source.nbytes
 
-    def copy(self, address: int, nbytes: int, copies: Any, device: int) -> None:
-        """Queue the copy to an address on the current device."""
+    def copy(self, load: _Load, copies: Any, device: int) -> None:
+        """Queue the copy of what it has been filled with, to the current device."""
         from cupy.cuda import runtime
 
-        runtime.memcpyAsync(address, self._owner.ptr, nbytes, runtime.memcpyHostToDevice, copies.ptr)
+        nbytes = load.source.size * load.dtype.itemsize
+        runtime.memcpyAsync(load.address, self._memory.ptr, nbytes, runtime.memcpyHostToDevice, copies.ptr)
         if self._device != device:  # events belong to devices
             self._copied, self._device = _event(), device
         self._copied.record(copies)
+        self._source = None
 
-    def wait(self) -> None:
-        """Wait until what is in it has been copied."""
-        if self._copied is not None:
+    def copied(self, *, wait: bool) -> bool:
+        """Return whether what was in it has been copied, and wait until it has if that is wanted."""
+        if self._copied is None or self._copied.done:
+            return True
+        if wait:
             self._copied.synchronize()
+        return wait
 
 
 class _Pinned:
@@ -448,12 +463,12 @@ class _Pinned:
         self._free: deque[_Slot] = deque()
         self._count = 0
 
-    def take(self, wanted: int) -> deque[_Slot]:
+    def take(self, wanted: int) -> list[_Slot]:
         """Return at least one slot, and as many as are wanted where the bound allows."""
         bound = _pinned_slots()
         with self._condition:
             self._condition.wait_for(lambda: self._free or self._count < bound)
-            taken = deque(self._free.popleft() for _ in range(min(wanted, len(self._free))))
+            taken = [self._free.popleft() for _ in range(min(wanted, len(self._free)))]
             new = max(0, min(wanted - len(taken), bound - self._count))
             self._count += new
         try:
@@ -472,7 +487,7 @@ class _Pinned:
                     self._condition.notify_all()
         return taken
 
-    def give_back(self, slots: deque[_Slot]) -> None:
+    def give_back(self, slots: list[_Slot]) -> None:
         """Let others have the slots, whose copies may still be under way."""
         with self._condition:
             self._free += slots
@@ -484,7 +499,7 @@ class _Pinned:
             slots = list(self._free)
             self._free.clear()
             for slot in slots:
-                slot.wait()
+                slot.copied(wait=True)
             self._count -= len(slots)
             self._condition.notify_all()
 
@@ -516,30 +531,43 @@ def _copies(device: int) -> Any:
 
 
 class _Transfer:
-    """Copies to the current device: several threads fill slots, and queue their copies and what comes behind them.
+    """Copies to the current device, through slots that several threads fill.
 
-    What comes later on the caller's stream comes after it all.
+    Compiled code fills them; a thread that finds one full queues its copy and, where that completes a part, what comes
+    behind it. A thread that finds none to fill opens those that are free again. What comes later on the caller's stream
+    comes after it all.
     """
 
     def __init__(self, parts: Iterable[_Part]) -> None:
         import cupy
 
+        self._fill, self._open = compiled("fill_slots"), compiled("open_slot")
+        if self._fill is None:
+            raise BackendUnavailableError(
+                "bytes of the host are brought to a device by compiled code: unset NUMBA_DISABLE_JIT"
+            )
         self._device, self._stream = cupy.cuda.Device(), cupy.cuda.get_current_stream()
         self._copies = _copies(self._device.id)
-        self._loads = ((part, load) for part in parts for load in part.loads)
-        self._slots: deque[_Slot] = deque()
-        self._turn = threading.Condition()  # for what only one thread may do at a time
+        self._parts = ((part, load) for part in parts for load in part.loads)
+        self._slots: list[_Slot] = []
+        self._loads: list[tuple[_Part, _Load] | None] = []  # that are in the slots, and not queued
+        self._opening = threading.Lock()
+        self._opened = 0
+        self._turn = threading.Condition()  # for what is queued
         self._done: list[Any] = []
-        self._failed = False
+        self._ended = self._failed = False
 
-    def run(self, threads: int) -> None:
-        """Return when nothing is left to read from the host."""
+    def run(self, nbytes: int, threads: int) -> None:
+        """Copy so many bytes; return when nothing is left to read from the host."""
         ready = _event()
         ready.record(self._stream)
         self._copies.wait_event(ready)  # whoever used the memory before has finished with it
-        self._slots = _pinned.take(2 * min(threads, MOST_FILLING))
-        threads = min(threads, MOST_FILLING, len(self._slots))
+        self._slots = _pinned.take(min(SLOTS, 2 + nbytes // SLOT_BYTES))
+        self._loads = [None] * len(self._slots)
+        self._numbers = np.zeros(FIRST_SLOT + SLOT_NUMBERS * len(self._slots), np.int64)
+        self._numbers[[PIECES_OF_SLOT, PIECE_BYTES]] = -(-SLOT_BYTES // FILL_BYTES), FILL_BYTES
         try:
+            threads = min(threads, -(-nbytes // FILL_BYTES))
             parallel_for(self._work, threads, 1, threads)
         except BaseException:
             self._copies.synchronize()  # the memory that is copied to may be let go of
@@ -552,33 +580,68 @@ class _Transfer:
     def _work(self, _begin: int, _end: int) -> None:
         with self._device, self._stream:
             try:
-                while (claimed := self._claim()) is not None:
-                    part, load = claimed
-                    slot = self._slots.popleft()
-                    try:
-                        self._queue(part, load, slot, slot.fill(load))
-                    finally:
-                        self._slots.append(slot)
+                while True:
+                    full = self._fill(self._numbers)
+                    if full >= 0:
+                        self._queue(full % len(self._slots))
+                        self._open_slots(wait=False)
+                    elif not self._open_slots(wait=True):
+                        return
             except BaseException:
                 with self._turn:
                     self._failed = True
                     self._turn.notify_all()
                 raise
 
-    def _claim(self) -> tuple[_Part, _Load] | None:
-        with self._turn:
-            return None if self._failed else next(self._loads, None)
+    def _open_slots(self, *, wait: bool) -> bool:
+        """Have all slots filled that are free, one at least if that is worth waiting for; return False at the end."""
+        if not self._opening.acquire(blocking=wait):
+            return True
+        try:
+            while not self._ended:
+                i = self._opened % len(self._slots)
+                must = wait and not self._is_open()
+                if must:
+                    self._wait(lambda i=i: self._loads[i] is None)  # type: ignore[misc]
+                if self._failed or self._loads[i] is not None or not self._slots[i].copied(wait=must):
+                    break
+                self._open_slot(i)
+            return not self._failed and (self._is_open() or not self._ended)
+        finally:
+            self._opening.release()
 
-    def _queue(self, part: _Part, load: _Load, slot: _Slot, nbytes: int) -> None:
+    def _is_open(self) -> bool:
+        return bool(self._numbers[PIECES_CLAIMED] < self._numbers[PIECES_OPEN])
+
+    def _open_slot(self, i: int) -> None:
+        load = next(self._parts, None)
+        if load is None:
+            self._ended = True
+            return
+        self._loads[i] = load
+        numbers = *self._slots[i].take(load[1]), self._numbers[PIECES_OF_SLOT]
+        first = FIRST_SLOT + SLOT_NUMBERS * i
+        self._numbers[first : first + len(numbers)] = numbers
+        self._opened += 1
+        self._open(self._numbers)
+
+    def _wait(self, condition: Callable[[], bool]) -> None:
+        with self._turn:
+            self._turn.wait_for(lambda: self._failed or condition())
+
+    def _queue(self, i: int) -> None:
+        """Queue the copy of a slot, and what comes behind a part that is complete."""
+        part, load = self._loads[i]  # type: ignore[misc]
         with self._turn:
             behind = part.behind
-            self._turn.wait_for(lambda: self._failed or behind is None or behind.queued)
+            if behind is not None:
+                self._turn.wait_for(lambda: self._failed or behind.queued)
+                self._copies.wait_event(behind.done)
+                part.behind = None
             if self._failed:
                 return
-            if part.behind is not None:
-                self._copies.wait_event(part.behind.done)
-                part.behind = None
-            slot.copy(load.address, nbytes, self._copies, self._device.id)
+            self._slots[i].copy(load, self._copies, self._device.id)
+            self._loads[i] = None
             part.missing -= 1
             if not part.missing:
                 part.done.record(self._copies)
@@ -587,4 +650,4 @@ class _Transfer:
                 part.done.record(self._stream)
                 part.queued = True
                 self._done.append(part.done)
-                self._turn.notify_all()
+            self._turn.notify_all()

@@ -296,6 +296,7 @@ _DECODE_ANY = """
 
 _LOADS = {
     "bfloat16": """
+typedef unsigned short Word;
 // 8 values, as floats.
 __device__ __forceinline__ void load(const uint4* x, ptrdiff_t i, float* values) {
     uint4 vector = __ldcs(x + i);
@@ -308,6 +309,7 @@ __device__ __forceinline__ void load(const uint4* x, ptrdiff_t i, float* values)
 }
 """,
     "float16": """
+typedef unsigned short Word;
 __device__ __forceinline__ void load(const uint4* x, ptrdiff_t i, float* values) {
     uint4 vector = __ldcs(x + i);
     unsigned pairs[4] = {vector.x, vector.y, vector.z, vector.w};
@@ -317,6 +319,7 @@ __device__ __forceinline__ void load(const uint4* x, ptrdiff_t i, float* values)
 }
 """,
     "float32": """
+typedef unsigned Word;
 __device__ __forceinline__ void load(const uint4* x, ptrdiff_t i, float* values) {
     #pragma unroll
     for (int j = 0; j < 2; ++j) {
@@ -355,7 +358,7 @@ _ENCODE = """
         unsigned codes = 0, signs = 0;
         #pragma unroll
         for (int j = 8 * w + 7; j >= 8 * w; --j) {
-            float value = fminf(times(fabsf(values[j]), factor), 6);
+            float value = fminf(fabsf(times(values[j], factor)), 6);
             // Added to 2**22 times its power of two, at least 1, it is rounded to halves of that power, which are in
             // the lowest bits of the sum. A power more is two codes more; 2 makes 2 * 127 a multiple of 8.
             unsigned power = __float_as_uint(fmaxf(value, 1)) & 0x7F800000u;
@@ -366,7 +369,17 @@ _ENCODE = """
         signs = (signs | signs << 12) & 0x000F000Fu;
         signs = (signs | signs << 6) & 0x03030303u;
         signs = (signs | signs << 3) & 0x11111111u;
-        words[w] = (finite ? codes : 0) | signs << 3;
+        words[w] = codes | signs << 3;
+    }
+    if (!finite) {  // zeros with the signs of the values, which NaN may have lost by now
+        #pragma unroll
+        for (int w = 0; w < VALUES / 8; ++w) {
+            words[w] = 0;
+            for (int j = 0; j < 8 && i < units; ++j) {
+                const unsigned char* value = &x[(i * VALUES + 8 * w + j + 1) * (int)sizeof(Word) - 1];
+                words[w] |= (*value >> 7) << 4 * j + 3;
+            }
+        }
     }
     if (i < units) {
         store(&blocks[0], i, words);
