@@ -32,7 +32,7 @@ before: cupy.ndarray | None = None
 
 
 def device_seconds(run: Run) -> float:
-    """Return the seconds between two events around what a run queues, behind work that fills the cache and the queue."""
+    """Return the seconds between two events around what a run queues, behind work that clears the cache."""
     global before  # noqa: PLW0603
     if before is None:
         before = cupy.empty(1 << 30, np.uint8)

@@ -1112,7 +1112,7 @@ def encode_columns_range(geometry, word, start, stop):
 # Memory that a device copies from is filled by several threads at once, slot by slot, each in pieces. The vector
 # `slots` begins with these numbers, and has some more for each slot: where its bytes are, in runs a step apart, where
 # they go, how many they are, and how many pieces are not there yet.
-PIECES_CLAIMED, PIECES_OPEN, PIECES_OF_SLOT, PIECE_BYTES = 0, 1, 2, 3
+PIECES_CLAIMED, PIECES_OPEN, SLOTS_TAKEN, GOING_ON, PIECES_OF_SLOT, PIECE_BYTES = range(6)
 FIRST_SLOT, SLOT_NUMBERS = 8, 8
 SOURCE, RUN_BYTES, RUN_STEP, TARGET, LOAD_BYTES, PIECES_MISSING = range(6)
 
@@ -1133,13 +1133,14 @@ def load_shared(typingctx, address):
 
 @intrinsic
 def add_shared(typingctx, address, number):
-    """Add to an int64 that other threads read, behind what was written before; return what it was."""
+    """Add to an int64 that other threads read, behind what was written before."""
 
     def codegen(context, builder, signature, args):
         pointer = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
-        return builder.atomic_rmw("add", pointer, args[1], "acq_rel")
+        builder.atomic_rmw("add", pointer, args[1], "acq_rel")
+        return context.get_dummy_value()
 
-    return types.int64(types.int64, types.int64), codegen
+    return types.void(types.int64, types.int64), codegen
 
 
 @intrinsic
@@ -1151,6 +1152,19 @@ def replace_shared(typingctx, address, old, new):
         return builder.extract_value(builder.cmpxchg(pointer, args[1], args[2], "acq_rel", "monotonic"), 1)
 
     return types.boolean(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def pause(typingctx):
+    """Let another thread of the core go on."""
+
+    def codegen(context, builder, signature, args):
+        _, _, features = context.codegen().magic_tuple()
+        if "+sse2" in features.split(","):
+            _call(builder, "llvm.x86.sse2.pause", ir.VoidType())
+        return context.get_dummy_value()
+
+    return types.void(), codegen
 
 
 @njit(nogil=True, inline="always")
@@ -1167,17 +1181,22 @@ def _copy_run(source, target, count):
 
 def open_slot(slots):
     """Let threads fill one more slot, whose numbers have been written."""
-    return add_shared(slots.ctypes.data + 8 * PIECES_OPEN, slots[PIECES_OF_SLOT])
+    add_shared(slots.ctypes.data + 8 * PIECES_OPEN, slots[PIECES_OF_SLOT])
 
 
-def fill_slots(slots):
-    """Fill slots until one is full, and return how many were opened before it, or until no piece is open: -1."""
+def fill_slots(slots, is_leader):
+    """Fill what is open, together with other threads: until it has ended, or the leader until its next slot is full.
+
+    The leader opens slots, takes full ones in the same order, and ends it all.
+    """
     address = slots.ctypes.data
     count = (len(slots) - FIRST_SLOT) // SLOT_NUMBERS
-    while True:
+    following = FIRST_SLOT + SLOT_NUMBERS * (slots[SLOTS_TAKEN] % count)
+    while load_shared(address + 8 * (following + PIECES_MISSING) if is_leader else address + 8 * GOING_ON) != 0:
         piece = load_shared(address + 8 * PIECES_CLAIMED)
         if piece >= load_shared(address + 8 * PIECES_OPEN):
-            return -1
+            pause()
+            continue
         if not replace_shared(address + 8 * PIECES_CLAIMED, piece, piece + 1):
             continue
         load = piece // slots[PIECES_OF_SLOT]
@@ -1191,5 +1210,4 @@ def fill_slots(slots):
             source = slots[slot + SOURCE] + run * slots[slot + RUN_STEP] + offset
             _copy_run(source, slots[slot + TARGET] + begin, size)
             begin += size
-        if add_shared(address + 8 * (slot + PIECES_MISSING), -1) == 1:
-            return load
+        add_shared(address + 8 * (slot + PIECES_MISSING), -1)

@@ -26,10 +26,10 @@ from ..errors import BackendUnavailableError, DeviceMemoryError
 from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, name_of, split
 from . import cuda_kernels
 from .cpu import compiled
-from .cpu_kernels import FIRST_SLOT, PIECE_BYTES, PIECES_CLAIMED, PIECES_OF_SLOT, PIECES_OPEN, SLOT_NUMBERS
+from .cpu_kernels import FIRST_SLOT, GOING_ON, PIECE_BYTES, PIECES_OF_SLOT, SLOT_NUMBERS, SLOTS_TAKEN
 from .cuda_kernels import ROW_AXES, ROWS, THREADS, VALUES, VECTORS
 from .memory import address_of, is_transposed, merged_axes
-from .threads import default_num_threads, parallel_for
+from .threads import default_num_threads, helped_by
 
 SLOT_BYTES: Final = 8 << 20
 """Bytes that are copied to a device at a time."""
@@ -112,7 +112,7 @@ class CUDABackend:
             return
         with out.device:
             target = out if out.flags.c_contiguous else self.empty(out.shape, out.dtype)
-            _Transfer([_Part(list(_loads(array, target)))]).run(target.nbytes, default_num_threads())
+            _Transfer([_Part(list(_loads(array, target)), _event())], target.nbytes).run(default_num_threads())
             if target is not out:
                 out[...] = target
 
@@ -167,16 +167,16 @@ class CUDABackend:
             _decode(codes, factors, target, max(0, -begin), halves)
 
         def parts() -> Iterator[_Part]:
-            before: list[_Part | None] = [None, None]  # whose buffers are used again
+            before: list[Any] = [None, None]  # when those are done whose buffers are used again
             for index, buffer in zip(indices, itertools.cycle(buffers), strict=False):
                 sources = blocks[index], scales[index]
                 targets = [b[: s.size].reshape(s.shape) for b, s in zip(buffer, sources, strict=True)]
                 loads = itertools.chain.from_iterable(map(_loads, sources, targets))
-                part = _Part(list(loads), partial(decode, index, *targets), before.pop(0))
-                before.append(part)
-                yield part
+                done = _event()
+                yield _Part(list(loads), done, partial(decode, index, *targets), before.pop(0))
+                before.append(done)
 
-        _Transfer(parts()).run(blocks.nbytes + scales.nbytes, threads)
+        _Transfer(parts(), blocks.nbytes + scales.nbytes).run(threads)
 
     def encode(
         self,
@@ -390,26 +390,16 @@ def _loads(source: NDArray[Any], target: Any) -> Iterator[_Load]:
         address += piece.size * target.itemsize
 
 
-class _Part:
-    """Loads, and what is done when all of them are on the device.
+class _Part(NamedTuple):
+    """Loads, and what is done when all of them are on the device."""
 
-    Parameters
-    ----------
-    loads : list of _Load
-    then : callable, optional
-        Queues work on the current stream.
-    behind : _Part, optional
-        What this one has to wait for: what was queued after it uses the same memory.
-    """
-
-    def __init__(
-        self, loads: list[_Load], then: Callable[[], object] = lambda: None, behind: _Part | None = None
-    ) -> None:
-        self.loads, self.then, self.behind = loads, then, behind
-        self.missing = len(loads)
-        self.queued = False
-        self.done = _event()
-        """Recorded behind what is queued."""
+    loads: list[_Load]
+    done: Any
+    """An event, recorded when that has been queued."""
+    then: Callable[[], object] = lambda: None
+    """Queues it on the caller's stream."""
+    behind: Any = None
+    """An event that comes before: that of an earlier part, which uses the same memory."""
 
 
 class _Slot:
@@ -531,123 +521,74 @@ def _copies(device: int) -> Any:
 
 
 class _Transfer:
-    """Copies to the current device, through slots that several threads fill.
+    """Copies to the current device: several threads fill slots, and the calling one queues their copies.
 
-    Compiled code fills them; a thread that finds one full queues its copy and, where that completes a part, what comes
-    behind it. A thread that finds none to fill opens those that are free again. What comes later on the caller's stream
-    comes after it all.
+    The others never leave compiled code, so that nobody has to wait for the interpreter.
     """
 
-    def __init__(self, parts: Iterable[_Part]) -> None:
+    def __init__(self, parts: Iterable[_Part], nbytes: int) -> None:
         import cupy
 
-        self._fill, self._open = compiled("fill_slots"), compiled("open_slot")
+        self._fill, self._open = compiled("fill_slots", "boolean"), compiled("open_slot")
         if self._fill is None:
             raise BackendUnavailableError(
                 "bytes of the host are brought to a device by compiled code: unset NUMBA_DISABLE_JIT"
             )
-        self._device, self._stream = cupy.cuda.Device(), cupy.cuda.get_current_stream()
-        self._copies = _copies(self._device.id)
-        self._parts = ((part, load) for part in parts for load in part.loads)
+        self._device, self._stream = cupy.cuda.Device().id, cupy.cuda.get_current_stream()
+        self._copies = _copies(self._device)
+        self._loads = ((part, i, load) for part in parts for i, load in enumerate(part.loads))
+        self._nbytes = nbytes
         self._slots: list[_Slot] = []
-        self._loads: list[tuple[_Part, _Load] | None] = []  # that are in the slots, and not queued
-        self._opening = threading.Lock()
-        self._opened = 0
-        self._turn = threading.Condition()  # for what is queued
-        self._done: list[Any] = []
-        self._ended = self._failed = False
 
-    def run(self, nbytes: int, threads: int) -> None:
-        """Copy so many bytes; return when nothing is left to read from the host."""
+    def run(self, threads: int) -> None:
+        """Return when nothing is left to read from the host; what comes later on the current stream comes after it."""
         ready = _event()
         ready.record(self._stream)
         self._copies.wait_event(ready)  # whoever used the memory before has finished with it
-        self._slots = _pinned.take(min(SLOTS, 2 + nbytes // SLOT_BYTES))
-        self._loads = [None] * len(self._slots)
-        self._numbers = np.zeros(FIRST_SLOT + SLOT_NUMBERS * len(self._slots), np.int64)
-        self._numbers[[PIECES_OF_SLOT, PIECE_BYTES]] = -(-SLOT_BYTES // FILL_BYTES), FILL_BYTES
+        self._slots = _pinned.take(min(SLOTS, 2 + self._nbytes // SLOT_BYTES))
+        numbers = np.zeros(FIRST_SLOT + SLOT_NUMBERS * len(self._slots), np.int64)
+        numbers[[PIECES_OF_SLOT, PIECE_BYTES, GOING_ON]] = -(-SLOT_BYTES // FILL_BYTES), FILL_BYTES, 1
+        threads = min(threads, -(-self._nbytes // FILL_BYTES))
         try:
-            threads = min(threads, -(-nbytes // FILL_BYTES))
-            parallel_for(self._work, threads, 1, threads)
+            with helped_by(threads - 1, lambda: self._fill(numbers, False)):
+                try:
+                    self._lead(numbers)
+                finally:
+                    numbers[GOING_ON] = 0
         except BaseException:
             self._copies.synchronize()  # the memory that is copied to may be let go of
             raise
         finally:
             _pinned.give_back(self._slots)
-        for done in self._done:  # where each thread has a default stream of its own, these were others'
-            self._stream.wait_event(done)
 
-    def _work(self, _begin: int, _end: int) -> None:
-        with self._device, self._stream:
-            try:
-                while True:
-                    full = self._fill(self._numbers)
-                    if full >= 0:
-                        self._queue(full % len(self._slots))
-                        self._open_slots(wait=False)
-                    elif not self._open_slots(wait=True):
-                        return
-            except BaseException:
-                with self._turn:
-                    self._failed = True
-                    self._turn.notify_all()
-                raise
-
-    def _open_slots(self, *, wait: bool) -> bool:
-        """Have all slots filled that are free, one at least if that is worth waiting for; return False at the end."""
-        if not self._opening.acquire(blocking=wait):
-            return True
-        try:
-            while not self._ended:
-                i = self._opened % len(self._slots)
-                must = wait and not self._is_open()
-                if must:
-                    self._wait(lambda i=i: self._loads[i] is None)  # type: ignore[misc]
-                if self._failed or self._loads[i] is not None or not self._slots[i].copied(wait=must):
+    def _lead(self, numbers: NDArray[np.int64]) -> None:
+        """Open slots that are free, and queue what is full, in the same order, until nothing is left."""
+        opened: deque[tuple[_Part, int, _Load]] = deque()
+        taken = 0
+        following = next(self._loads, None)
+        while following or opened:
+            while following and len(opened) < len(self._slots):
+                place = (taken + len(opened)) % len(self._slots)
+                if not self._slots[place].copied(wait=not opened):
                     break
-                self._open_slot(i)
-            return not self._failed and (self._is_open() or not self._ended)
-        finally:
-            self._opening.release()
+                described = *self._slots[place].take(following[2]), numbers[PIECES_OF_SLOT]
+                first = FIRST_SLOT + SLOT_NUMBERS * place
+                numbers[first : first + len(described)] = described
+                self._open(numbers)
+                opened.append(following)
+                following = next(self._loads, None)
+            self._fill(numbers, True)
+            self._queue(self._slots[taken % len(self._slots)], *opened.popleft())
+            taken += 1
+            numbers[SLOTS_TAKEN] = taken
 
-    def _is_open(self) -> bool:
-        return bool(self._numbers[PIECES_CLAIMED] < self._numbers[PIECES_OPEN])
-
-    def _open_slot(self, i: int) -> None:
-        load = next(self._parts, None)
-        if load is None:
-            self._ended = True
-            return
-        self._loads[i] = load
-        numbers = *self._slots[i].take(load[1]), self._numbers[PIECES_OF_SLOT]
-        first = FIRST_SLOT + SLOT_NUMBERS * i
-        self._numbers[first : first + len(numbers)] = numbers
-        self._opened += 1
-        self._open(self._numbers)
-
-    def _wait(self, condition: Callable[[], bool]) -> None:
-        with self._turn:
-            self._turn.wait_for(lambda: self._failed or condition())
-
-    def _queue(self, i: int) -> None:
-        """Queue the copy of a slot, and what comes behind a part that is complete."""
-        part, load = self._loads[i]  # type: ignore[misc]
-        with self._turn:
-            behind = part.behind
-            if behind is not None:
-                self._turn.wait_for(lambda: self._failed or behind.queued)
-                self._copies.wait_event(behind.done)
-                part.behind = None
-            if self._failed:
-                return
-            self._slots[i].copy(load, self._copies, self._device.id)
-            self._loads[i] = None
-            part.missing -= 1
-            if not part.missing:
-                part.done.record(self._copies)
-                self._stream.wait_event(part.done)
-                part.then()
-                part.done.record(self._stream)
-                part.queued = True
-                self._done.append(part.done)
-            self._turn.notify_all()
+    def _queue(self, slot: _Slot, part: _Part, i: int, load: _Load) -> None:
+        """Queue the copy of a slot, and what comes behind the last of a part."""
+        if i == 0 and part.behind is not None:
+            self._copies.wait_event(part.behind)
+        slot.copy(load, self._copies, self._device)
+        if i + 1 == len(part.loads):
+            part.done.record(self._copies)
+            self._stream.wait_event(part.done)
+            part.then()
+            part.done.record(self._stream)

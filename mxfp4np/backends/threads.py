@@ -14,6 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -129,16 +130,30 @@ def parallel_for(task: Callable[[int, int], object], stop: int, step: int, num_t
                 starts = iter(())
             raise
 
+    with helped_by(min(num_threads, -(-stop // step)) - 1, drain):
+        drain()
+
+
+@contextmanager
+def helped_by(count: int, task: Callable[[], object]) -> Iterator[None]:
+    """Have a task done by so many other threads, or as many as are idle, while this one does something of its own.
+
+    Parameters
+    ----------
+    count : int
+    task : callable
+        Must come to an end once what is done inside has, also if that is by an error.
+    """
     helpers = []
-    for _ in range(min(num_threads, -(-stop // step)) - 1):
+    for _ in range(count):
         try:
-            helpers.append(_shared_pool().submit(drain))
+            helpers.append(_shared_pool().submit(task))
         except RuntimeError:  # the interpreter is shutting down: this thread does it all
             break
     try:
-        drain()
+        yield
     finally:
-        # Even after an error: helpers write to the caller's memory until they are done.
+        # Even after an error: helpers use the caller's memory until they are done.
         wait([helper for helper in helpers if not helper.cancel()])
     for helper in helpers:
         if not helper.cancelled():
