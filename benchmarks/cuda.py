@@ -227,6 +227,7 @@ def from_file(table: Table, folder: Path) -> None:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=["resident", "file"], help="what to measure (default: both)")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--folder", type=Path, help="where to write a checkpoint of 1.7 GB for a while")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -237,10 +238,12 @@ def main() -> None:
     print(f"{default_num_threads()} threads\n")
     print("| what | us | GB/s | Gelem/s | share of limit | lowest to highest |\n|---|---:|---:|---:|---:|---:|")
     table = Table(options.rounds)
-    resident(table)
-    cupy.get_default_memory_pool().free_all_blocks()
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        from_file(table, Path(folder))
+    if options.only != "file":
+        resident(table)
+        cupy.get_default_memory_pool().free_all_blocks()
+    if options.only != "resident":
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            from_file(table, Path(folder))
     if options.json:
         options.json.write_text(json.dumps({"device": name, "machine": where, "rows": table.rows}, indent=1) + "\n")
 
