@@ -1,4 +1,4 @@
-"""The CPU backend: drives the range kernels of `mxfp4np.backends.cpu_kernels` with Numba.
+"""The CPU backend: drives the kernels of `mxfp4np.backends.cpu_kernels` with Numba.
 
 Decides what the kernels must not: how strided arrays become rows, when several threads pay, which compiled form to
 use, and what happens where Numba cannot compile or keep its cache. Numba is imported on the first call.
@@ -18,12 +18,12 @@ from ..errors import BackendUnavailableError
 from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, FP4_BOUNDS, SCALE_BIAS, SCALE_NAN, blocks_in, decoded_dtype, name_of
 from .memory import HostBackend, address_of, aligned_empty, is_transposed, merged_axes
 from .reference import ReferenceBackend
-from .threads import default_num_threads, parallel_for
+from .threads import default_num_threads, in_threads
 
-PIECE_BLOCKS = 1 << 15, 1 << 18
-"""Fewest and most blocks that a thread claims at a time: 2 to 16 MiB of bfloat16.
+PIECE_BLOCKS = 1 << 13, 1 << 18
+"""Fewest and most blocks that a thread claims at a time: 0.5 to 16 MiB of bfloat16.
 
-In memory that is new, threads disturb each other less when each has whole huge pages to itself.
+The most first, so that threads seldom start anew, and the fewest at last, so that they end at the same time.
 """
 
 SERIAL_BLOCKS = 1 << 16
@@ -35,7 +35,7 @@ STREAMING_BYTES = 8 << 20
 Unless they are new: the system has just cleared their pages, which then are in the cache.
 """
 
-Kernel = Callable[[NDArray[np.int64], Any, int, int], None]
+Kernel = Callable[[NDArray[np.int64], Any], None]
 
 
 class CPUBackend(HostBackend):
@@ -58,15 +58,15 @@ class CPUBackend(HostBackend):
             return
         transposed = is_transposed(out)
         word = _WORDS[order, out.itemsize]
-        kernel = range_kernel("transpose_range" if transposed else "decode_range", type(word))
+        kernel = compiled_kernel("transpose_pieces" if transposed else "decode_pieces", type(word))
         if kernel is None:
             return ReferenceBackend().decode(blocks, scales, out, start=start, order=order)
         if blocks.strides[-1] != 1:  # the bytes of a block lie apart: gather them, at most half the size of `out`
             blocks = np.ascontiguousarray(blocks)
         streaming = out.nbytes >= STREAMING_BYTES and not fresh
         table = _table_address(_table_name(out.dtype))
-        geometry = _geometry(blocks, scales, out, table, start, transposed=transposed, streaming=streaming)
-        _run(kernel, geometry, word, scales, transposed, num_threads)
+        work = _geometry(blocks, scales, out, table, start, transposed=transposed, streaming=streaming)
+        _run(kernel, word, *work, num_threads)
 
     def encode(
         self,
@@ -81,14 +81,13 @@ class CPUBackend(HostBackend):
             return
         word = _ENCODED_WORDS[name_of(x.dtype)]
         columns = is_transposed(x) and x.shape[-2] >= BLOCK_SIZE
-        kernel = range_kernel("encode_columns_range" if columns else "encode_range", type(word))
+        kernel = compiled_kernel("encode_columns_pieces" if columns else "encode_pieces", type(word))
         if kernel is None:
             return ReferenceBackend().encode(x, blocks, scales, rule=rule)
         # Where the bytes of a block lie apart, they are scattered from an array of their own.
         codes = blocks if blocks.strides[-1] == 1 else np.empty(blocks.shape, np.uint8)
         table = _table_address(_table_name(x.dtype), rule)
-        geometry = _geometry(codes, scales, x, table, transposed=columns)
-        _run(kernel, geometry, word, scales, columns, num_threads)
+        _run(kernel, word, *_geometry(codes, scales, x, table, transposed=columns), num_threads)
         if codes is not blocks:
             blocks[...] = codes
 
@@ -115,15 +114,15 @@ def stream(
         If there are gaps.
     """
     word = _WORDS["pairs", out.itemsize]
-    kernel = range_kernel("stream_range", type(word))
+    kernel = compiled_kernel("stream_pieces", type(word))
     if kernel is None:
         raise BackendUnavailableError("the limit of memory is measured by compiled code: unset NUMBA_DISABLE_JIT")
-    geometry = _geometry(blocks, scales, out, 0, transposed=False, streaming=True)
+    geometry, units, unit_blocks = _geometry(blocks, scales, out, 0, streaming=True)
     from .cpu_kernels import BLOCKS_PER_ROW
 
     if geometry[BLOCKS_PER_ROW] != scales.size:
         raise ValueError("expected arrays whose rows follow each other without gaps")
-    _run(kernel, geometry, word, scales, False, num_threads)
+    _run(kernel, word, geometry, units, unit_blocks, num_threads)
 
 
 def machine_code() -> str:
@@ -139,26 +138,30 @@ def machine_code() -> str:
 
 def _run(
     kernel: Kernel,
-    geometry: NDArray[np.int64],
     word: np.integer[Any],
-    scales: NDArray[np.uint8],
-    transposed: bool,
+    geometry: NDArray[np.int64],
+    units: int,
+    unit_blocks: int,
     num_threads: int | None,
 ) -> None:
-    """Run a kernel over all blocks: in pieces, in several threads, where that pays."""
-    # A kernel counts blocks, or groups of 32 rows if it transposes.
-    units, unit_blocks = scales.size, 1
-    if transposed:
-        *outer, rows, per_row = scales.shape
-        units, unit_blocks = math.prod(outer) * blocks_in(rows), BLOCK_SIZE * per_row
-    blocks = units * unit_blocks
-    if blocks <= SERIAL_BLOCKS:
-        kernel(geometry, word, 0, units)
-    else:
-        threads = num_threads or default_num_threads()
-        fewest, most = PIECE_BLOCKS
-        piece = min(most, max(fewest, blocks // (4 * threads)))
-        parallel_for(lambda i, j: kernel(geometry, word, i, j), units, max(1, piece // unit_blocks), threads)
+    """Run a kernel over all units of so many blocks: in pieces, in several threads, where that pays."""
+    if units * unit_blocks <= SERIAL_BLOCKS:
+        kernel(geometry, word)
+        return
+    from .cpu_kernels import DONE, FEWEST, MOST, NEXT, SHARE
+
+    threads = num_threads or default_num_threads()
+    fewest, most = (max(1, blocks // unit_blocks) for blocks in PIECE_BLOCKS)
+    geometry[FEWEST], geometry[MOST], geometry[SHARE] = fewest, most, 3 * threads
+
+    def work() -> None:
+        while geometry[NEXT] < units:
+            kernel(geometry, word)
+
+    def close() -> None:
+        geometry[NEXT] = units
+
+    in_threads(work, min(threads, -(-units // fewest)), close, lambda: geometry[DONE] == units)
 
 
 _FLOAT16 = np.dtype(np.float16)
@@ -184,8 +187,17 @@ def _geometry(
     *,
     transposed: bool = False,
     streaming: bool = False,
-) -> NDArray[np.int64]:
-    """Describe the arrays to a kernel, in the order that `cpu_kernels` names, with as few row axes as strides allow."""
+) -> tuple[NDArray[np.int64], int, int]:
+    """Describe the arrays to a kernel, in the order that `cpu_kernels` names, with as few row axes as strides allow.
+
+    Returns
+    -------
+    geometry : (N,) int64
+        All of the work is one piece.
+    units, unit_blocks : int
+        What the kernel counts, blocks, or groups of 32 rows if it transposes, and how many blocks that is.
+    """
+    units, unit_blocks = scales.size, 1
     per_row, length = scales.shape[-1], out.shape[-1]
     block_step, scale_step = blocks.strides[-2], scales.strides[-1]
     out_step = out.strides[-1] if length > 1 else out.itemsize
@@ -196,6 +208,7 @@ def _geometry(
         if transposed:
             lead -= 1
             matrix = out.shape[lead], blocks.strides[lead], scales.strides[lead]
+            units, unit_blocks = math.prod(out.shape[:lead]) * blocks_in(out.shape[lead]), BLOCK_SIZE * per_row
         rows = merged_axes(out.shape[:lead], blocks.strides[:lead], scales.strides[:lead], out.strides[:lead])
         whole = start == 0 and length == BLOCK_SIZE * per_row and not transposed
         if rows and whole and rows[-1][1:] == (per_row * block_step, per_row * scale_step, length * out_step):
@@ -204,9 +217,10 @@ def _geometry(
     geometry = [address_of(blocks), address_of(scales), address_of(out), table]
     geometry += block_step, scale_step, out_step, per_row, start, length, out.itemsize, streaming
     geometry += matrix
+    geometry += units, 0, 0, units, units, 1
     for row in rows:
         geometry += row
-    return np.array(geometry, np.int64)
+    return np.array(geometry, np.int64), units, unit_blocks
 
 
 def decode_table(name: str) -> NDArray[np.uint8]:
@@ -265,7 +279,7 @@ def _table_name(dtype: np.dtype[Any]) -> str:
 _kernels: dict[tuple[str, type], Kernel | None] = {}
 
 
-def range_kernel(name: str, word: type) -> Kernel | None:
+def compiled_kernel(name: str, word: type) -> Kernel | None:
     """Return the kernel of this name compiled for words of this type, or None if Numba's compiler is switched off."""
     key = name, word
     if key not in _kernels:
@@ -283,7 +297,7 @@ def _compile(name: str, word: type) -> Kernel | None:
     from . import cpu_kernels
 
     function = getattr(cpu_kernels, name)
-    signature = (numba.types.int64[::1], getattr(numba.types, word.__name__), numba.types.int64, numba.types.int64)
+    signature = (numba.types.int64[::1], getattr(numba.types, word.__name__))
     for cache in (True, False):
         try:
             kernel = numba.njit(nogil=True, cache=cache)(function)
