@@ -65,8 +65,8 @@ class CPUBackend(HostBackend):
             blocks = np.ascontiguousarray(blocks)
         streaming = out.nbytes >= STREAMING_BYTES and not fresh
         table = _table_address(_table_name(out.dtype))
-        work = _geometry(blocks, scales, out, table, start, transposed=transposed, streaming=streaming)
-        _run(kernel, word, *work, num_threads)
+        arrays = _arrays(blocks, scales, out, table, start, transposed=transposed, streaming=streaming)
+        _run(kernel, word, *arrays, num_threads)
 
     def encode(
         self,
@@ -87,7 +87,7 @@ class CPUBackend(HostBackend):
         # Where the bytes of a block lie apart, they are scattered from an array of their own.
         codes = blocks if blocks.strides[-1] == 1 else np.empty(blocks.shape, np.uint8)
         table = _table_address(_table_name(x.dtype), rule)
-        _run(kernel, word, *_geometry(codes, scales, x, table, transposed=columns), num_threads)
+        _run(kernel, word, *_arrays(codes, scales, x, table, transposed=columns), num_threads)
         if codes is not blocks:
             blocks[...] = codes
 
@@ -117,12 +117,9 @@ def stream(
     kernel = compiled_kernel("stream_pieces", type(word))
     if kernel is None:
         raise BackendUnavailableError("the limit of memory is measured by compiled code: unset NUMBA_DISABLE_JIT")
-    geometry, units, unit_blocks = _geometry(blocks, scales, out, 0, streaming=True)
-    from .cpu_kernels import BLOCKS_PER_ROW
-
-    if geometry[BLOCKS_PER_ROW] != scales.size:
+    if not _dense(blocks, scales, out):
         raise ValueError("expected arrays whose rows follow each other without gaps")
-    _run(kernel, word, geometry, units, unit_blocks, num_threads)
+    _run(kernel, word, *_arrays(blocks, scales, out, 0, streaming=True), num_threads)
 
 
 def machine_code() -> str:
@@ -137,22 +134,15 @@ def machine_code() -> str:
 
 
 def _run(
-    kernel: Kernel,
-    word: np.integer[Any],
-    geometry: NDArray[np.int64],
-    units: int,
-    unit_blocks: int,
-    num_threads: int | None,
+    kernel: Kernel, word: np.integer[Any], arrays: list[int], units: int, unit_blocks: int, num_threads: int | None
 ) -> None:
     """Run a kernel over all units of so many blocks: in pieces, in several threads, where that pays."""
     if units * unit_blocks <= SERIAL_BLOCKS:
-        kernel(geometry, word)
+        kernel(np.array([units, 0, 0, units, units, 1, *arrays], np.int64), word)
         return
-    from .cpu_kernels import DONE, FEWEST, MOST, NEXT, SHARE
-
     threads = num_threads or default_num_threads()
     fewest, most = (max(1, blocks // unit_blocks) for blocks in PIECE_BLOCKS)
-    geometry[FEWEST], geometry[MOST], geometry[SHARE] = fewest, most, 3 * threads
+    geometry = np.array([units, 0, 0, fewest, most, 3 * threads, *arrays], np.int64)
 
     def work() -> None:
         while geometry[NEXT] < units:
@@ -162,6 +152,9 @@ def _run(
         geometry[NEXT] = units
 
     in_threads(work, min(threads, -(-units // fewest)), close, lambda: geometry[DONE] == units)
+
+
+NEXT, DONE = 1, 2  # as in `cpu_kernels`
 
 
 _FLOAT16 = np.dtype(np.float16)
@@ -178,7 +171,7 @@ _ENCODED_WORDS: dict[str, np.integer[Any]] = {
 }
 
 
-def _geometry(
+def _arrays(
     blocks: NDArray[np.uint8],
     scales: NDArray[np.uint8],
     out: NDArray[Any],
@@ -187,13 +180,13 @@ def _geometry(
     *,
     transposed: bool = False,
     streaming: bool = False,
-) -> tuple[NDArray[np.int64], int, int]:
+) -> tuple[list[int], int, int]:
     """Describe the arrays to a kernel, in the order that `cpu_kernels` names, with as few row axes as strides allow.
 
     Returns
     -------
-    geometry : (N,) int64
-        All of the work is one piece.
+    arrays : list of int
+        The part of a geometry that says where the arrays are.
     units, unit_blocks : int
         What the kernel counts, blocks, or groups of 32 rows if it transposes, and how many blocks that is.
     """
@@ -203,7 +196,9 @@ def _geometry(
     out_step = out.strides[-1] if length > 1 else out.itemsize
     matrix = (1, 0, 0)
     rows: list[tuple[int, ...]] = []
-    if scales.ndim > 1:
+    if start == 0 and length == BLOCK_SIZE * per_row and _dense(blocks, scales, out):
+        per_row, length = scales.size, out.size
+    elif scales.ndim > 1:
         lead = scales.ndim - 1
         if transposed:
             lead -= 1
@@ -214,13 +209,16 @@ def _geometry(
         if rows and whole and rows[-1][1:] == (per_row * block_step, per_row * scale_step, length * out_step):
             per_row *= rows.pop()[0]
             length = BLOCK_SIZE * per_row
-    geometry = [address_of(blocks), address_of(scales), address_of(out), table]
-    geometry += block_step, scale_step, out_step, per_row, start, length, out.itemsize, streaming
-    geometry += matrix
-    geometry += units, 0, 0, units, units, 1
+    arrays = [address_of(blocks), address_of(scales), address_of(out), table]
+    arrays += block_step, scale_step, out_step, per_row, start, length, out.itemsize, streaming
+    arrays += matrix
     for row in rows:
-        geometry += row
-    return np.array(geometry, np.int64), units, unit_blocks
+        arrays += row
+    return arrays, units, unit_blocks
+
+
+def _dense(blocks: NDArray[np.uint8], scales: NDArray[np.uint8], out: NDArray[Any]) -> bool:
+    return blocks.flags.c_contiguous and scales.flags.c_contiguous and out.flags.c_contiguous
 
 
 def decode_table(name: str) -> NDArray[np.uint8]:

@@ -24,16 +24,17 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-# Positions in a kernel's `geometry`, an int64 vector. Rows are the leading axes, outermost first; after the fixed part
-# come four numbers for each: its size and the strides of blocks, scales and out along it. Strides are in bytes.
-BLOCKS_ADDRESS, SCALES_ADDRESS, OUT_ADDRESS, TABLE_ADDRESS = 0, 1, 2, 3
-BLOCKS_STEP, SCALES_STEP, OUT_STEP = 4, 5, 6  # strides from block to block, and from element to element of `out`
-BLOCKS_PER_ROW, START, LENGTH = 7, 8, 9  # elements of a row: `LENGTH`, beginning at `START` of its first block
-ITEMSIZE, STREAMING = 10, 11  # bytes of an element of `out`; whether `out` is too large to stay in the cache
-ROWS, BLOCKS_ROW, SCALES_ROW = 12, 13, 14  # for a transposed `out`: rows of a matrix, and strides from row to row
-# How threads share the work: all units (blocks, or groups of 32 rows), which one is claimed next, how many are done;
-# and of a piece the fewest and most, and in between the share of what is left.
-UNITS, NEXT, DONE, FEWEST, MOST, SHARE = 15, 16, 17, 18, 19, 20
+# Positions in a kernel's `geometry`, an int64 vector. First, how threads share the work: all units (blocks, or groups
+# of 32 rows), which one is claimed next, how many are done; the fewest and most of a piece, and in between the share of
+# what is left.
+UNITS, NEXT, DONE, FEWEST, MOST, SHARE = 0, 1, 2, 3, 4, 5
+# Then, where the arrays are. Rows are the leading axes, outermost first; after the fixed part come four numbers for
+# each: its size and the strides of blocks, scales and out along it. Strides are in bytes.
+BLOCKS_ADDRESS, SCALES_ADDRESS, OUT_ADDRESS, TABLE_ADDRESS = 6, 7, 8, 9
+BLOCKS_STEP, SCALES_STEP, OUT_STEP = 10, 11, 12  # strides from block to block, and from element to element of `out`
+BLOCKS_PER_ROW, START, LENGTH = 13, 14, 15  # elements of a row: `LENGTH`, beginning at `START` of its first block
+ITEMSIZE, STREAMING = 16, 17  # bytes of an element of `out`; whether `out` is too large to stay in the cache
+ROWS, BLOCKS_ROW, SCALES_ROW = 18, 19, 20  # for a transposed `out`: rows of a matrix, and strides from row to row
 ROW_AXES = 21
 
 PIECES_AT_ONCE = 64
