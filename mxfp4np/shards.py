@@ -585,17 +585,12 @@ class Crew:
         """Call ``work`` with each number below ``number``, in several threads, as many as decoding uses by default."""
 
         def several(begin: int, end: int) -> None:
-            try:
-                for i in range(begin, end):
-                    work(i)
-            except BaseException as error:
-                self._errors.append(error)
-                raise
+            for i in range(begin, end):
+                work(i)
 
         try:
-            parallel_for(several, number, 1, workers or default_num_threads())
+            parallel_for(several, number, 1, workers or default_num_threads(), failed=self._errors.append)
         except BaseException as error:
-            self._errors.append(error)  # perhaps an interrupt that came while this thread was waiting: the others stop
             if error is self._errors[0]:
                 raise
             raise self._errors[0] from None

@@ -21,7 +21,7 @@ from numba.core.registry import cpu_target
 import mxfp4np
 from mxfp4np import MXFP4Array
 from mxfp4np.backends import cpu, cpu_kernels
-from mxfp4np.backends.memory import aligned_empty
+from mxfp4np.backends.memory import address_of, aligned_empty
 
 SSSE3 = "+sse,+sse2,+sse3,+ssse3,+cx16,-sse4.1,-avx,-avx2,-avx512f,-avx512bw"
 AVX2 = "+sse,+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+popcnt,+avx,+avx2,+bmi,+bmi2,+fma,+xsave,-avx512f,-avx512bw"
@@ -202,6 +202,21 @@ def test_rows_of_any_length_and_alignment_past_the_cache(dtype, length):
         assert_same_bits(out, expected)
         out[...] = np.full((), 0x55, np.uint8).repeat(whole.itemsize).view(whole.dtype)[0]
         assert np.all(memory == 0x55), "written outside of out"
+
+
+def test_addresses():
+    memory = np.arange(4096, dtype=np.uint8)
+    frozen = memory[7:]
+    frozen.flags.writeable = False
+    for array in (
+        memory,
+        frozen,
+        memory[::-3],
+        memory[:0],
+        np.float32(1) + np.zeros((3, 0, 2)),
+        memory.view("f2")[5:].T,
+    ):
+        assert address_of(array) == array.__array_interface__["data"][0]
 
 
 def test_results_of_every_size_are_aligned():

@@ -589,6 +589,7 @@ def host_cupy(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy.cuda", fake.cuda)
     monkeypatch.setattr(cuda_backend, "_pinned", cuda_backend._Pinned())
     monkeypatch.setattr(cuda_backend, "SLOT_BYTES", 1000)
+    monkeypatch.setattr(cuda_backend, "STAGED_BYTES", 10000)
     monkeypatch.setattr(cuda_backend, "FILL_BYTES", 96)
     cuda_backend._copies.cache_clear()
     yield cuda_backend
@@ -624,8 +625,7 @@ def test_bytes_of_all_strides_and_dtypes_arrive(host_cupy, monkeypatch, threads,
     for dtype in (None, np.float32):
         for source in map(np.asarray, sources):
             target = OnHost(source.shape, dtype or source.dtype)
-            part = host_cupy._Part(list(host_cupy._loads(source, target)), host_cupy._event())
-            host_cupy._Transfer([part], target.array.nbytes).run(threads)
+            host_cupy._Transfer(host_cupy._parts(source, target), target.array.nbytes).run(threads)
             assert np.array_equal(target.array, source.astype(target.dtype))
     assert host_cupy._pinned._count <= slots
 
@@ -642,7 +642,8 @@ def test_parts_are_finished_once_they_are_there_and_memory_is_used_again_after(h
             target = targets[i % 2]
             then = lambda i=i, target=target: found.append((i, target.array.copy()))  # noqa: E731
             done = host_cupy._event()
-            yield host_cupy._Part(list(host_cupy._loads(row, target)), done, then, before.pop(0))
+            loads = list(host_cupy._loads(row, row.dtype, target.data.ptr))
+            yield host_cupy._Part(loads, done, then, before.pop(0))
             before.append(done)
 
     host_cupy._Transfer(parts(), source.nbytes).run(threads)
@@ -660,7 +661,7 @@ def test_an_error_on_the_way_ends_all_and_gives_back_the_memory(host_cupy, threa
 
     def parts():
         for i, row in enumerate(source):
-            loads = list(host_cupy._loads(row, target))
+            loads = list(host_cupy._loads(row, row.dtype, target.data.ptr))
             yield host_cupy._Part(loads, host_cupy._event(), fail if i == 3 else lambda: None)
 
     for _ in range(20):

@@ -4,19 +4,21 @@ import concurrent.futures
 import math
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 from contract import run_python
 
 import mxfp4np
-from mxfp4np.backends import threads
+from mxfp4np.backends import cpu, threads
 
 BLOCKS = 300_000  # several chunks, so that the pool is used
 
@@ -133,6 +135,104 @@ def test_after_an_interrupt_nothing_runs_on():
     count = len(done)
     time.sleep(0.05)
     assert len(done) == count < 10**6
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is another thing there")
+def test_an_interrupted_caller_waits_for_helpers_and_tells_of_it():
+    """Here it has nothing left to do itself."""
+    told, ended = threading.Event(), threading.Event()
+
+    def task(*_):
+        if threading.current_thread() is caller:
+            begun.wait(timeout=10)
+        else:
+            begun.set()
+            time.sleep(0.05)  # until the caller is waiting
+            signal.pthread_kill(caller.ident, signal.SIGINT)
+            assert told.wait(timeout=10)
+            ended.set()
+
+    caller, begun = threading.current_thread(), threading.Event()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            threads.parallel_for(task, 2, 1, 2, failed=lambda _: told.set())
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ended.is_set()
+
+
+def test_after_an_interrupt_nothing_is_decoded_any_more():
+    blocks, scales = make(0)
+    out = np.empty(32 * BLOCKS, np.float32)
+    compiled = cpu.compiled_kernel
+
+    def interrupting(*key):
+        kernel = compiled(*key)
+
+        def run(geometry, word):
+            if threading.current_thread() is caller:
+                raise KeyboardInterrupt
+            kernel(geometry, word)
+
+        return run
+
+    caller = threading.current_thread()
+    with mock.patch.object(cpu, "compiled_kernel", interrupting), mock.patch.object(cpu, "PIECE_BLOCKS", (1, 1)):
+        with pytest.raises(KeyboardInterrupt):
+            mxfp4np.decode(blocks, scales, out=out, num_threads=2)
+        out[:] = 7
+        time.sleep(0.05)
+    assert np.all(out == 7)
+
+
+def test_a_busy_pool_is_not_waited_for():
+    """Nor does it keep what it was given meanwhile."""
+    release = threading.Event()
+    pool = threads._shared_pool()
+    for _ in range(pool._size):
+        pool.submit(release.wait)
+    try:
+        assert is_right(0)
+        assert list(threads.in_order(abs, [-1, -2, -3], 2)) == [1, 2, 3]
+        assert not pool._calls
+    finally:
+        release.set()
+    assert is_right(1)
+
+
+def test_in_order():
+    begun = []
+
+    def task(item):
+        begun.append(item)
+        time.sleep(0.001 * (item % 3))
+        return -item
+
+    results = threads.in_order(task, iter(range(20)), 4)
+    for i in range(20):
+        assert next(results) == -i
+        assert len(begun) <= i + 5
+    assert list(results) == []
+    assert sorted(begun) == list(range(20))
+
+
+@pytest.mark.parametrize("ahead", [1, 3])
+def test_an_error_in_order(ahead):
+    running = 0
+
+    def task(item):
+        nonlocal running
+        running += 1
+        time.sleep(0.01)
+        running -= 1
+        return 1 / (item - 5)
+
+    results = threads.in_order(task, range(10), ahead)
+    assert [next(results) for _ in range(5)] == [1 / (i - 5) for i in range(5)]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+    assert running == 0, "left while others were at work"
 
 
 def test_pieces_cover_the_range_once():

@@ -1,4 +1,4 @@
-"""The CPU backend: drives the range kernels of `mxfp4np.backends.cpu_kernels` with Numba.
+"""The CPU backend: drives the kernels of `mxfp4np.backends.cpu_kernels` with Numba.
 
 Decides what the kernels must not: how strided arrays become rows, when several threads pay, which compiled form to
 use, and what happens where Numba cannot compile or keep its cache. Numba is imported on the first call.
@@ -18,12 +18,12 @@ from ..errors import BackendUnavailableError
 from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, FP4_BOUNDS, SCALE_BIAS, SCALE_NAN, blocks_in, decoded_dtype, name_of
 from .memory import HostBackend, address_of, aligned_empty, is_transposed, merged_axes
 from .reference import ReferenceBackend
-from .threads import default_num_threads, parallel_for
+from .threads import default_num_threads, in_threads
 
-PIECE_BLOCKS = 1 << 15, 1 << 18
-"""Fewest and most blocks that a thread claims at a time: 2 to 16 MiB of bfloat16.
+PIECE_BLOCKS = 1 << 13, 1 << 18
+"""Fewest and most blocks that a thread claims at a time: 0.5 to 16 MiB of bfloat16.
 
-In memory that is new, threads disturb each other less when each has whole huge pages to itself.
+The most first, so that threads seldom start anew, and the fewest at last, so that they end at the same time.
 """
 
 SERIAL_BLOCKS = 1 << 16
@@ -35,7 +35,7 @@ STREAMING_BYTES = 8 << 20
 Unless they are new: the system has just cleared their pages, which then are in the cache.
 """
 
-Kernel = Callable[[NDArray[np.int64], Any, int, int], None]
+Kernel = Callable[[NDArray[np.int64], Any], None]
 
 
 class CPUBackend(HostBackend):
@@ -58,15 +58,15 @@ class CPUBackend(HostBackend):
             return
         transposed = is_transposed(out)
         word = _WORDS[order, out.itemsize]
-        kernel = range_kernel("transpose_range" if transposed else "decode_range", type(word))
+        kernel = compiled_kernel("transpose_pieces" if transposed else "decode_pieces", type(word))
         if kernel is None:
             return ReferenceBackend().decode(blocks, scales, out, start=start, order=order)
         if blocks.strides[-1] != 1:  # the bytes of a block lie apart: gather them, at most half the size of `out`
             blocks = np.ascontiguousarray(blocks)
         streaming = out.nbytes >= STREAMING_BYTES and not fresh
         table = _table_address(_table_name(out.dtype))
-        geometry = _geometry(blocks, scales, out, table, start, transposed=transposed, streaming=streaming)
-        _run(kernel, geometry, word, scales, transposed, num_threads)
+        arrays = _arrays(blocks, scales, out, table, start, transposed=transposed, streaming=streaming)
+        _run(kernel, word, *arrays, num_threads)
 
     def encode(
         self,
@@ -81,14 +81,13 @@ class CPUBackend(HostBackend):
             return
         word = _ENCODED_WORDS[name_of(x.dtype)]
         columns = is_transposed(x) and x.shape[-2] >= BLOCK_SIZE
-        kernel = range_kernel("encode_columns_range" if columns else "encode_range", type(word))
+        kernel = compiled_kernel("encode_columns_pieces" if columns else "encode_pieces", type(word))
         if kernel is None:
             return ReferenceBackend().encode(x, blocks, scales, rule=rule)
         # Where the bytes of a block lie apart, they are scattered from an array of their own.
         codes = blocks if blocks.strides[-1] == 1 else np.empty(blocks.shape, np.uint8)
         table = _table_address(_table_name(x.dtype), rule)
-        geometry = _geometry(codes, scales, x, table, transposed=columns)
-        _run(kernel, geometry, word, scales, columns, num_threads)
+        _run(kernel, word, *_arrays(codes, scales, x, table, transposed=columns), num_threads)
         if codes is not blocks:
             blocks[...] = codes
 
@@ -115,15 +114,12 @@ def stream(
         If there are gaps.
     """
     word = _WORDS["pairs", out.itemsize]
-    kernel = range_kernel("stream_range", type(word))
+    kernel = compiled_kernel("stream_pieces", type(word))
     if kernel is None:
         raise BackendUnavailableError("the limit of memory is measured by compiled code: unset NUMBA_DISABLE_JIT")
-    geometry = _geometry(blocks, scales, out, 0, transposed=False, streaming=True)
-    from .cpu_kernels import BLOCKS_PER_ROW
-
-    if geometry[BLOCKS_PER_ROW] != scales.size:
+    if not _dense(blocks, scales, out):
         raise ValueError("expected arrays whose rows follow each other without gaps")
-    _run(kernel, geometry, word, scales, False, num_threads)
+    _run(kernel, word, *_arrays(blocks, scales, out, 0, streaming=True), num_threads)
 
 
 def machine_code() -> str:
@@ -138,27 +134,27 @@ def machine_code() -> str:
 
 
 def _run(
-    kernel: Kernel,
-    geometry: NDArray[np.int64],
-    word: np.integer[Any],
-    scales: NDArray[np.uint8],
-    transposed: bool,
-    num_threads: int | None,
+    kernel: Kernel, word: np.integer[Any], arrays: list[int], units: int, unit_blocks: int, num_threads: int | None
 ) -> None:
-    """Run a kernel over all blocks: in pieces, in several threads, where that pays."""
-    # A kernel counts blocks, or groups of 32 rows if it transposes.
-    units, unit_blocks = scales.size, 1
-    if transposed:
-        *outer, rows, per_row = scales.shape
-        units, unit_blocks = math.prod(outer) * blocks_in(rows), BLOCK_SIZE * per_row
-    blocks = units * unit_blocks
-    if blocks <= SERIAL_BLOCKS:
-        kernel(geometry, word, 0, units)
-    else:
-        threads = num_threads or default_num_threads()
-        fewest, most = PIECE_BLOCKS
-        piece = min(most, max(fewest, blocks // (4 * threads)))
-        parallel_for(lambda i, j: kernel(geometry, word, i, j), units, max(1, piece // unit_blocks), threads)
+    """Run a kernel over all units of so many blocks: in pieces, in several threads, where that pays."""
+    if units * unit_blocks <= SERIAL_BLOCKS:
+        kernel(np.array([units, 0, 0, units, units, 1, *arrays], np.int64), word)
+        return
+    threads = num_threads or default_num_threads()
+    fewest, most = (max(1, blocks // unit_blocks) for blocks in PIECE_BLOCKS)
+    geometry = np.array([units, 0, 0, fewest, most, 3 * threads, *arrays], np.int64)
+
+    def work() -> None:
+        while geometry[NEXT] < units:
+            kernel(geometry, word)
+
+    def close() -> None:
+        geometry[NEXT] = units
+
+    in_threads(work, min(threads, -(-units // fewest)), close, lambda: geometry[DONE] == units)
+
+
+NEXT, DONE = 1, 2  # as in `cpu_kernels`
 
 
 _FLOAT16 = np.dtype(np.float16)
@@ -175,7 +171,7 @@ _ENCODED_WORDS: dict[str, np.integer[Any]] = {
 }
 
 
-def _geometry(
+def _arrays(
     blocks: NDArray[np.uint8],
     scales: NDArray[np.uint8],
     out: NDArray[Any],
@@ -184,29 +180,45 @@ def _geometry(
     *,
     transposed: bool = False,
     streaming: bool = False,
-) -> NDArray[np.int64]:
-    """Describe the arrays to a kernel, in the order that `cpu_kernels` names, with as few row axes as strides allow."""
+) -> tuple[list[int], int, int]:
+    """Describe the arrays to a kernel, in the order that `cpu_kernels` names, with as few row axes as strides allow.
+
+    Returns
+    -------
+    arrays : list of int
+        The part of a geometry that says where the arrays are.
+    units, unit_blocks : int
+        What the kernel counts, blocks, or groups of 32 rows if it transposes, and how many blocks that is.
+    """
+    units, unit_blocks = scales.size, 1
     per_row, length = scales.shape[-1], out.shape[-1]
     block_step, scale_step = blocks.strides[-2], scales.strides[-1]
     out_step = out.strides[-1] if length > 1 else out.itemsize
     matrix = (1, 0, 0)
     rows: list[tuple[int, ...]] = []
-    if scales.ndim > 1:
+    if start == 0 and length == BLOCK_SIZE * per_row and _dense(blocks, scales, out):
+        per_row, length = scales.size, out.size
+    elif scales.ndim > 1:
         lead = scales.ndim - 1
         if transposed:
             lead -= 1
             matrix = out.shape[lead], blocks.strides[lead], scales.strides[lead]
+            units, unit_blocks = math.prod(out.shape[:lead]) * blocks_in(out.shape[lead]), BLOCK_SIZE * per_row
         rows = merged_axes(out.shape[:lead], blocks.strides[:lead], scales.strides[:lead], out.strides[:lead])
         whole = start == 0 and length == BLOCK_SIZE * per_row and not transposed
         if rows and whole and rows[-1][1:] == (per_row * block_step, per_row * scale_step, length * out_step):
             per_row *= rows.pop()[0]
             length = BLOCK_SIZE * per_row
-    geometry = [address_of(blocks), address_of(scales), address_of(out), table]
-    geometry += block_step, scale_step, out_step, per_row, start, length, out.itemsize, streaming
-    geometry += matrix
+    arrays = [address_of(blocks), address_of(scales), address_of(out), table]
+    arrays += block_step, scale_step, out_step, per_row, start, length, out.itemsize, streaming
+    arrays += matrix
     for row in rows:
-        geometry += row
-    return np.array(geometry, np.int64)
+        arrays += row
+    return arrays, units, unit_blocks
+
+
+def _dense(blocks: NDArray[np.uint8], scales: NDArray[np.uint8], out: NDArray[Any]) -> bool:
+    return blocks.flags.c_contiguous and scales.flags.c_contiguous and out.flags.c_contiguous
 
 
 def decode_table(name: str) -> NDArray[np.uint8]:
@@ -262,9 +274,9 @@ def _table_name(dtype: np.dtype[Any]) -> str:
     return "float16" if dtype == _FLOAT16 else "bfloat16"  # float32 values are bfloat16 ones, and 16 bits more
 
 
-def range_kernel(name: str, word: type) -> Kernel | None:
+def compiled_kernel(name: str, word: type) -> Kernel | None:
     """Return the kernel of this name compiled for words of this type, or None if Numba's compiler is switched off."""
-    kernel: Kernel | None = compiled(name, word.__name__, "int64", "int64")
+    kernel: Kernel | None = compiled(name, word.__name__)
     return kernel
 
 

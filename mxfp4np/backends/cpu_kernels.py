@@ -1,8 +1,9 @@
-"""Range kernels: the loops that turn packed bytes into values on the CPU, and back, and the intrinsics they stand on.
+"""Kernels: the loops that turn packed bytes into values on the CPU, and back, and the intrinsics they stand on.
 
 No policy here: no validation, no allocation, no threads. A kernel works on raw addresses that its driver
 (`mxfp4np.backends.cpu`) has checked, so that one compiled form serves every stride, alignment and rank, releases the
-GIL, and can be called for disjoint ranges from any thread. Importing this module imports Numba and compiles nothing.
+GIL, and can be called from any number of threads at once, which share the work among them. Importing this module
+imports Numba and compiles nothing.
 
 The loops are plain Numba. What they do with one block is an intrinsic, whose machine code depends on the features that
 Numba's own code generator reports. A scale and a code have 256 * 16 possible values, which a table holds; 16 entries
@@ -23,14 +24,24 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-# Positions in a kernel's `geometry`, an int64 vector. Rows are the leading axes, outermost first; after the fixed part
-# come four numbers for each: its size and the strides of blocks, scales and out along it. Strides are in bytes.
-BLOCKS_ADDRESS, SCALES_ADDRESS, OUT_ADDRESS, TABLE_ADDRESS = 0, 1, 2, 3
-BLOCKS_STEP, SCALES_STEP, OUT_STEP = 4, 5, 6  # strides from block to block, and from element to element of `out`
-BLOCKS_PER_ROW, START, LENGTH = 7, 8, 9  # elements of a row: `LENGTH`, beginning at `START` of its first block
-ITEMSIZE, STREAMING = 10, 11  # bytes of an element of `out`; whether `out` is too large to stay in the cache
-ROWS, BLOCKS_ROW, SCALES_ROW = 12, 13, 14  # for a transposed `out`: rows of a matrix, and strides from row to row
-ROW_AXES = 15
+# Positions in a kernel's `geometry`, an int64 vector. First, how threads share the work: all units (blocks, or groups
+# of 32 rows), which one is claimed next, how many are done; the fewest and most of a piece, and in between the share of
+# what is left.
+UNITS, NEXT, DONE, FEWEST, MOST, SHARE = 0, 1, 2, 3, 4, 5
+# Then, where the arrays are. Rows are the leading axes, outermost first; after the fixed part come four numbers for
+# each: its size and the strides of blocks, scales and out along it. Strides are in bytes.
+BLOCKS_ADDRESS, SCALES_ADDRESS, OUT_ADDRESS, TABLE_ADDRESS = 6, 7, 8, 9
+BLOCKS_STEP, SCALES_STEP, OUT_STEP = 10, 11, 12  # strides from block to block, and from element to element of `out`
+BLOCKS_PER_ROW, START, LENGTH = 13, 14, 15  # elements of a row: `LENGTH`, beginning at `START` of its first block
+ITEMSIZE, STREAMING = 16, 17  # bytes of an element of `out`; whether `out` is too large to stay in the cache
+ROWS, BLOCKS_ROW, SCALES_ROW = 18, 19, 20  # for a transposed `out`: rows of a matrix, and strides from row to row
+ROW_AXES = 21
+
+PIECES_AT_ONCE = 64
+"""Pieces that a kernel claims before it returns, so that a thread can be interrupted."""
+
+SPINS = 1 << 11
+"""How often to look whether others are done, 20 to 100 microseconds: longer than a thread takes to sleep and wake."""
 
 # The table has one line of 64 bytes for each scale: the 16 words that its codes stand for, then their low bytes, then
 # their high bytes. Words are bfloat16 or float16; a float32 is the bfloat16 with 16 zeros behind, since four bits and a
@@ -447,6 +458,80 @@ def fence(typingctx):
     return types.void(), codegen
 
 
+@intrinsic
+def add_shared(typingctx, address, value):
+    """Add to the int64 at an address that other threads change too."""
+
+    def codegen(context, builder, signature, args):
+        pointer = builder.inttoptr(args[0], args[1].type.as_pointer())
+        builder.atomic_rmw("add", pointer, args[1], "seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def replace_shared(typingctx, address, old, new):
+    """Replace the int64 at an address if it is ``old``, and return what it was."""
+
+    def codegen(context, builder, signature, args):
+        pointer = builder.inttoptr(args[0], args[1].type.as_pointer())
+        return builder.extract_value(builder.cmpxchg(pointer, args[1], args[2], "seq_cst", "seq_cst"), 0)
+
+    return types.int64(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def load_shared(typingctx, address):
+    """Read the int64 at an address, as the last thread left it."""
+
+    def codegen(context, builder, signature, args):
+        return builder.load_atomic(builder.inttoptr(args[0], args[0].type.as_pointer()), "acquire", 8)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def pause(typingctx):
+    """Give way to the other thread of this core for a moment."""
+
+    def codegen(context, builder, signature, args):
+        _, _, features = context.codegen().magic_tuple()
+        if "+sse2" in features.split(","):
+            _call(builder, "llvm.x86.sse2.pause", ir.VoidType())
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@njit(nogil=True)
+def pieces(geometry):
+    """Yield ranges of units that this thread is to do, and count those that it has done.
+
+    When there are none left, it stays for a moment, until the others are done too.
+    """
+    shared = geometry.ctypes.data
+    for _ in range(PIECES_AT_ONCE):
+        start = load_shared(shared + 8 * NEXT)
+        while True:
+            left = geometry[UNITS] - start
+            piece = min(left, max(geometry[FEWEST], min(geometry[MOST], left // geometry[SHARE])))
+            found = replace_shared(shared + 8 * NEXT, start, start + piece)
+            if found == start:
+                break
+            start = found
+        if piece == 0:
+            break
+        yield start, start + piece
+        add_shared(shared + 8 * DONE, piece)
+    else:
+        return
+    for _ in range(SPINS):
+        if load_shared(shared + 8 * DONE) == geometry[UNITS]:
+            break
+        pause()
+
+
 @njit(nogil=True, inline="always")
 def _decode_part(geometry, word, first, last, block, scale, out):
     """Decode the elements that belong to the row of blocks ``first`` to ``last - 1``, one by one."""
@@ -627,39 +712,41 @@ def _decode_ragged(geometry, word, count, first, block, scale, out):
             out += geometry[-1]
 
 
-def decode_range(geometry, word, start, stop):
-    """Decode blocks ``start`` to ``stop - 1``, counted over all rows in C order, to words of the type of ``word``."""
+def decode_pieces(geometry, word):
+    """Decode blocks, counted over all rows in C order, to words of the type of ``word``."""
     ring = (reserve_ring() + RING - 1) & -RING  # a frame that the compiler aligned would cost the loops a register
-    while start < stop:
-        # Geometry is read anew each time, so that it does not take registers from the loops inside.
-        per_row, row_bytes = geometry[BLOCKS_PER_ROW], geometry[LENGTH] * itemsize(word)
-        rows, out_row = 1, row_bytes  # along the innermost row axis
-        if len(geometry) > ROW_AXES:
-            rows, out_row = geometry[-4], geometry[-1]
-        row = start // per_row
-        first = start - row * per_row
-        count = min(stop - start, (rows - row % rows) * per_row - first)
-        block, scale, out = geometry[BLOCKS_ADDRESS], geometry[SCALES_ADDRESS], geometry[OUT_ADDRESS]
-        block, scale, out = _along_axes(geometry, row, block, scale, out)
-        dense = geometry[OUT_STEP] == itemsize(word)
-        whole = dense and geometry[START] == 0 and geometry[LENGTH] == 32 * per_row
-        if whole and geometry[STREAMING] and (out | out_row) % 64 == 0:
-            _decode_rows(geometry, word, True, count, first, block, scale, out)
-        elif whole and not geometry[STREAMING]:
-            _decode_rows(geometry, word, False, count, first, block, scale, out)
-        elif dense and geometry[STREAMING] and row_bytes >= 64:
-            if out_row != row_bytes:
-                count = min(count, per_row - first)
-            _stream_rows(geometry, word, count, first, block, scale, out, ring)
-        else:
-            _decode_ragged(geometry, word, count, first, block, scale, out)
-        start += count
-    if geometry[STREAMING]:
-        fence()
+    for begin, stop in pieces(geometry):
+        start = begin
+        while start < stop:
+            # Geometry is read anew each time, so that it does not take registers from the loops inside.
+            per_row, row_bytes = geometry[BLOCKS_PER_ROW], geometry[LENGTH] * itemsize(word)
+            rows, out_row = 1, row_bytes  # along the innermost row axis
+            if len(geometry) > ROW_AXES:
+                rows, out_row = geometry[-4], geometry[-1]
+            row = start // per_row
+            first = start - row * per_row
+            count = min(stop - start, (rows - row % rows) * per_row - first)
+            block, scale, out = geometry[BLOCKS_ADDRESS], geometry[SCALES_ADDRESS], geometry[OUT_ADDRESS]
+            block, scale, out = _along_axes(geometry, row, block, scale, out)
+            dense = geometry[OUT_STEP] == itemsize(word)
+            whole = dense and geometry[START] == 0 and geometry[LENGTH] == 32 * per_row
+            if whole and geometry[STREAMING] and (out | out_row) % 64 == 0:
+                _decode_rows(geometry, word, True, count, first, block, scale, out)
+            elif whole and not geometry[STREAMING]:
+                _decode_rows(geometry, word, False, count, first, block, scale, out)
+            elif dense and geometry[STREAMING] and row_bytes >= 64:
+                if out_row != row_bytes:
+                    count = min(count, per_row - first)
+                _stream_rows(geometry, word, count, first, block, scale, out, ring)
+            else:
+                _decode_ragged(geometry, word, count, first, block, scale, out)
+            start += count
+        if geometry[STREAMING]:
+            fence()
 
 
-def transpose_range(geometry, word, start, stop):
-    """Decode matrices whose rows are the columns of ``out``, 32 rows at a time: from group ``start`` to ``stop - 1``.
+def transpose_pieces(geometry, word):
+    """Decode matrices whose rows are the columns of ``out``, 32 rows at a time.
 
     Groups of rows are counted over all matrices in C order, the last of a matrix being what is left of it. Elements of
     a column of ``out`` are next to each other.
@@ -673,48 +760,56 @@ def transpose_range(geometry, word, start, stop):
     per_row = geometry[BLOCKS_PER_ROW]
     groups = (geometry[ROWS] + 31) // 32
     scratch = reserve_tile()
-    for group in range(start, stop):
-        matrix = group // groups
-        top = 32 * (group - matrix * groups)
-        block, scale, out = geometry[BLOCKS_ADDRESS], geometry[SCALES_ADDRESS], geometry[OUT_ADDRESS]
-        block, scale, out = _along_axes(geometry, matrix, block, scale, out)
-        block += top * block_row
-        scale += top * scale_row
-        out += top * size
-        # Blocks that are inside as a whole, where there are 32 rows, go by tiles; all else goes by elements.
-        whole = end = per_row
-        if top + 32 <= geometry[ROWS]:
-            whole = min(per_row, (geometry[START] + 31) // 32)
-            end = max(whole, min(per_row, (geometry[START] + geometry[LENGTH]) // 32))
-        for row in range(min(32, geometry[ROWS] - top)):
-            source = block + row * block_row, scale + row * scale_row
-            _decode_part(geometry, word, 0, whole, source[0], source[1], out + row * size)
-            _decode_part(geometry, word, end, per_row, source[0], source[1], out + row * size)
-        for g in range(whole, end):
-            if g % 4 == whole % 4:  # rows lie too far apart for the processor to see what comes next
-                for row in range(32, 64):
-                    prefetch(block + row * block_row + g * block_step)
-            decode_tile(
-                block + g * block_step, block_row, scale + g * geometry[SCALES_STEP], scale_row, table, scratch, word
-            )
-            target = out + (32 * g - geometry[START]) * step
-            if geometry[STREAMING] and (target | step) % 64 == 0:
-                for i in range(32):
-                    stream_line(scratch + 64 * i, target + i * step, word)
-            else:  # parts of lines, far apart, are not for streaming
-                for i in range(32):
-                    move_line(scratch + 64 * i, target + i * step, word)
-    if geometry[STREAMING]:
-        fence()
+    for start, stop in pieces(geometry):
+        for group in range(start, stop):
+            matrix = group // groups
+            top = 32 * (group - matrix * groups)
+            block, scale, out = geometry[BLOCKS_ADDRESS], geometry[SCALES_ADDRESS], geometry[OUT_ADDRESS]
+            block, scale, out = _along_axes(geometry, matrix, block, scale, out)
+            block += top * block_row
+            scale += top * scale_row
+            out += top * size
+            # Blocks that are inside as a whole, where there are 32 rows, go by tiles; all else goes by elements.
+            whole = end = per_row
+            if top + 32 <= geometry[ROWS]:
+                whole = min(per_row, (geometry[START] + 31) // 32)
+                end = max(whole, min(per_row, (geometry[START] + geometry[LENGTH]) // 32))
+            for row in range(min(32, geometry[ROWS] - top)):
+                source = block + row * block_row, scale + row * scale_row
+                _decode_part(geometry, word, 0, whole, source[0], source[1], out + row * size)
+                _decode_part(geometry, word, end, per_row, source[0], source[1], out + row * size)
+            for g in range(whole, end):
+                if g % 4 == whole % 4:  # rows lie too far apart for the processor to see what comes next
+                    for row in range(32, 64):
+                        prefetch(block + row * block_row + g * block_step)
+                decode_tile(
+                    block + g * block_step,
+                    block_row,
+                    scale + g * geometry[SCALES_STEP],
+                    scale_row,
+                    table,
+                    scratch,
+                    word,
+                )
+                target = out + (32 * g - geometry[START]) * step
+                if geometry[STREAMING] and (target | step) % 64 == 0:
+                    for i in range(32):
+                        stream_line(scratch + 64 * i, target + i * step, word)
+                else:  # parts of lines, far apart, are not for streaming
+                    for i in range(32):
+                        move_line(scratch + 64 * i, target + i * step, word)
+        if geometry[STREAMING]:
+            fence()
 
 
-def stream_range(geometry, word, start, stop):
-    """Do to memory what decoding blocks ``start`` to ``stop - 1`` of a single row does, and decode nothing."""
+def stream_pieces(geometry, word):
+    """Do to memory what decoding the blocks of a single row does, and decode nothing."""
     block, scale, out = geometry[BLOCKS_ADDRESS], geometry[SCALES_ADDRESS], geometry[OUT_ADDRESS]
     block_step, scale_step, size = geometry[BLOCKS_STEP], geometry[SCALES_STEP], geometry[ITEMSIZE]
-    for g in range(start, stop):
-        move_block(block + g * block_step, scale + g * scale_step, out + 32 * g * size, word)
-    fence()
+    for start, stop in pieces(geometry):
+        for g in range(start, stop):
+            move_block(block + g * block_step, scale + g * scale_step, out + 32 * g * size, word)
+        fence()
 
 
 def _load_words(builder, address, width):
@@ -1044,127 +1139,87 @@ def _encode_blocks(table, x, word, count, codes, scales):
         _encode_any(table, x, word, count, codes, scales)
 
 
-def encode_range(geometry, word, start, stop):
-    """Encode blocks ``start`` to ``stop - 1``, counted over all rows in C order, from words of the type of ``word``.
+def encode_pieces(geometry, word):
+    """Encode blocks, counted over all rows in C order, from words of the type of ``word``.
 
     The geometry is that of decoding, ``out`` being what is encoded.
     """
     step, size = geometry[OUT_STEP], itemsize(word)
     per_row, block_step, scale_step = geometry[BLOCKS_PER_ROW], geometry[BLOCKS_STEP], geometry[SCALES_STEP]
     values, codes, bytes_ = reserve_values(), reserve_codes(), reserve_scales()
-    while start < stop:
-        row = start // per_row
-        first = start - row * per_row
-        out, scales, x = geometry[BLOCKS_ADDRESS], geometry[SCALES_ADDRESS], geometry[OUT_ADDRESS]
-        out, scales, x = _along_axes(geometry, row, out, scales, x)
-        out += first * block_step
-        scales += first * scale_step
-        x += 32 * first * step
-        count = min(stop - start, per_row - first, ENCODE_BLOCKS)
-        start += count
-        if step != size:
-            _gather(x, step, values, size, 32 * count)
-            x = values
-        dense = block_step == 16 and scale_step == 1
-        _encode_blocks(geometry[TABLE_ADDRESS], x, word, count, out if dense else codes, scales if dense else bytes_)
-        if not dense:
-            for k in range(count):
-                copy_16(codes + 16 * k, out + k * block_step)
-                copy_1(bytes_ + k, scales + k * scale_step)
+    for begin, stop in pieces(geometry):
+        start = begin
+        while start < stop:
+            row = start // per_row
+            first = start - row * per_row
+            out, scales, x = geometry[BLOCKS_ADDRESS], geometry[SCALES_ADDRESS], geometry[OUT_ADDRESS]
+            out, scales, x = _along_axes(geometry, row, out, scales, x)
+            out += first * block_step
+            scales += first * scale_step
+            x += 32 * first * step
+            count = min(stop - start, per_row - first, ENCODE_BLOCKS)
+            start += count
+            if step != size:
+                _gather(x, step, values, size, 32 * count)
+                x = values
+            dense = block_step == 16 and scale_step == 1
+            _encode_blocks(
+                geometry[TABLE_ADDRESS], x, word, count, out if dense else codes, scales if dense else bytes_
+            )
+            if not dense:
+                for k in range(count):
+                    copy_16(codes + 16 * k, out + k * block_step)
+                    copy_1(bytes_ + k, scales + k * scale_step)
 
 
 GROUPS_ABREAST = 8
 """Groups of 32 rows that are encoded together, so that it is several cache lines in a row that are read."""
 
 
-def encode_columns_range(geometry, word, start, stop):
-    """Encode matrices whose rows are columns in memory, 32 rows at a time: from group ``start`` to ``stop - 1``.
+def encode_columns_pieces(geometry, word):
+    """Encode matrices whose rows are columns in memory, 32 rows at a time.
 
-    Groups of rows, of 32 or more, are counted as `transpose_range` does.
+    Groups of rows, of 32 or more, are counted as `transpose_pieces` does.
     """
     step, rows = geometry[OUT_STEP], geometry[ROWS]
     groups = (rows + 31) // 32
     tile, codes, bytes_ = reserve_tile(), reserve_codes(), reserve_scales()
-    while start < stop:
-        matrix = start // groups
-        group = start - matrix * groups
-        abreast = min(stop - start, groups - group, GROUPS_ABREAST)
-        start += abreast
-        out, scales, x = geometry[BLOCKS_ADDRESS], geometry[SCALES_ADDRESS], geometry[OUT_ADDRESS]
-        out, scales, x = _along_axes(geometry, matrix, out, scales, x)
-        for _ in range(geometry[BLOCKS_PER_ROW]):
-            for top in range(32 * group, 32 * (group + abreast), 32):
-                first = min(top, rows - 32)  # the last group may read rows of the one before
-                source = x + first * itemsize(word)
-                for i in range(32, 64):  # too far apart for the processor to see what comes next
-                    for line in range(0, 32 * itemsize(word), 64):
-                        prefetch(source + i * step + line)
-                turn_tile(source, step, tile, word)
-                _encode_blocks(geometry[TABLE_ADDRESS], tile, squeezed(word), 32, codes, bytes_)
-                for i in range(top, min(top + 32, rows)):
-                    copy_16(codes + 16 * (i - first), out + i * geometry[BLOCKS_ROW])
-                    copy_1(bytes_ + i - first, scales + i * geometry[SCALES_ROW])
-            out += geometry[BLOCKS_STEP]
-            scales += geometry[SCALES_STEP]
-            x += 32 * step
+    for begin, stop in pieces(geometry):
+        start = begin
+        while start < stop:
+            matrix = start // groups
+            group = start - matrix * groups
+            abreast = min(stop - start, groups - group, GROUPS_ABREAST)
+            start += abreast
+            out, scales, x = geometry[BLOCKS_ADDRESS], geometry[SCALES_ADDRESS], geometry[OUT_ADDRESS]
+            out, scales, x = _along_axes(geometry, matrix, out, scales, x)
+            for _ in range(geometry[BLOCKS_PER_ROW]):
+                for top in range(32 * group, 32 * (group + abreast), 32):
+                    first = min(top, rows - 32)  # the last group may read rows of the one before
+                    source = x + first * itemsize(word)
+                    for i in range(32, 64):  # too far apart for the processor to see what comes next
+                        for line in range(0, 32 * itemsize(word), 64):
+                            prefetch(source + i * step + line)
+                    turn_tile(source, step, tile, word)
+                    _encode_blocks(geometry[TABLE_ADDRESS], tile, squeezed(word), 32, codes, bytes_)
+                    for i in range(top, min(top + 32, rows)):
+                        copy_16(codes + 16 * (i - first), out + i * geometry[BLOCKS_ROW])
+                        copy_1(bytes_ + i - first, scales + i * geometry[SCALES_ROW])
+                out += geometry[BLOCKS_STEP]
+                scales += geometry[SCALES_STEP]
+                x += 32 * step
 
 
 # Memory that a device copies from is filled by several threads at once, slot by slot, each in pieces. The vector
-# `slots` begins with these numbers, and has some more for each slot: where its bytes are, in runs a step apart, where
-# they go, how many they are, and how many pieces are not there yet.
+# `slots` begins with these numbers, and has some more for each slot: where the bytes are, in runs a step apart, which
+# of them is the first, and how many are wanted; where they go, and how many pieces are not there yet.
 PIECES_CLAIMED, PIECES_OPEN, SLOTS_TAKEN, GOING_ON, PIECES_OF_SLOT, PIECE_BYTES = range(6)
 FIRST_SLOT, SLOT_NUMBERS = 8, 8
-SOURCE, RUN_BYTES, RUN_STEP, TARGET, LOAD_BYTES, PIECES_MISSING = range(6)
+SOURCE, RUN_BYTES, RUN_STEP, FIRST_BYTE, LOAD_BYTES, TARGET, PIECES_MISSING = range(7)
 
 PREFETCH_BYTES = 2048
 
 copy_64 = _copier(64, 1, streaming=False)
-
-
-@intrinsic
-def load_shared(typingctx, address):
-    """Read an int64 that other threads write, and what they wrote before it."""
-
-    def codegen(context, builder, signature, args):
-        return builder.load_atomic(builder.inttoptr(args[0], ir.IntType(64).as_pointer()), "acquire", 8)
-
-    return types.int64(types.int64), codegen
-
-
-@intrinsic
-def add_shared(typingctx, address, number):
-    """Add to an int64 that other threads read, behind what was written before."""
-
-    def codegen(context, builder, signature, args):
-        pointer = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
-        builder.atomic_rmw("add", pointer, args[1], "acq_rel")
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), codegen
-
-
-@intrinsic
-def replace_shared(typingctx, address, old, new):
-    """Write an int64 if no other thread has changed it; return whether that is so."""
-
-    def codegen(context, builder, signature, args):
-        pointer = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
-        return builder.extract_value(builder.cmpxchg(pointer, args[1], args[2], "acq_rel", "monotonic"), 1)
-
-    return types.boolean(types.int64, types.int64, types.int64), codegen
-
-
-@intrinsic
-def pause(typingctx):
-    """Let another thread of the core go on."""
-
-    def codegen(context, builder, signature, args):
-        _, _, features = context.codegen().magic_tuple()
-        if "+sse2" in features.split(","):
-            _call(builder, "llvm.x86.sse2.pause", ir.VoidType())
-        return context.get_dummy_value()
-
-    return types.void(), codegen
 
 
 @njit(nogil=True, inline="always")
@@ -1197,17 +1252,20 @@ def fill_slots(slots, is_leader):
         if piece >= load_shared(address + 8 * PIECES_OPEN):
             pause()
             continue
-        if not replace_shared(address + 8 * PIECES_CLAIMED, piece, piece + 1):
+        if replace_shared(address + 8 * PIECES_CLAIMED, piece, piece + 1) != piece:
             continue
         load = piece // slots[PIECES_OF_SLOT]
         slot = FIRST_SLOT + SLOT_NUMBERS * (load % count)
-        begin = (piece - load * slots[PIECES_OF_SLOT]) * slots[PIECE_BYTES]
-        end = min(begin + slots[PIECE_BYTES], slots[slot + LOAD_BYTES])
+        offset = (piece - load * slots[PIECES_OF_SLOT]) * slots[PIECE_BYTES]
+        target = slots[slot + TARGET] + offset
+        begin = slots[slot + FIRST_BYTE] + offset
+        end = min(begin + slots[PIECE_BYTES], slots[slot + FIRST_BYTE] + slots[slot + LOAD_BYTES])
         while begin < end:
             run = begin // slots[slot + RUN_BYTES]
             offset = begin - run * slots[slot + RUN_BYTES]
             size = min(end - begin, slots[slot + RUN_BYTES] - offset)
             source = slots[slot + SOURCE] + run * slots[slot + RUN_STEP] + offset
-            _copy_run(source, slots[slot + TARGET] + begin, size)
+            _copy_run(source, target, size)
+            target += size
             begin += size
         add_shared(address + 8 * (slot + PIECES_MISSING), -1)

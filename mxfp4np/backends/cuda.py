@@ -29,7 +29,7 @@ from .cpu import compiled
 from .cpu_kernels import FIRST_SLOT, GOING_ON, PIECE_BYTES, PIECES_OF_SLOT, SLOT_NUMBERS, SLOTS_TAKEN
 from .cuda_kernels import ROW_AXES, ROWS, THREADS, VALUES, VECTORS
 from .memory import address_of, is_transposed, merged_axes
-from .threads import default_num_threads, helped_by
+from .threads import default_num_threads, in_threads
 
 SLOT_BYTES: Final = 8 << 20
 """Bytes that are copied to a device at a time."""
@@ -40,7 +40,7 @@ SLOTS: Final = 8
 FILL_BYTES: Final = 256 << 10
 """Bytes that a thread puts into a slot at a time: they stay in its cache until the device has them."""
 
-STAGED_BYTES: Final = 32 << 20
+STAGED_BYTES: Final = 64 << 20
 """Packed bytes that are decoded at a time, where they come from the host; a device keeps memory for two times that."""
 
 PINNED_VARIABLE: Final = "MXFP4NP_PINNED_BYTES"
@@ -112,7 +112,7 @@ class CUDABackend:
             return
         with out.device:
             target = out if out.flags.c_contiguous else self.empty(out.shape, out.dtype)
-            _Transfer([_Part(list(_loads(array, target)), _event())], target.nbytes).run(default_num_threads())
+            _Transfer(_parts(array, target), target.nbytes).run(default_num_threads())
             if target is not out:
                 out[...] = target
 
@@ -171,9 +171,9 @@ class CUDABackend:
             for index, buffer in zip(indices, itertools.cycle(buffers), strict=False):
                 sources = blocks[index], scales[index]
                 targets = [b[: s.size].reshape(s.shape) for b, s in zip(buffer, sources, strict=True)]
-                loads = itertools.chain.from_iterable(map(_loads, sources, targets))
+                loads = [load for s, t in zip(sources, targets, strict=True) for load in _loads(s, _UINT8, t.data.ptr)]
                 done = _event()
-                yield _Part(list(loads), done, partial(decode, index, *targets), before.pop(0))
+                yield _Part(loads, done, partial(decode, index, *targets), before.pop(0))
                 before.append(done)
 
         _Transfer(parts(), blocks.nbytes + scales.nbytes).run(threads)
@@ -371,23 +371,31 @@ def _new_like(array: Any) -> Any:
 
 
 class _Load(NamedTuple):
-    """What is copied at a time."""
+    """What is copied at a time: consecutive bytes of an array."""
 
     source: NDArray[Any]
-    """On the host, of any strides."""
-    dtype: np.dtype[Any]
-    """To be converted to."""
+    """On the host."""
+    run: int
+    """Bytes that follow each other without a gap."""
+    step: int
+    """From one run to the next."""
+    begin: int
+    """The first of the bytes, counted without the gaps."""
+    nbytes: int
     address: int
     """On the device."""
 
 
-def _loads(source: NDArray[Any], target: Any) -> Iterator[_Load]:
-    """Cut an array to be copied into a contiguous one."""
-    address = target.data.ptr
-    for index in split(source.shape, target.itemsize, SLOT_BYTES):
-        piece = source[index]
-        yield _Load(piece, target.dtype, address)
-        address += piece.size * target.itemsize
+def _loads(source: NDArray[Any], dtype: np.dtype[Any], address: int) -> Iterator[_Load]:
+    """Cut an array of any strides that is to be copied, as a dtype, to an address."""
+    axes = merged_axes(source.shape, source.strides)
+    if source.dtype != dtype or len(axes) > 2 or (axes and axes[-1][1] != source.itemsize):
+        source = np.ascontiguousarray(source.astype(dtype))
+        axes = [(source.size, source.itemsize)]
+    *outer, (count, _) = axes or [(1, 0)]
+    run, step = count * source.itemsize, outer[0][1] if outer else 0
+    for begin in range(0, source.nbytes, SLOT_BYTES):
+        yield _Load(source, run, step, begin, min(SLOT_BYTES, source.nbytes - begin), address + begin)
 
 
 class _Part(NamedTuple):
@@ -400,6 +408,15 @@ class _Part(NamedTuple):
     """Queues it on the caller's stream."""
     behind: Any = None
     """An event that comes before: that of an earlier part, which uses the same memory."""
+
+
+def _parts(source: NDArray[Any], target: Any) -> Iterator[_Part]:
+    """Cut an array that is to be copied to a contiguous one, so that little is converted at a time."""
+    address = target.data.ptr
+    for index in split(source.shape, target.itemsize, STAGED_BYTES):
+        piece = np.asarray(source[index])
+        yield _Part(list(_loads(piece, target.dtype, address)), _event())
+        address += piece.size * target.itemsize
 
 
 class _Slot:
@@ -415,22 +432,14 @@ class _Slot:
 
     def take(self, load: _Load) -> tuple[int, ...]:
         """Return the numbers that `cpu_kernels` wants, to fill it by."""
-        source = load.source
-        axes = merged_axes(source.shape, source.strides)
-        if source.dtype != load.dtype or len(axes) > 2 or (axes and axes[-1][1] != source.itemsize):
-            source = np.ascontiguousarray(source.astype(load.dtype))
-            axes = [(source.size, source.itemsize)]
-        self._source = source
-        *outer, (count, _) = axes or [(1, 0)]
-        step = outer[0][1] if outer else 0
-        return address_of(source), count * source.itemsize, step, self._memory.ptr, source.nbytes
+        self._source = load.source
+        return address_of(load.source), load.run, load.step, load.begin, load.nbytes, self._memory.ptr
 
     def copy(self, load: _Load, copies: Any, device: int) -> None:
         """Queue the copy of what it has been filled with, to the current device."""
         from cupy.cuda import runtime
 
-        nbytes = load.source.size * load.dtype.itemsize
-        runtime.memcpyAsync(load.address, self._memory.ptr, nbytes, runtime.memcpyHostToDevice, copies.ptr)
+        runtime.memcpyAsync(load.address, self._memory.ptr, load.nbytes, runtime.memcpyHostToDevice, copies.ptr)
         if self._device != device:  # events belong to devices
             self._copied, self._device = _event(), device
         self._copied.record(copies)
@@ -548,13 +557,20 @@ class _Transfer:
         self._slots = _pinned.take(min(SLOTS, 2 + self._nbytes // SLOT_BYTES))
         numbers = np.zeros(FIRST_SLOT + SLOT_NUMBERS * len(self._slots), np.int64)
         numbers[[PIECES_OF_SLOT, PIECE_BYTES, GOING_ON]] = -(-SLOT_BYTES // FILL_BYTES), FILL_BYTES, 1
-        threads = min(threads, -(-self._nbytes // FILL_BYTES))
+        leader = threading.get_ident()
+
+        def work() -> None:
+            if threading.get_ident() != leader:
+                self._fill(numbers, False)
+            else:
+                self._lead(numbers)
+                close()
+
+        def close() -> None:
+            numbers[GOING_ON] = 0
+
         try:
-            with helped_by(threads - 1, lambda: self._fill(numbers, False)):
-                try:
-                    self._lead(numbers)
-                finally:
-                    numbers[GOING_ON] = 0
+            in_threads(work, min(threads, -(-self._nbytes // FILL_BYTES)), close)
         except BaseException:
             self._copies.synchronize()  # the memory that is copied to may be let go of
             raise

@@ -56,9 +56,12 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
 
 
 def address_of(array: NDArray[Any]) -> int:
-    """Return the address of an array's first element."""
-    address: int = array.__array_interface__["data"][0]
-    return address
+    """Return the address of an array's first element.
+
+    It is what follows the header of all objects in NumPy's `PyArrayObject`, which its C API lays down. Its
+    `__array_interface__` says the same after a microsecond, the best part of the time for a few blocks.
+    """
+    return ctypes.c_size_t.from_address(id(array) + object.__basicsize__).value
 
 
 def is_transposed(out: NDArray[Any]) -> bool:

@@ -13,17 +13,77 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from queue import SimpleQueue
+from typing import Generic, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 ENVIRONMENT_VARIABLE = "MXFP4NP_NUM_THREADS"
 
-_pool: ThreadPoolExecutor | None = None
+
+class _Pool:
+    """Threads that call what is submitted, the one first that was the last to become idle.
+
+    An executor of the standard library takes 10 microseconds and more to submit a call, and wakes one thread after the
+    other, for work of a few hundred. These threads do not keep the interpreter from shutting down, nor need they:
+    whoever submits a call stays until it is done or withdrawn.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size, self._count, self._lock = size, 0, threading.Lock()
+        self._calls: deque[Callable[[], object]] = deque()
+        self._idle: list[threading.Lock] = []  # what each idle thread waits for
+
+    def submit(self, call: Callable[[], object], times: int = 1) -> None:
+        """Have threads make a call, which must not raise, as they are idle; nobody does if there can be no threads."""
+        self._calls.extend([call] * times)
+        self._wake_two()
+
+    def withdraw(self, call: Callable[[], object]) -> bool:
+        """Take back one call that was submitted; return False if all of them have begun."""
+        try:
+            self._calls.remove(call)
+        except ValueError:
+            return False
+        return True
+
+    def _wake_two(self) -> None:
+        """Wake two threads, or start them, if there are calls. Each does the same: to wake one takes a while."""
+        for _ in range(2):
+            if self._calls:
+                try:
+                    self._idle.pop().release()
+                except IndexError:
+                    self._start()
+
+    def _start(self) -> None:
+        with self._lock:
+            if self._count < self._size:
+                try:
+                    threading.Thread(target=self._work, name=f"mxfp4np_{self._count}", daemon=True).start()
+                    self._count += 1
+                except RuntimeError:  # the interpreter is shutting down, or there can be no more threads
+                    pass
+
+    def _work(self) -> None:
+        woken = threading.Lock()
+        woken.acquire()
+        while True:
+            try:
+                call = self._calls.popleft()
+            except IndexError:
+                self._idle.append(woken)
+                self._wake_two()  # perhaps a call came when this thread was not idle yet
+                woken.acquire()
+            else:
+                self._wake_two()
+                call()
+                del call  # and what it holds
+
+
+_pool: _Pool | None = None
 _pool_lock = threading.Lock()
 
 
@@ -37,11 +97,11 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_pool)
 
 
-def _shared_pool() -> ThreadPoolExecutor:
+def _shared_pool() -> _Pool:
     global _pool  # noqa: PLW0603
     with _pool_lock:
         if _pool is None:
-            _pool = ThreadPoolExecutor(max(usable_cpus(), default_num_threads()), thread_name_prefix="mxfp4np")
+            _pool = _Pool(max(usable_cpus(), default_num_threads()))
         return _pool
 
 
@@ -101,7 +161,87 @@ def default_num_threads() -> int:
     return int(text)
 
 
-def parallel_for(task: Callable[[int, int], object], stop: int, step: int, num_threads: int) -> None:
+def in_threads(
+    work: Callable[[], object],
+    num_threads: int,
+    close: Callable[[], object],
+    is_done: Callable[[], bool] = lambda: False,
+    failed: Callable[[BaseException], object] | None = None,
+) -> None:
+    """Call ``work()`` in several threads, each of which does pieces of some work until none is left.
+
+    Returns, or raises what the first thread that failed did, when no thread is at a piece any more.
+
+    Parameters
+    ----------
+    work : callable
+        Called from any thread; should release the GIL to run in parallel.
+    num_threads : int
+        At most this many threads, the calling one included, and never more than the pool has and one.
+    close : callable
+        Called when a thread has failed: no piece must begin any more.
+    is_done : callable
+        Whether all pieces are known to be done, in which case nobody need be waited for.
+    failed : callable, optional
+        Called with what ends a thread, an interrupt of the calling one included, before the others are waited for.
+    """
+    helpers, begin, lock = 0, True, threading.Lock()
+    left: SimpleQueue[None] = SimpleQueue()
+    first: list[BaseException] = []
+
+    def end(error: BaseException) -> None:
+        close()
+        if not first:
+            first.append(error)
+        if failed is not None:
+            failed(error)
+
+    def begin_work() -> None:
+        try:
+            work()
+        except BaseException as error:  # noqa: BLE001 - an interrupt too
+            end(error)
+
+    def help_out() -> None:
+        nonlocal helpers
+        with lock:
+            if not begin:
+                return
+            helpers += 1
+        begin_work()
+        with lock:
+            helpers -= 1
+        left.put(None)
+
+    def nobody_works() -> bool:
+        nonlocal begin
+        with lock:
+            begin = False
+            if not helpers or is_done():
+                return True
+        left.get()
+        return False
+
+    try:
+        if num_threads > 1:
+            _shared_pool().submit(help_out, num_threads - 1)
+        begin_work()
+    finally:
+        # Even after an error: helpers write to the caller's memory until they are done.
+        _insist(nobody_works, end)
+        while num_threads > 1 and _shared_pool().withdraw(help_out):
+            pass
+    if first:
+        raise first.pop()
+
+
+def parallel_for(
+    task: Callable[[int, int], object],
+    stop: int,
+    step: int,
+    num_threads: int,
+    failed: Callable[[BaseException], object] | None = None,
+) -> None:
     """Call ``task(i, j)`` for consecutive pieces of ``[0, stop)`` of ``step`` integers, in several threads.
 
     Parameters
@@ -110,8 +250,8 @@ def parallel_for(task: Callable[[int, int], object], stop: int, step: int, num_t
         Called from any thread; should release the GIL to run in parallel.
     stop, step : int
         The range and the size of a piece.
-    num_threads : int
-        At most this many threads, the calling one included, and never more than the pool has and one.
+    num_threads, failed
+        As for `in_threads`.
     """
     starts: Iterator[int] = iter(range(0, stop, step))
     lock = threading.Lock()
@@ -120,44 +260,42 @@ def parallel_for(task: Callable[[int, int], object], stop: int, step: int, num_t
         with lock:
             return next(starts, None)
 
-    def drain() -> None:
+    def work() -> None:
+        while (i := claim()) is not None:
+            task(i, min(i + step, stop))
+
+    def close() -> None:
         nonlocal starts
+        with lock:
+            starts = iter(())
+
+    in_threads(work, min(num_threads, -(-stop // step)), close, failed=failed)
+
+
+def _insist(wait: Callable[[], object], interrupted: Callable[[BaseException], object]) -> None:
+    """Wait until that returns something true, whatever interrupts it."""
+    while True:
         try:
-            while (i := claim()) is not None:
-                task(i, min(i + step, stop))
-        except BaseException:  # an interrupt too: nobody begins another piece
-            with lock:
-                starts = iter(())
-            raise
-
-    with helped_by(min(num_threads, -(-stop // step)) - 1, drain):
-        drain()
+            if wait():
+                return
+        except BaseException as error:  # noqa: BLE001
+            interrupted(error)
 
 
-@contextmanager
-def helped_by(count: int, task: Callable[[], object]) -> Iterator[None]:
-    """Have a task done by so many other threads, or as many as are idle, while this one does something of its own.
+class _Call(Generic[T, R]):
+    """A task and its item, and what came of it."""
 
-    Parameters
-    ----------
-    count : int
-    task : callable
-        Must come to an end once what is done inside has, also if that is by an error.
-    """
-    helpers = []
-    for _ in range(count):
+    def __init__(self, task: Callable[[T], R], item: T) -> None:
+        self.task, self.item, self.done = task, item, threading.Event()
+        self.results: list[R] = []
+        self.errors: list[BaseException] = []
+
+    def __call__(self) -> None:
         try:
-            helpers.append(_shared_pool().submit(task))
-        except RuntimeError:  # the interpreter is shutting down: this thread does it all
-            break
-    try:
-        yield
-    finally:
-        # Even after an error: helpers use the caller's memory until they are done.
-        wait([helper for helper in helpers if not helper.cancel()])
-    for helper in helpers:
-        if not helper.cancelled():
-            helper.result()
+            self.results.append(self.task(self.item))
+        except BaseException as error:  # noqa: BLE001 - for whoever wants the result
+            self.errors.append(error)
+        self.done.set()
 
 
 def in_order(task: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
@@ -171,18 +309,29 @@ def in_order(task: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator
     ahead : int
         At most this many items are begun before the first of them is yielded.
     """
-    begun: deque[tuple[T, Future[R]]] = deque()
+    pool = _shared_pool()
+    begun: deque[_Call[T, R]] = deque()
 
     def first() -> R:
-        item, future = begun.popleft()
-        return task(item) if future.cancel() else future.result()
+        if pool.withdraw(begun[0]):
+            return task(begun.popleft().item)
+        begun[0].done.wait()  # after an interrupt it is waited for below
+        call = begun.popleft()
+        if call.errors:
+            raise call.errors.pop()
+        return call.results.pop()
 
     try:
         for item in items:
             if len(begun) == ahead:
                 yield first()
-            begun.append((item, _shared_pool().submit(task, item)))
+            begun.append(_Call(task, item))
+            pool.submit(begun[-1])
         while begun:
             yield first()
     finally:
-        wait([future for _, future in begun if not future.cancel()])
+        running = [call for call in begun if not pool.withdraw(call)]
+        interrupts: list[BaseException] = []
+        _insist(lambda: all(call.done.wait() for call in running), interrupts.append)
+        if interrupts:
+            raise interrupts.pop()
