@@ -31,10 +31,10 @@ from .cuda_kernels import ROW_AXES, ROWS, THREADS, VALUES, VECTORS
 from .memory import address_of, is_transposed, merged_axes
 from .threads import default_num_threads, in_threads
 
-SLOT_BYTES: Final = 8 << 20
+SLOT_BYTES: Final = 4 << 20
 """Bytes that are copied to a device at a time."""
 
-SLOTS: Final = 8
+SLOTS: Final = 16
 """Slots that are in use at a time: full ones wait for the bus while others are filled."""
 
 FILL_BYTES: Final = 256 << 10
