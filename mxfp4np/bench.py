@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from . import __version__
 from .array import MXFP4Array
+from .backends import get_backend
 from .backends.cpu import machine_code, stream
 from .backends.memory import address_of, aligned_empty
 from .backends.threads import default_num_threads, parallel_for, usable_cpus
@@ -40,6 +41,9 @@ SECONDS: Final = 4.0
 
 FILL_BYTES: Final = 16 << 20
 """What a thread fills at a time: as much as it decodes."""
+
+PINNED_BYTES: Final = 64 << 20
+"""What is copied from pinned memory to a device at a time."""
 
 ROW_BLOCKS: Final = 90
 """Blocks in a row of random data: 2880 values, as in gpt-oss."""
@@ -117,6 +121,7 @@ class Result:
 
     source: Source
     threads: int
+    device: str
     asked: int
     """Bytes of bfloat16 that were asked for."""
     rows: list[Row]
@@ -126,6 +131,7 @@ class Result:
         return {
             "machine": machine(),
             "threads": self.threads,
+            "device": self.device,
             "source": self.source.what,
             "tensors": self.source.names,
             "values": self.source.size,
@@ -136,6 +142,8 @@ class Result:
         """Yield a report for a person."""
         yield describe(machine())
         size, threads = 2 * self.source.size, count(self.threads, "thread")
+        if self.device != "cpu":
+            yield f"{self.device}: {_Device(self.device).name}"
         rounds = max(len(row.seconds) for row in self.rows)
         yield f"{self.source.what}: {format_bytes(size)} of bfloat16; {threads}, medians of {rounds} rounds in turn"
         if size < 0.9 * self.asked:
@@ -148,12 +156,22 @@ class Result:
             right = [cell.rjust(width) for cell, width in zip(cells[2:], widths[2:], strict=True)]
             yield "  ".join([*left, *right]).rstrip()
         yield ""
-        yield "GB/s of output. Under each way of decoding: its limits, and the share of them that it reached. stream"
-        yield "loads the same packed bytes and stores as many bytes of output, past the cache, and decodes nothing."
+        yield "GB/s of output. Under each way of decoding: its limits, and the share of them that it reached."
+        if self.device == "cpu":
+            yield "stream: load the same packed bytes, store as many of output, past the cache, and decode nothing."
+        else:
+            yield "copy: move as many bytes within the device; pinned memory: the packed bytes to the device."
 
 
 def run(
-    path: Path | None, *, layout: str | None, size: int, dtypes: Sequence[str], threads: int | None, bar: ProgressBar
+    path: Path | None,
+    *,
+    layout: str | None,
+    size: int,
+    dtypes: Sequence[str],
+    threads: int | None,
+    device: str,
+    bar: ProgressBar,
 ) -> Result:
     """Measure decoding, and its limits.
 
@@ -169,34 +187,39 @@ def run(
         What to decode to.
     threads : int, optional
         At most this many.
+    device : str
+        Where to decode.
     bar : callable
         As for `mxfp4np.demo.run`.
 
     Raises
     ------
+    BackendUnavailableError
+        If the device needs what is not installed.
     CheckpointError
         If the checkpoint has no packed tensors.
     """
     threads = threads or default_num_threads()
+    memory = available_memory() if device == "cpu" else min(available_memory(), _Device(device).free)
     # Half of what is free is for the packed bytes, the output, and another one while new ones are measured.
     value_bytes = (BYTES_PER_BLOCK + 1) / BLOCK_SIZE + 2 * max(decoded_dtype(dtype).itemsize for dtype in dtypes)
-    values = available_memory() / 2 / value_bytes
+    values = memory / 2 / value_bytes
     room = int(min(size, 2 * values))
     if path is None:
-        source = random_source(room)
-        return Result(source, threads, size, measure(source, dtypes, threads, bar))
-    with Checkpoint(path, layout=layout) as checkpoint:
+        source = random_source(room, device)
+        return Result(source, threads, device, size, measure(source, dtypes, threads, device, bar))
+    with Checkpoint(path, device, layout=layout) as checkpoint:
         source = checkpoint_source(checkpoint, room)
-        return Result(source, threads, size, measure(source, dtypes, threads, bar))
+        return Result(source, threads, device, size, measure(source, dtypes, threads, device, bar))
 
 
-def random_source(size: int) -> Source:
+def random_source(size: int, device: str = "cpu") -> Source:
     """Return random codes and scales that decode to about so many bytes of bfloat16, but to one row at least."""
     rng = np.random.default_rng(0)
     shape = max(1, size // (2 * BLOCK_SIZE * ROW_BLOCKS)), ROW_BLOCKS
     blocks = rng.integers(0, 256, (*shape, BYTES_PER_BLOCK), np.uint8)
     array = MXFP4Array(blocks, rng.integers(118, 126, shape, np.uint8))
-    return Source("random data in memory", [array], [array.decode])
+    return Source("random data in memory", [array], [partial(array.decode, device=device)])
 
 
 def checkpoint_source(checkpoint: Checkpoint, size: int) -> Source:
@@ -222,37 +245,33 @@ def checkpoint_source(checkpoint: Checkpoint, size: int) -> Source:
     return Source(what, [array], [partial(checkpoint.get, name, index=index)], [name])
 
 
-def measure(source: Source, dtypes: Sequence[str], threads: int, bar: ProgressBar) -> list[Row]:
-    """Return rows for each dtype: decoding to an output that is reused, and to new ones, each before its limits."""
+def measure(source: Source, dtypes: Sequence[str], threads: int, device: str, bar: ProgressBar) -> list[Row]:
+    """Return rows for each dtype: ways of decoding, each before its limits."""
     found: list[Row] = []
     sizes = {dtype: decoded_dtype(dtype).itemsize * source.size for dtype in dtypes}
-    memory = aligned_empty((max(sizes.values()),), np.dtype(np.uint8))
-    fill(memory, threads)
+    memory = get_backend(device=device).empty((max(sizes.values()),), np.dtype(np.uint8))
+    runs_of = _runs if device == "cpu" else _runs_on_device
     with bar(sum(sizes.values()), "measuring") as progress:
         for dtype, nbytes in sizes.items():
-            found += _measure(source, memory[:nbytes], dtype, threads, SECONDS / len(dtypes))
+            runs = runs_of(source, memory[:nbytes], dtype, threads)
+            found += _measure(runs, dtype, nbytes, SECONDS / len(dtypes))
             progress(nbytes)
     return found
 
 
-def _measure(source: Source, memory: NDArray[np.uint8], dtype: str, threads: int, budget: float) -> list[Row]:
-    runs = _runs(source, memory, dtype, threads)
+def _measure(runs: dict[str, Run], dtype: str, nbytes: int, budget: float) -> list[Row]:
     found: list[Row] = []
     decoding = None
     for name, seconds in zip(runs, in_turn(list(runs.values()), ROUNDS, budget), strict=True):
         is_limit = not name.startswith("decode")
-        found.append(Row(dtype, name, memory.nbytes, seconds, decoding if is_limit else None))
+        found.append(Row(dtype, name, nbytes, seconds, decoding if is_limit else None))
         decoding = decoding if is_limit else found[-1]
     return found
 
 
 def _runs(source: Source, memory: NDArray[np.uint8], dtype: str, threads: int) -> dict[str, Run]:
     """Return what is run in each round, limits behind what they are limits of."""
-    outs, begin = [], 0
-    for array in source.arrays:
-        nbytes = decoded_dtype(dtype).itemsize * array.size
-        outs.append(memory[begin : begin + nbytes].view(decoded_dtype(dtype)).reshape(array.shape))
-        begin += nbytes
+    outs = _outputs(source, memory, dtype)
 
     def decode_all() -> None:
         for decoder, out in zip(source.decoders, outs, strict=True):
@@ -277,6 +296,84 @@ def _runs(source: Source, memory: NDArray[np.uint8], dtype: str, threads: int) -
         "decode, new output": decode_new,
         "allocate and fill": fill_new,
     }
+
+
+def _runs_on_device(source: Source, memory: Any, dtype: str, threads: int) -> dict[str, Run]:
+    """Return what is run in each round on a CUDA device: from packed bytes that are there, and from those elsewhere."""
+    device = _Device(f"cuda:{memory.device.id}")
+    outs = _outputs(source, memory, dtype)
+    packed = sum(array.nbytes for array in source.arrays)
+    there = [array.replace(device.copied(array.blocks), device.copied(array.scales)) for array in source.arrays]
+
+    def decode_there() -> None:
+        for array, out in zip(there, outs, strict=True):
+            array.decode(out=out)
+
+    def decode_all() -> None:
+        for decoder, out in zip(source.decoders, outs, strict=True):
+            decoder(dtype=dtype, out=out, num_threads=threads)
+
+    return {
+        "decode": device.finishing(decode_there),
+        "copy": device.finishing(device.copying((packed + memory.nbytes) // 2)),
+        f"decode, from the {'file' if source.names else 'host'}": device.finishing(decode_all),
+        "pinned memory": device.finishing(device.copying_pinned(packed)),
+    }
+
+
+class _Device:
+    """A CUDA device, and the copies that are the limits of decoding there."""
+
+    def __init__(self, device: str) -> None:
+        get_backend(device=device)  # says what is missing
+        import cupy
+
+        self._cupy, self._device = cupy, cupy.cuda.Device(int(device.partition(":")[2] or cupy.cuda.Device().id))
+        self.name = cupy.cuda.runtime.getDeviceProperties(self._device.id)["name"].decode()
+        self.free = self._device.mem_info[0]
+
+    def copied(self, array: NDArray[Any]) -> Any:
+        """Return a copy on the device."""
+        with self._device:
+            return self._cupy.asarray(array)
+
+    def copying(self, nbytes: int) -> Run:
+        """Return a function that copies so many bytes within the memory of the device."""
+        with self._device:
+            source, target = (self._cupy.zeros(nbytes, np.uint8) for _ in range(2))
+        return lambda: target.data.copy_from_device_async(source.data, nbytes)
+
+    def copying_pinned(self, nbytes: int) -> Run:
+        """Return a function that copies so many bytes from pinned memory to the device."""
+        size = min(nbytes, PINNED_BYTES)
+        with self._device:
+            source, target = self._cupy.cuda.alloc_pinned_memory(size), self._cupy.empty(size, np.uint8)
+
+        def copy() -> None:
+            for begin in range(0, nbytes, size):
+                target.data.copy_from_host_async(source, min(size, nbytes - begin))
+
+        return copy
+
+    def finishing(self, run: Run) -> Run:
+        """Return a function that runs another there, and waits until the device is done."""
+
+        def finish() -> None:
+            with self._device:
+                run()
+            self._device.synchronize()
+
+        return finish
+
+
+def _outputs(source: Source, memory: Any, dtype: str) -> list[Any]:
+    """Return parts of memory as the outputs of the arrays."""
+    outs, begin = [], 0
+    for array in source.arrays:
+        nbytes = decoded_dtype(dtype).itemsize * array.size
+        outs.append(memory[begin : begin + nbytes].view(decoded_dtype(dtype)).reshape(array.shape))
+        begin += nbytes
+    return outs
 
 
 def in_turn(

@@ -244,6 +244,7 @@ def _bench(args: argparse.Namespace) -> int:
         size=args.size,
         dtypes=[args.dtype] if args.dtype else DTYPES,
         threads=args.threads,
+        device=args.device,
         bar=partial(progress_bar, quiet=args.quiet),
     )
     print(json.dumps(result.to_json()) if args.json else "\n".join(result.lines()))
@@ -352,6 +353,7 @@ def _parser() -> argparse.ArgumentParser:
     bench = command("bench", _bench, "Measure how fast this machine decodes, beside what its memory allows.")
     checkpoint(bench, nargs="?")
     bench.add_argument("--dtype", choices=DTYPES, help="default: each of them")
+    bench.add_argument("--device", default="cpu", help="cpu or cuda:0 (default: cpu)")
     bench.add_argument("--threads", type=parse_count, metavar="N", help="at most (default: as decoding uses)")
     bench.add_argument("--size", type=parse_size, default=512_000_000, help="decoded to bfloat16 (default: 512MB)")
     bench.add_argument("--json", action="store_true", help="print the figures as JSON")
@@ -376,13 +378,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         message, status = "interrupted", 130
+    except (MXFP4Error, ValueError, IndexError) as error:
+        message, status = str(error), 2
     except MemoryError as error:
         message, status = f"out of memory: {error or 'ask for less at a time'}", 2
     except OSError as error:
         message, status = f"{error.filename}: {error.strerror}" if error.filename else str(error), 2
         _discard_output()
-    except (MXFP4Error, ValueError, IndexError) as error:
-        message, status = str(error), 2
     from .report import escape
 
     print(f"mxfp4np: {escape(message)}", file=sys.stderr)

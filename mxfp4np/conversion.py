@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from .array import swapped
+from .backends import as_numpy
 from .checkpoint import Checkpoint, PathLike, TensorInfo
 from .container import DTYPES, SAFETENSORS_DTYPES
 from .errors import CheckpointError
@@ -68,7 +69,11 @@ class Decoded(Single):
         parts = checkpoint.pieces(self.name, PIECE_BYTES, dtype=dtype, transpose=self.transpose)
         for _, part in parts:
             shape = swapped(part.shape) if self.transpose else part.shape
-            out = part.decode(out=scratch.empty(shape, dtype), transpose=self.transpose, num_threads=1)
+            out = scratch.empty(shape, dtype)
+            if checkpoint.device == "cpu":
+                part.decode(out=out, transpose=self.transpose, num_threads=1)
+            else:
+                as_numpy(part.decode(dtype, transpose=self.transpose, device=checkpoint.device, num_threads=1), out)
             overflow += count_overflow(part, out)
             yield 0, begin, out
             begin += out.nbytes
@@ -326,8 +331,10 @@ def convert(
         Bytes of a file, as huggingface_hub counts them.
     include, exclude : str or iterable of str
         Shell-style patterns of logical names: those to write, all by default, and those to leave out.
-    layout, io, device : str, optional
+    layout, io : str, optional
         See `Checkpoint`.
+    device : str
+        Where to decode. What is decoded comes back over the bus to be written, so that ``"cpu"`` is rarely slower.
     workers : int, optional
         Threads, each of which writes a shard at a time. By default as many as decoding uses.
     task : (int, int), optional

@@ -5,6 +5,8 @@ All but the last tests need a device and are skipped without one.
 
 import ctypes
 import gc
+import json
+import re
 import sys
 import threading
 import types
@@ -275,6 +277,32 @@ def test_a_checkpoint_on_a_device(model, io):
         with pytest.raises(mxfp4np.TensorNotFoundError):
             ckpt["none"]
     assert {name: array.device.id for name, array in mxfp4np.load_file(model, "cuda").items()} == dict.fromkeys(host, 0)
+
+
+@marked
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_converting_on_a_device_gives_the_same_files(model, tmp_path, dtype):
+    files = []
+    for device in ("cpu", "cuda:0"):
+        mxfp4np.convert(model, tmp_path / device[:4], dtype=dtype, transpose="yes", device=device)
+        files.append([path.read_bytes() for path in sorted((tmp_path / device[:4]).glob("*.safetensors"))])
+    assert files[0] == files[1] != []
+
+
+@marked
+def test_bench_measures_a_device(command, model):
+    options = "--size", "2MB", "--dtype", "float16"
+    for source in ([], [model]):
+        status, out, err = command("bench", *source, "--device", "cuda", *options, "--json")
+        assert (status, err) == (0, "")
+        found = json.loads(out)
+        assert found["device"] == "cuda"
+        elsewhere = "decode, from the file" if source else "decode, from the host"
+        assert [row["what"] for row in found["rows"]] == ["decode", "copy", elsewhere, "pinned memory"]
+        assert [row["limit_of"] for row in found["rows"]] == [None, "decode", None, elsewhere]
+    status, out, _ = command("bench", "--device", "cuda:0", *options)
+    assert status == 0
+    assert cupy.cuda.runtime.getDeviceProperties(0)["name"].decode() in out
 
 
 @marked
@@ -708,7 +736,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("what", BROKEN)
-def test_what_is_missing_is_said_and_what_works_instead(fake_cupy, model, what):
+def test_what_is_missing_is_said_and_what_works_instead(fake_cupy, refused, model, what):
     module, message = BROKEN[what]
     fake_cupy(module)
     pair = np.zeros((1, 16), np.uint8), np.zeros(1, np.uint8)
@@ -718,9 +746,12 @@ def test_what_is_missing_is_said_and_what_works_instead(fake_cupy, model, what):
         lambda: mxfp4np.Checkpoint(model, device="cuda"),
         lambda: mxfp4np.decode(*pair, device="cuda:0"),
         lambda: mxfp4np.encode(np.zeros(32, np.float32), backend="cuda"),
+        lambda: mxfp4np.convert(model, model / "converted", device="cuda"),
     ):
         with pytest.raises(mxfp4np.BackendUnavailableError, match=message):
             use()
+    assert re.search(message, refused("bench", "--device", "cuda"))
+    assert re.search(message, refused("convert", model, model / "converted", "--device", "cuda:0"))
     assert mxfp4np.decode(*pair).shape == (32,)
 
 

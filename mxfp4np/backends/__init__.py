@@ -165,10 +165,10 @@ def as_array(array: Any) -> NDArray[Any]:
     return np.asarray(array)
 
 
-def as_numpy(array: Any) -> NDArray[Any]:
-    """Return a NumPy array: a copy of what is on a CUDA device."""
+def as_numpy(array: Any, out: NDArray[Any] | None = None) -> NDArray[Any]:
+    """Return a NumPy array: a copy of what is on a CUDA device, contiguous or in ``out``."""
     array = as_array(array)
-    return array if isinstance(array, np.ndarray) else array.get()
+    return array if isinstance(array, np.ndarray) else array.get(out=out)
 
 
 def device_of(array: Any) -> str:
