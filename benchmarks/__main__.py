@@ -4,7 +4,8 @@
     python -m pip install --no-deps --ignore-requires-python gpt-oss
     python -m benchmarks --write README.md
 
-Sections that are not measured anew keep what the JSON has: ``--only`` alone writes the reports again.
+Sections that are not measured anew keep what the JSON has: ``--only`` alone writes the reports again. So does ``cuda``
+where there is no CuPy, and the plot where there is no matplotlib.
 """
 
 from __future__ import annotations
@@ -13,11 +14,21 @@ import argparse
 import datetime as dt
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from benchmarks import limits, peers, plot, report, scaling
+from benchmarks import limits, peers, report, scaling
 from mxfp4np.backends.threads import default_num_threads
 from mxfp4np.bench import machine
+
+
+def cuda(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure a CUDA device, which needs CuPy."""
+    from benchmarks.cuda import measure
+
+    return measure(options)
+
 
 SECTIONS = {
     "peers": peers.measure,
@@ -25,6 +36,7 @@ SECTIONS = {
     "latency": limits.latency,
     "sizes": scaling.sizes,
     "threads": scaling.threads,
+    "cuda": cuda,
 }
 
 
@@ -43,7 +55,7 @@ def main() -> None:
     old = json.loads(path.read_text()) if path.exists() else {}
     results = {}
     for name, measure in SECTIONS.items():
-        if name in options.only:
+        if name in options.only and (name != "cuda" or find_spec("cupy")):
             print(f"measuring {name}", file=sys.stderr)
             results[name] = {
                 "date": f"{dt.datetime.now(dt.UTC):%Y-%m-%d}",
@@ -52,12 +64,19 @@ def main() -> None:
                 "rounds": options.rounds,
                 "rows": measure(options),
             }
+            if name == "cuda":
+                from benchmarks.cuda import device
+
+                results[name]["device"] = device()
             print(report.table(name, results[name]["rows"]), end="\n\n")
         elif name in old:
             results[name] = old[name]
     path.write_text(json.dumps(results, indent=1) + "\n")
     path.with_suffix(".md").write_text(report.markdown(results))
-    plot.write(results, path.with_suffix(".png"))
+    if find_spec("matplotlib"):
+        from benchmarks import plot
+
+        plot.write(results, path.with_suffix(".png"))
     if options.write:
         options.write.write_text(report.with_table(options.write.read_text(), results))
 

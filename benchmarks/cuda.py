@@ -1,6 +1,4 @@
-"""The CUDA backend against the memory it runs on, the bus, and its peers, all in turn.
-
-    python -m benchmarks.cuda [--json FILE]
+"""The CUDA backend against the memory of its device, the bus, and its peers, all in turn.
 
 Times on the device are taken with CUDA events, those that begin on the host by the clock. Peers that are not installed
 are left out: torch, and gpt-oss.
@@ -8,146 +6,146 @@ are left out: torch, and gpt-oss.
 
 from __future__ import annotations
 
-import argparse
-import json
+import ctypes
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from argparse import Namespace
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cupy
 import numpy as np
 
 import mxfp4np
-from mxfp4np.backends.threads import default_num_threads
-from mxfp4np.bench import describe, machine
+from mxfp4np.backends.memory import address_of
+from mxfp4np.backends.threads import parallel_for
+from mxfp4np.bench import Run
 from mxfp4np.format import DTYPES
 
 ROWS, GROUPS = 5760, 90  # gpt-oss-20b: mlp1 is [32, 5760, 90, 16], mlp2 [32, 2880, 90, 16]
-EXPERTS = 64
-Run = Callable[[], object]
-before: cupy.ndarray | None = None
+EXPERTS, LAYERS = 64, 4
+PINNED_BYTES = 4 << 20
 
 
-def device_seconds(run: Run) -> float:
-    """Return the seconds between two events around what a run queues, behind work that clears the cache."""
-    global before  # noqa: PLW0603
-    if before is None:
-        before = cupy.empty(1 << 30, np.uint8)
-    begin, end = cupy.cuda.Event(), cupy.cuda.Event()
-    before.fill(0)  # while it runs, the host gets ahead
-    begin.record()
-    result = run()
-    end.record()
-    end.synchronize()
-    del result
-    return cupy.cuda.get_elapsed_time(begin, end) / 1e3
+class Subject(NamedTuple):
+    """Something to run, the bytes that it moves, and the values that it decodes or encodes."""
+
+    run: Run
+    nbytes: float
+    values: float = 0
 
 
-def clock_seconds(run: Run) -> float:
-    """Return the seconds by the clock until a run is done on the device too."""
-    cupy.cuda.Device().synchronize()
-    begin = time.perf_counter()
-    result = run()
-    cupy.cuda.Device().synchronize()
-    seconds = time.perf_counter() - begin
-    del result
-    return seconds
+class Clock:
+    """Seconds of runs: between CUDA events, or by the clock."""
+
+    def __init__(self) -> None:
+        self.before = cupy.empty(1 << 30, np.uint8)
+
+    def on_device(self, run: Run) -> float:
+        """Return the seconds between two events around what a run queues, behind work that clears the cache."""
+        begin, end = cupy.cuda.Event(), cupy.cuda.Event()
+        self.before.fill(0)  # while it runs, the host gets ahead
+        begin.record()
+        result = run()
+        end.record()
+        end.synchronize()
+        del result
+        return cupy.cuda.get_elapsed_time(begin, end) / 1e3
+
+    def from_host(self, run: Run) -> float:
+        """Return the seconds by the clock until a run is done on the device too."""
+        cupy.cuda.Device().synchronize()
+        begin = time.perf_counter()
+        result = run()
+        cupy.cuda.Device().synchronize()
+        seconds = time.perf_counter() - begin
+        del result
+        return seconds
 
 
-class Table:
-    """Runs of several subjects in turn, each rated by bytes a second, of the first one's rate."""
-
-    def __init__(self, rounds: int) -> None:
-        self.rounds = rounds
-        self.rows: list[dict[str, Any]] = []
-
-    def add(self, subjects: dict[str, tuple[Run, float]], seconds: Callable[[Run], float], elements: float) -> None:
-        """Time subjects, given with the bytes that they move; the first is the limit."""
-        times: dict[str, list[float]] = {name: [] for name in subjects}
-        for i in range(self.rounds + 2):
-            for name, (run, _) in subjects.items():
-                taken = seconds(run)
-                if i >= 2:
-                    times[name].append(taken)
-        limit = next(iter(subjects))
-        for name, (_, nbytes) in subjects.items():
-            shares = sorted(
-                nbytes / t / (subjects[limit][1] / s) for t, s in zip(times[name], times[limit], strict=True)
-            )
-            median = statistics.median(times[name])
-            row = {
+def in_turn(subjects: dict[str, Subject], seconds: Callable[[Run], float], rounds: int) -> list[dict[str, Any]]:
+    """Time subjects, and rate them by bytes a second, of the rate of the first one, the limit."""
+    times: dict[str, list[float]] = {name: [] for name in subjects}
+    for i in range(rounds + 2):
+        for name, subject in subjects.items():
+            taken = seconds(subject.run)
+            if i >= 2:
+                times[name].append(taken)
+    limit, *_ = subjects
+    rows = []
+    for name, subject in subjects.items():
+        rates = [subject.nbytes / s / 1e9 for s in times[name]]
+        limits = [subjects[limit].nbytes / s / 1e9 for s in times[limit]]
+        median = statistics.median(times[name])
+        rows.append(
+            {
                 "what": name,
                 "microseconds": median * 1e6,
-                "GB/s": nbytes / median / 1e9,
-                "Gelem/s": 0 if name == limit else elements / median / 1e9,
-                "share": statistics.median(shares),
-                "lowest": shares[0],
-                "highest": shares[-1],
+                "rates": sorted(rates),
+                "values": subject.values / median,
+                "shares": sorted(rate / other for rate, other in zip(rates, limits, strict=True)),
             }
-            self.rows.append(row)
-            print(
-                f"| {name} | {row['microseconds']:,.0f} | {row['GB/s']:,.1f} | {row['Gelem/s']:,.1f} | "
-                f"{row['share']:.2f} | {row['lowest']:.2f} to {row['highest']:.2f} |",
-                flush=True,
-            )
+        )
+    return rows
 
 
-def resident(table: Table) -> None:
+def resident(clock: Clock, rounds: int) -> Iterator[dict[str, Any]]:
     """Decode and encode what is on the device."""
     blocks = cupy.random.randint(0, 256, (EXPERTS, ROWS, GROUPS, 16), np.uint8)
     scales = cupy.random.randint(110, 135, (EXPERTS, ROWS, GROUPS), np.uint8)
     packed = mxfp4np.MXFP4Array(blocks, scales)
-    copied, copy = cupy.random.randint(0, 256, (2 << 30,), np.uint8), cupy.empty(2 << 30, np.uint8)
-    limit = lambda: copy.data.copy_from_device_async(copied.data, copied.nbytes)  # noqa: E731
-    subjects: dict[str, tuple[Run, float]] = {"limit: copy on the device": (limit, 2 * copied.nbytes)}
+    source, target = cupy.random.randint(0, 256, (2 << 30,), np.uint8), cupy.empty(2 << 30, np.uint8)
+
+    def copy(nbytes: int) -> Subject:
+        return Subject(lambda: target.data.copy_from_device_async(source.data, nbytes), 2 * nbytes)
+
+    subjects = {"limit: copy on the device": copy(source.nbytes)}
     outs = {dtype: packed.decode(dtype) for dtype in DTYPES}
-    turned = {dtype: out.reshape(EXPERTS, 32 * GROUPS, ROWS) for dtype, out in outs.items()}
-    back = mxfp4np.encode(outs["bfloat16"])
     for dtype, out in outs.items():
-        moved = packed.nbytes + out.nbytes
-        subjects[f"decode, {dtype}"] = lambda out=out: packed.decode(out=out), moved
-        t = turned[dtype]
-        subjects[f"decode transposed, {dtype}"] = lambda t=t: packed.decode(out=t, transpose=True), moved
-    half, strided = packed[:, ::2], outs["bfloat16"][:, : ROWS // 2]
-    moved = half.nbytes + strided.nbytes
-    subjects["decode every second row to rows with gaps, bfloat16"] = lambda: half.decode(out=strided), moved
-    floats = {dtype: cupy.random.standard_normal(1 << 28, np.float32).astype(out.dtype) for dtype, out in outs.items()}
-    encoded = {dtype: mxfp4np.encode(x) for dtype, x in floats.items()}
-    for dtype, x in floats.items():
+        turned, moved = out.reshape(EXPERTS, 32 * GROUPS, ROWS), packed.nbytes + out.nbytes
+        subjects[f"decode, {dtype}"] = Subject(lambda out=out: packed.decode(out=out), moved, packed.size)
+        subjects[f"decode transposed, {dtype}"] = Subject(
+            lambda turned=turned: packed.decode(out=turned, transpose=True), moved, packed.size
+        )
+    half, gaps = packed[:, ::2], outs["bfloat16"][:, : ROWS // 2]
+    subjects["decode every second row to rows with gaps, bfloat16"] = Subject(
+        lambda: half.decode(out=gaps), half.nbytes + gaps.nbytes, half.size
+    )
+    for dtype, out in outs.items():
+        x = cupy.random.standard_normal(1 << 28, np.float32).astype(out.dtype)
         for rule in ("even", "floor"):
-            e = encoded[dtype]
-            run = lambda x=x, e=e, rule=rule: mxfp4np.encode(x, rule, out=e)  # noqa: E731
-            subjects[f"encode, {dtype}, {rule}"] = run, x.nbytes + e.nbytes
-    moved = packed.nbytes + outs["bfloat16"].nbytes
+            encoded = mxfp4np.encode(x, rule)
+            subjects[f"encode, {dtype}, {rule}"] = Subject(
+                lambda x=x, rule=rule, encoded=encoded: mxfp4np.encode(x, rule, out=encoded),
+                x.nbytes + encoded.nbytes,
+                x.size,
+            )
+    for what, run in torch_runs(blocks, scales).items():
+        subjects[f"gpt-oss's formula, {what}, bfloat16"] = Subject(
+            run, packed.nbytes + outs["bfloat16"].nbytes, packed.size
+        )
+    yield from in_turn(subjects, clock.on_device, rounds)
+    one = packed[0]
+    out = one.decode()
+    moved = one.nbytes + out.nbytes
+    subjects = {
+        "limit: copy of as many bytes as one expert": copy(moved // 2),
+        "decode one expert, output reused": Subject(lambda: one.decode(out=out), moved, one.size),
+        "decode one expert, new output": Subject(one.decode, moved, one.size),
+    }
+    yield from in_turn(subjects, clock.on_device, 3 * rounds)
+    subjects = {f"{name}, by the clock": subject for name, subject in subjects.items()}
+    yield from in_turn(subjects, clock.from_host, 3 * rounds)
+
+
+def torch_runs(blocks: cupy.ndarray, scales: cupy.ndarray) -> dict[str, Run]:
+    """Return the formula of gpt-oss's loader, in eager mode and compiled, over the same memory, if torch is there."""
     try:
         import torch
     except ImportError:
-        pass
-    else:
-        eager, compiled = torch_runs(torch, blocks, scales)
-        subjects["gpt-oss's formula, torch eager, bfloat16"] = eager, moved
-        subjects["gpt-oss's formula, torch.compile, bfloat16"] = compiled, moved
-    table.add(subjects, device_seconds, packed.size)
-    del back
-    one = packed[0]
-    out = one.decode()
-    subjects = {
-        "limit: copy of as many bytes": (
-            lambda: copy.data.copy_from_device_async(copied.data, (one.nbytes + out.nbytes) // 2),
-            one.nbytes + out.nbytes,
-        ),
-        "decode one expert, output reused": (lambda: one.decode(out=out), one.nbytes + out.nbytes),
-        "decode one expert, new output": (one.decode, one.nbytes + out.nbytes),
-    }
-    table.add(subjects, device_seconds, one.size)
-    table.add({f"{name}, by the clock": subject for name, subject in subjects.items()}, clock_seconds, one.size)
-
-
-def torch_runs(torch: Any, blocks: cupy.ndarray, scales: cupy.ndarray) -> tuple[Run, Run]:
-    """Return the formula of gpt-oss's loader, in eager mode and compiled, over the same memory."""
+        return {}
     values = torch.tensor(mxfp4np.format.FP4_VALUES, dtype=torch.bfloat16, device="cuda")
     codes, factors = torch.from_dlpack(blocks).reshape(-1, 16), torch.from_dlpack(scales).reshape(-1, 1)
 
@@ -168,14 +166,13 @@ def torch_runs(torch: Any, blocks: cupy.ndarray, scales: cupy.ndarray) -> tuple[
         exponents = factors.to(torch.int32) - 127
         return torch.ldexp(torch.stack([low, high], -1).flatten(-2), exponents)
 
-    return eager, lambda: formula(codes, factors)
+    return {"torch eager": eager, "torch.compile": lambda: formula(codes, factors)}
 
 
-def from_file(table: Table, folder: Path) -> None:
-    """Decode from a cached file to the device."""
+def from_file(clock: Clock, rounds: int, threads: int, folder: Path) -> list[dict[str, Any]]:
+    """Decode from files in the page cache to the device."""
     rng = np.random.default_rng(0)
-    layers = 4
-    for i in range(layers):
+    for i in range(LAYERS):
         for j, rows in enumerate((ROWS, ROWS // 2)):
             shape = 32, rows, GROUPS
             tensor = mxfp4np.MXFP4Array(
@@ -183,28 +180,31 @@ def from_file(table: Table, folder: Path) -> None:
             )
             mxfp4np.save_file({f"block.{i}.mlp.mlp{j + 1}_weight": tensor}, folder / f"{i}-{j}.safetensors")
     there, here = mxfp4np.Checkpoint(folder, "cuda:0"), mxfp4np.Checkpoint(folder)
-    nbytes = sum(here.packed(name).nbytes for name in here)
-    elements = sum(here.packed(name).size for name in here)
-    pinned = np.frombuffer(cupy.cuda.alloc_pinned_memory(256 << 20), np.uint8, 256 << 20)
-    target = cupy.empty(256 << 20, np.uint8)
+    names = list(here)
+    packed = {name: here.packed(name) for name in names}
+
+    def load(checkpoint: Any, names: list[str]) -> None:
+        for name in names:
+            checkpoint.get(name)
 
     def open_and_load() -> None:
-        with mxfp4np.Checkpoint(folder, "cuda:0") as ckpt:
-            for name in ckpt:
-                ckpt[name]
+        with mxfp4np.Checkpoint(folder, "cuda:0") as checkpoint:
+            load(checkpoint, names)
 
-    subjects: dict[str, tuple[Run, float]] = {
-        "limit: pinned memory to the device": (lambda: target.set(pinned), pinned.nbytes),
-        "file to device, opened anew, layer by layer": (open_and_load, nbytes),
-        "file to device, layer by layer": (lambda: [there[name].shape for name in there], nbytes),
-        "the largest tensor alone": (
-            lambda: there["block.0.mlp.mlp1_weight"],
-            here.packed("block.0.mlp.mlp1_weight").nbytes,
+    def subject(run: Run, names: list[str]) -> Subject:
+        return Subject(run, sum(packed[name].nbytes for name in names), sum(packed[name].size for name in names))
+
+    pinned = np.frombuffer(cupy.cuda.alloc_pinned_memory(256 << 20), np.uint8, 256 << 20)
+    target = cupy.empty(256 << 20, np.uint8)
+    subjects = {
+        "limit: pinned memory to the device": Subject(lambda: target.set(pinned), pinned.nbytes),
+        "the same bytes of the files to pinned memory, no bus": subject(
+            lambda: copy_to_pinned(list(packed.values()), pinned, threads), names
         ),
-        "decode on the CPU, then copy": (
-            lambda: [cupy.asarray(here[name]).shape for name in list(here)[:2]],
-            nbytes / layers,
-        ),
+        "files to device, layer by layer": subject(lambda: load(there, names), names),
+        "files to device, opened anew": subject(open_and_load, names),
+        "the largest tensor alone": subject(lambda: there.get(names[0]), names[:1]),
+        "decode on the CPU, then copy": subject(lambda: [cupy.asarray(here[name]) for name in names[:2]], names[:2]),
     }
     try:
         import torch
@@ -213,40 +213,36 @@ def from_file(table: Table, folder: Path) -> None:
         pass
     else:
         peer = Checkpoint(str(folder), torch.device("cuda:0"))
-        subjects["gpt-oss `Checkpoint(device='cuda').get`"] = (
-            lambda: [peer.get(name).shape for name in list(here)[:2]],
-            nbytes / layers,
+        subjects["gpt-oss `Checkpoint(device='cuda').get`"] = subject(lambda: load(peer, names[:2]), names[:2])
+    return in_turn(subjects, clock.from_host, rounds)
+
+
+def copy_to_pinned(arrays: list[mxfp4np.MXFP4Array], pinned: np.ndarray, threads: int) -> None:
+    """Copy packed blocks to pinned memory, over and over to the same, in several threads."""
+    step, count = PINNED_BYTES, min(2 * threads, pinned.nbytes // PINNED_BYTES)
+    for array in arrays:
+        source, target = address_of(array.blocks), address_of(pinned)
+        parallel_for(
+            lambda i, j, source=source, target=target: ctypes.memmove(
+                target + i // step % count * step, source + i, j - i
+            ),
+            array.blocks.nbytes,
+            step,
+            threads,
         )
-    begin = time.perf_counter()
-    _ = there["block.0.mlp.mlp2_weight"].shape
-    cupy.cuda.Device().synchronize()
-    print(f"first tensor of the process: {time.perf_counter() - begin:.3f} s")
-    table.add(subjects, clock_seconds, elements)
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["resident", "file"], help="what to measure (default: both)")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--folder", type=Path, help="where to write a checkpoint of 1.7 GB for a while")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    options = parser.parse_args()
+def measure(options: Namespace) -> list[dict[str, Any]]:
+    """Return rows for what is on the device, and for what comes from files."""
+    clock = Clock()
+    rows = list(resident(clock, options.rounds))
+    cupy.get_default_memory_pool().free_all_blocks()
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+        rows += from_file(clock, options.rounds, options.threads, Path(folder))
+    return rows
+
+
+def device() -> str:
+    """Return the name of the device, and the CUDA that its driver is for."""
     name = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
-    where = machine("cupy-cuda12x", "cupy-cuda13x", "torch", "gpt-oss")
-    print(f"{name}, driver for CUDA {cupy.cuda.runtime.driverGetVersion()}; {describe(where)}")
-    print(f"{default_num_threads()} threads\n")
-    print("| what | us | GB/s | Gelem/s | share of limit | lowest to highest |\n|---|---:|---:|---:|---:|---:|")
-    table = Table(options.rounds)
-    if options.only != "file":
-        resident(table)
-        cupy.get_default_memory_pool().free_all_blocks()
-    if options.only != "resident":
-        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-            from_file(table, Path(folder))
-    if options.json:
-        options.json.write_text(json.dumps({"device": name, "machine": where, "rows": table.rows}, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    return f"{name}, driver for CUDA {cupy.cuda.runtime.driverGetVersion() / 1000:.1f}"

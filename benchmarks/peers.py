@@ -25,7 +25,10 @@ from mxfp4np.bench import Run, fill, in_turn
 from mxfp4np.format import decoded_dtype
 
 ROW = (5760, 90)  # one expert of gpt-oss-20b's mlp1: 5760 rows of 90 blocks
-PACKAGES = "safetensors", "ml_dtypes", "torch", "gpt-oss", "transformers", "compressed-tensors", "mlx", "gguf"
+PACKAGES = (
+    *("safetensors", "ml_dtypes", "torch", "gpt-oss", "transformers", "compressed-tensors", "mlx", "gguf"),
+    *("cupy-cuda12x", "cupy-cuda13x"),
+)
 REFERENCE = "gpt-oss `Checkpoint.get`"
 
 

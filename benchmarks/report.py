@@ -55,6 +55,14 @@ TABLES: dict[str, dict[str, Cell]] = {
         "microseconds": lambda row, _: f"{median(row['microseconds']):.1f}",
         "lowest to highest": lambda row, _: f"{row['microseconds'][0]:.1f} to {row['microseconds'][-1]:.1f}",
     },
+    "cuda": {
+        "what": lambda row, _: row["what"],
+        "microseconds": lambda row, _: f"{row['microseconds']:,.0f}",
+        "GB/s moved": _rate(1, 0),
+        "G values/s": lambda row, _: f"{row['values'] / 1e9:,.1f}" if row["values"] else "",
+        "of the limit": lambda row, _: f"{median(row['shares']):.2f}",
+        "lowest to highest": lambda row, _: f"{row['shares'][0]:.2f} to {row['shares'][-1]:.2f}",
+    },
     "sizes": {
         "output": lambda row, _: _size(row["bytes"]),
         "run": lambda row, _: row["what"],
@@ -79,6 +87,7 @@ TITLES = {
     "latency": "Latency",
     "sizes": "By size of output, bfloat16",
     "threads": "By threads, bfloat16",
+    "cuda": "On a CUDA device",
 }
 
 
@@ -93,9 +102,10 @@ def table(section: str, rows: list[Row]) -> str:
 
 def caption(section: dict[str, Any]) -> str:
     """Return how and where a section was measured."""
-    threads = count(section["threads"], "thread")
+    device = f"{section['device']}; " if "device" in section else ""
     return (
-        f"{section['date']}, {threads}, medians of {section['rounds']} rounds in turn; {describe(section['machine'])}"
+        f"{section['date']}, {count(section['threads'], 'thread')}, medians of {section['rounds']} rounds in turn; "
+        f"{device}{describe(section['machine'])}"
     )
 
 

@@ -65,6 +65,19 @@ def test_every_subject_has_a_row_whether_it_ran_or_not(monkeypatch):
     assert third == "| b | float32 | ValueError: one |  |  |"
 
 
+def test_a_device_has_its_table_and_is_named():
+    rows = [
+        {"what": "limit", "microseconds": 1466.2, "rates": [2900.0, 2930.0], "values": 0, "shares": [1.0, 1.0]},
+        {"what": "decode", "microseconds": 1000.0, "rates": [2.0, 3.0], "values": 2e9, "shares": [0.5, 0.9]},
+    ]
+    assert rows_of(report.table("cuda", rows)) == [
+        "| limit | 1,466 | 2,915 |  | 1.00 | 1.00 to 1.00 |",
+        "| decode | 1,000 | 2 | 2.0 | 0.70 | 0.50 to 0.90 |",
+    ]
+    section = json.loads(RESULTS.read_text())["peers"]
+    assert "rounds in turn; A device; " in report.caption({**section, "device": "A device"})
+
+
 @pytest.mark.parametrize(
     ("section", "measure", "count"),
     [

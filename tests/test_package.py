@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -119,8 +120,11 @@ def test_the_lowest_versions_tested_are_the_lowest_allowed():
 # README
 
 
-def fenced(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+def fenced(language, *, cuda=False):
+    """Return the blocks of a language: those of the section on CUDA, or of all others."""
+    sections = re.split(r"^## ", README.read_text(), flags=re.MULTILINE)
+    text = "".join(section for section in sections if section.startswith("CUDA\n") == cuda)
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture
@@ -138,6 +142,20 @@ def test_python_examples_of_the_readme_run():
     assert examples
     for example in examples:
         exec(compile(textwrap.dedent(example), "README.md", "exec"), namespace)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not find_spec("cupy"), reason="needs CuPy and an NVIDIA GPU")
+@pytest.mark.usefixtures("demo_folder")
+def test_python_examples_of_the_readme_run_on_a_device():
+    namespace = {}
+    for example in fenced("python"):
+        exec(compile(textwrap.dedent(example), "README.md", "exec"), namespace)
+    (example,) = fenced("python", cuda=True)
+    exec(compile(example, "README.md", "exec"), namespace)
+    assert namespace["weight"].device.id == 0
+    assert np.array_equal(namespace["again"].get(), namespace["weight"].get())
+    assert np.array_equal(namespace["there"].get(), namespace["values"])
 
 
 @pytest.mark.usefixtures("demo_folder")
