@@ -323,7 +323,7 @@ def stream_joined(typingctx, first, second, count, out):
     return types.void(types.int64, types.int64, types.int64, types.int64), codegen
 
 
-PREFETCH_ROWS = 3
+PREFETCH_ROWS, PREFETCH_BLOCKS = 3, 512
 # Bytes of the ring in which lines are made: as many as addresses have different lowest bits; how far decoding is ahead
 # of streaming at least, and at most; and how far behind a line that is streamed nothing may be loaded.
 RING, RING_LAG, RING_LEAD, RING_GAP = 4096, 2048, 3072, 512
@@ -567,8 +567,10 @@ def _decode_rows(geometry, word, streaming, count, first, block, scale, out):
     block_row, scale_row, out_row = 0, 0, 0
     if len(geometry) > ROW_AXES:
         block_row, scale_row, out_row = geometry[-3], geometry[-2], geometry[-1]
-    # What the processor reads ahead by itself ends where a row does.
+    # What the processor reads ahead by itself ends where a row does, and is too little where the system clears pages.
     block_ahead, scale_ahead = PREFETCH_ROWS * block_row, PREFETCH_ROWS * scale_row
+    if block_row == 0:
+        block_ahead, scale_ahead = PREFETCH_BLOCKS * block_step, PREFETCH_BLOCKS * scale_step
     block += first * block_step
     scale += first * scale_step
     out += 32 * first * size
