@@ -32,6 +32,9 @@ FRESH_FACTOR = 4
 SERIAL_BLOCKS = 1 << 16
 """Up to this many blocks, 4 MiB of bfloat16, one thread is as fast as several."""
 
+GROUPS_ABREAST = 4
+"""The fewest groups of 32 rows, where these are transposed: so many are worked on together."""
+
 STREAMING_BYTES = 8 << 20
 """Outputs from this size on are written past the cache: they do not fit into it, and need not be read first.
 
@@ -151,9 +154,11 @@ def _run(
         kernel(np.array([units, 0, 0, units, units, 1, *arrays], np.int64), word)
         return
     threads = num_threads or default_num_threads()
-    fewest, most = PIECE_BLOCKS
-    fewest, most = max(1, fewest * (FRESH_FACTOR if fresh else 1) // unit_blocks), max(1, most // unit_blocks)
-    geometry = np.array([units, 0, 0, fewest, most, 3 * threads, *arrays], np.int64)
+    fewest, most = (blocks // unit_blocks for blocks in PIECE_BLOCKS)
+    if fresh:
+        fewest *= FRESH_FACTOR
+    fewest = max(1 if unit_blocks == 1 else GROUPS_ABREAST, fewest)
+    geometry = np.array([units, 0, 0, fewest, max(fewest, most), 3 * threads, *arrays], np.int64)
 
     def work() -> None:
         while geometry[NEXT] < units:
