@@ -38,7 +38,7 @@ sys.path.insert(0, sys.argv[1])
 import numpy as np
 from numba.core.registry import cpu_target
 from contract import DTYPES, RULES, assert_encodes, assert_same_bits, every_magnitude, every_pair, oracle
-from mxfp4np.backends import cpu_kernels
+from mxfp4np.backends import cpu, cpu_kernels
 from mxfp4np.backends.memory import aligned_empty
 import mxfp4np
 
@@ -58,6 +58,19 @@ for dtype, order in itertools.product(DTYPES, ("pairs", "halves")):
         assert_same_bits(array.decode(out=out), expected)
         out = out.reshape(40, 512, 256)
         assert_same_bits(array.decode(out=out, transpose=True), expected.swapaxes(-1, -2))
+# Tiles side by side, of every scale alone, of all, and of usual ones, past the cache and not.
+rng = np.random.default_rng(0)
+blocks = rng.integers(0, 256, (16, 160, 18, 16), np.uint8)
+scales = np.empty(blocks.shape[:-1], np.uint8)
+scales[..., :16] = np.arange(256).reshape(16, 1, 16)
+scales[..., 16], scales[..., 17] = rng.integers(0, 256, (16, 160)), rng.integers(114, 141, (16, 160))
+for dtype, order, streaming in itertools.product(DTYPES, ("pairs", "halves"), (0, sys.maxsize)):
+    cpu.STREAMING_BYTES = streaming
+    expected = oracle(blocks, scales, dtype, order)
+    for start, end in ((0, 576), (3, 570)):
+        part = mxfp4np.MXFP4Array(blocks, scales, order)[..., start:end]
+        out = aligned_empty((16, end - start, 160), expected.dtype)
+        assert_same_bits(part.decode(out=out, transpose=True), expected[..., start:end].swapaxes(-1, -2))
 for dtype, rule in itertools.product(DTYPES, RULES):
     x = every_magnitude(dtype)
     turned = np.asfortranarray(x.reshape(-1, 64))

@@ -26,8 +26,14 @@ PIECE_BLOCKS = 1 << 13, 1 << 18
 The most first, so that threads seldom start anew, and the fewest at last, so that they end at the same time.
 """
 
+FRESH_FACTOR = 4
+"""In memory that is new, the fewest are so many times as many: threads would clear one and the same huge page."""
+
 SERIAL_BLOCKS = 1 << 16
 """Up to this many blocks, 4 MiB of bfloat16, one thread is as fast as several."""
+
+GROUPS_ABREAST = 4
+"""The fewest groups of 32 rows, where these are transposed: so many are worked on together."""
 
 STREAMING_BYTES = 8 << 20
 """Outputs from this size on are written past the cache: they do not fit into it, and need not be read first.
@@ -66,7 +72,7 @@ class CPUBackend(HostBackend):
         streaming = out.nbytes >= STREAMING_BYTES and not fresh
         table = _table_address(_table_name(out.dtype))
         arrays = _arrays(blocks, scales, out, table, start, transposed=transposed, streaming=streaming)
-        _run(kernel, word, *arrays, num_threads)
+        _run(kernel, word, *arrays, num_threads, fresh=fresh)
 
     def encode(
         self,
@@ -134,15 +140,25 @@ def machine_code() -> str:
 
 
 def _run(
-    kernel: Kernel, word: np.integer[Any], arrays: list[int], units: int, unit_blocks: int, num_threads: int | None
+    kernel: Kernel,
+    word: np.integer[Any],
+    arrays: list[int],
+    units: int,
+    unit_blocks: int,
+    num_threads: int | None,
+    *,
+    fresh: bool = False,
 ) -> None:
     """Run a kernel over all units of so many blocks: in pieces, in several threads, where that pays."""
     if units * unit_blocks <= SERIAL_BLOCKS:
         kernel(np.array([units, 0, 0, units, units, 1, *arrays], np.int64), word)
         return
     threads = num_threads or default_num_threads()
-    fewest, most = (max(1, blocks // unit_blocks) for blocks in PIECE_BLOCKS)
-    geometry = np.array([units, 0, 0, fewest, most, 3 * threads, *arrays], np.int64)
+    fewest, most = (blocks // unit_blocks for blocks in PIECE_BLOCKS)
+    if fresh:
+        fewest *= FRESH_FACTOR
+    fewest = max(1 if unit_blocks == 1 else GROUPS_ABREAST, fewest)
+    geometry = np.array([units, 0, 0, fewest, max(fewest, most), 3 * threads, *arrays], np.int64)
 
     def work() -> None:
         while geometry[NEXT] < units:

@@ -323,12 +323,21 @@ def stream_joined(typingctx, first, second, count, out):
     return types.void(types.int64, types.int64, types.int64, types.int64), codegen
 
 
-PREFETCH_ROWS = 3
+PREFETCH_ROWS, PREFETCH_BLOCKS = 3, 512
 # Bytes of the ring in which lines are made: as many as addresses have different lowest bits; how far decoding is ahead
 # of streaming at least, and at most; and how far behind a line that is streamed nothing may be loaded.
 RING, RING_LAG, RING_LEAD, RING_GAP = 4096, 2048, 3072, 512
 reserve_ring = _reserver(RING + RING + 128, 16)  # to be aligned to its size, and with a block behind its end
 reserve_tile = _reserver(32 * 64, 64)  # table words of 32 rows and 32 columns
+
+# Tiles that are transposed together, so that it is several lines in a row that are written.
+TILES_ABREAST = 4
+reserve_turned = _reserver(TILES_ABREAST * 16 * 32, 64)
+
+# The last scale, and how many up to it, with which no value is subnormal, infinite or NaN; and how to tell which dtype
+# it is: by its 1.
+USUAL_BFLOAT16, USUAL_FLOAT16 = (252, 251), (140, 27)
+SCALE_OF_1, CODE_OF_1, FLOAT16_1 = 127, 2, 0x3C00
 
 
 @intrinsic
@@ -351,6 +360,116 @@ def decode_tile(typingctx, block, block_row, scale, scale_row, table, target, wo
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 6, word), codegen
+
+
+@intrinsic
+def turn_bytes(typingctx, source, row, target):
+    """Write 16 bytes of each of 32 rows to an address, transposed: 32 bytes for each column."""
+
+    def codegen(context, builder, signature, args):
+        source, row, target = args
+        rows = []
+        for _ in range(32):
+            rows.append(_load(builder, source, _vector(_I8, 16)))
+            source = builder.add(source, row)
+        # As in `_transposed`, within parts of 128 bits that have 16 columns.
+        vectors = []
+        for i in range(8):
+            pairs = [_join(builder, rows[i + k], rows[i + 8 + k], range(32)) for k in (0, 16)]
+            vectors.append(_join(builder, *pairs, range(64)))
+        low = [16 * part + i // 2 + 64 * (i % 2) for part in range(4) for i in range(16)]
+        orders = low, [i + 8 for i in low]
+        for _ in range(3):
+            vectors = [_join(builder, vectors[i], vectors[i + 4], order) for i in range(4) for order in orders]
+        order = [16 * part + 8 * column + i for column in range(2) for part in range(4) for i in range(8)]
+        for i, vector in enumerate(vectors):
+            _store(builder, _join(builder, vector, vector, order), _offset(builder, target, 64 * i), 64)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
+
+
+def _magnitudes_by_arithmetic(builder, codes, one, unit):
+    """Return magnitudes of codes, in words, from the word of 1 and the unit of its exponent."""
+    # From 1 on, a code is an exponent and a bit of mantissa; 0.5 has none, which is one too few to subtract; 0 is 0.
+    half = builder.lshr(unit, _constants(_I16, [1] * 32))
+    steps = builder.and_(codes, _constants(_I16, [7] * 32))
+    words = builder.add(builder.sub(one, unit), builder.mul(steps, half))
+    zeros, ones = (builder.icmp_unsigned("==", steps, _constants(_I16, [step] * 32)) for step in (0, 1))
+    words = builder.select(ones, builder.sub(words, half), words)
+    return builder.select(zeros, _constants(_I16, [0] * 32), words)
+
+
+@intrinsic
+def by_codes(typingctx):
+    """Return whether it is codes that are best transposed, not words: where lookups are few, or far from the codes."""
+
+    def codegen(context, builder, signature, args):
+        return ir.Constant(ir.IntType(1), _form(context) in ("avx512", "portable"))
+
+    return types.boolean(), codegen
+
+
+def _turned_decoder(align, *, streaming):
+    @intrinsic
+    def decode_turned(typingctx, codes, scales, table, last, count, target, step, word):
+        """Decode tiles side by side, from codes and scales that are transposed, if all scales are usual ones.
+
+        These are ``count``, up to ``last``: with them no value is subnormal, infinite or NaN, and scales differ in
+        nothing but the exponent. Return whether it is so; if not, nothing is written.
+        """
+
+        def codegen(context, builder, signature, args):
+            codes, scales, table, last, count, target, step, word = args
+            line = builder.add(table, builder.mul(last, ir.Constant(last.type, TABLE_LINE)))
+            words = _load(builder, line, _vector(_I16, 16), TABLE_LINE)
+            words = _magnitudes(builder, _join(builder, words, words, [i % 16 for i in range(32)]))
+            one, two = (_repeated(builder, builder.extract_element(words, _I32(code)), 32) for code in (2, 4))
+            unit = builder.sub(two, one)
+            last, count = (_repeated(builder, builder.trunc(value, _I16), 32) for value in (last, count))
+            behind, usual = [], ir.Constant(_I32, -1)
+            for tile in range(TILES_ABREAST):
+                column = _load(builder, _offset(builder, scales, 512 * tile), _vector(_I8, 32), 32)
+                behind.append(builder.sub(last, builder.zext(column, _vector(_I16, 32))))
+                is_usual = builder.icmp_unsigned("<", behind[tile], count)
+                usual = builder.and_(usual, builder.bitcast(is_usual, _I32))
+            usual = builder.icmp_unsigned("==", usual, ir.Constant(_I32, -1))
+
+            def pairs(j):
+                addresses = (_offset(builder, codes, 512 * tile + 32 * j) for tile in range(TILES_ABREAST))
+                return [_load(builder, address, _vector(_I8, 32), 32) for address in addresses]
+
+            with builder.if_then(usual):  # exponents are those of `last` less a difference, from which 0 stays 0
+                behind = [builder.mul(value, unit) for value in behind]
+                following = pairs(0)
+                for j in range(16):
+                    # What is loaded behind streaming stores can be slow to come.
+                    both, following = following, pairs(min(j + 1, 15))
+                    for i in range(2):
+                        column = j + 16 * i if signature.args[7].signed else 2 * j + i
+                        out = builder.add(target, builder.mul(step, ir.Constant(step.type, column)))
+                        for tile in range(TILES_ABREAST):
+                            code = builder.zext(both[tile], _vector(_I16, 32))
+                            code = builder.lshr(code, _constants(_I16, [4 * i] * 32))
+                            if _form(context) == "avx512":
+                                value = _call(builder, "llvm.x86.avx512.permvar.hi.512", words.type, words, code)
+                            else:
+                                value = _magnitudes_by_arithmetic(builder, code, one, unit)
+                            value = _call(builder, "llvm.usub.sat.v32i16", words.type, value, behind[tile])
+                            sign = builder.shl(code, _constants(_I16, [12] * 32))
+                            sign = builder.and_(sign, _constants(_I16, [0x8000] * 32))
+                            place = _offset(builder, out, 4 * word.type.width * tile)
+                            value = builder.or_(value, sign)
+                            store_words(builder, value, place, word.type.width, align, streaming=streaming)
+            return usual
+
+        return types.boolean(*[types.int64] * 7, word), codegen
+
+    return decode_turned
+
+
+decode_turned = _turned_decoder(1, streaming=False)
+stream_turned = _turned_decoder(64, streaming=True)
 
 
 @intrinsic
@@ -412,6 +531,16 @@ def load_byte(typingctx, address):
         return _load(builder, args[0], _I8)
 
     return types.uint8(types.int64), codegen
+
+
+@intrinsic
+def load_word(typingctx, address):
+    """Read the uint16 at an address."""
+
+    def codegen(context, builder, signature, args):
+        return builder.zext(_load(builder, args[0], _I16, 2), args[0].type)
+
+    return types.int64(types.int64), codegen
 
 
 @intrinsic
@@ -515,7 +644,8 @@ def pieces(geometry):
         start = load_shared(shared + 8 * NEXT)
         while True:
             left = geometry[UNITS] - start
-            piece = min(left, max(geometry[FEWEST], min(geometry[MOST], left // geometry[SHARE])))
+            fewest = geometry[FEWEST]
+            piece = min(left, max(fewest, min(geometry[MOST], left // geometry[SHARE]) // fewest * fewest))
             found = replace_shared(shared + 8 * NEXT, start, start + piece)
             if found == start:
                 break
@@ -567,8 +697,10 @@ def _decode_rows(geometry, word, streaming, count, first, block, scale, out):
     block_row, scale_row, out_row = 0, 0, 0
     if len(geometry) > ROW_AXES:
         block_row, scale_row, out_row = geometry[-3], geometry[-2], geometry[-1]
-    # What the processor reads ahead by itself ends where a row does.
+    # What the processor reads ahead by itself ends where a row does, and is too little where the system clears pages.
     block_ahead, scale_ahead = PREFETCH_ROWS * block_row, PREFETCH_ROWS * scale_row
+    if block_row == 0:
+        block_ahead, scale_ahead = PREFETCH_BLOCKS * block_step, PREFETCH_BLOCKS * scale_step
     block += first * block_step
     scale += first * scale_step
     out += 32 * first * size
@@ -758,46 +890,62 @@ def transpose_pieces(geometry, word):
     block_row = geometry[BLOCKS_ROW]
     scale_row = geometry[SCALES_ROW]
     per_row = geometry[BLOCKS_PER_ROW]
+    scale_step = geometry[SCALES_STEP]
     groups = (geometry[ROWS] + 31) // 32
-    scratch = reserve_tile()
-    for start, stop in pieces(geometry):
-        for group in range(start, stop):
-            matrix = group // groups
-            top = 32 * (group - matrix * groups)
+    tile, codes, scales = reserve_tile(), reserve_turned(), reserve_turned()
+    last, count = USUAL_BFLOAT16
+    if load_word(table + TABLE_LINE * SCALE_OF_1 + 2 * CODE_OF_1) == FLOAT16_1:
+        last, count = USUAL_FLOAT16
+    for begin, stop in pieces(geometry):
+        start = begin
+        while start < stop:
+            matrix = start // groups
+            top = 32 * (start - matrix * groups)
             block, scale, out = geometry[BLOCKS_ADDRESS], geometry[SCALES_ADDRESS], geometry[OUT_ADDRESS]
             block, scale, out = _along_axes(geometry, matrix, block, scale, out)
             block += top * block_row
             scale += top * scale_row
             out += top * size
             # Blocks that are inside as a whole, where there are 32 rows, go by tiles; all else goes by elements.
+            rows = min(geometry[ROWS] - top, 32)
             whole = end = per_row
-            if top + 32 <= geometry[ROWS]:
+            if rows == 32:
+                rows = min(32 * min(stop - start, TILES_ABREAST), (geometry[ROWS] - top) & -32)
                 whole = min(per_row, (geometry[START] + 31) // 32)
                 end = max(whole, min(per_row, (geometry[START] + geometry[LENGTH]) // 32))
-            for row in range(min(32, geometry[ROWS] - top)):
+            start += (rows + 31) // 32
+            for row in range(rows):
                 source = block + row * block_row, scale + row * scale_row
                 _decode_part(geometry, word, 0, whole, source[0], source[1], out + row * size)
                 _decode_part(geometry, word, end, per_row, source[0], source[1], out + row * size)
+            turned = -16  # where the 16 columns of scales begin that are transposed
             for g in range(whole, end):
-                if g % 4 == whole % 4:  # rows lie too far apart for the processor to see what comes next
-                    for row in range(32, 64):
-                        prefetch(block + row * block_row + g * block_step)
-                decode_tile(
-                    block + g * block_step,
-                    block_row,
-                    scale + g * geometry[SCALES_STEP],
-                    scale_row,
-                    table,
-                    scratch,
-                    word,
-                )
+                # Rows lie too far apart for the processor to see what comes next: a line of four blocks.
+                for row in range(rows + g % 4, 2 * rows, 4):
+                    prefetch(block + row * block_row + g * block_step)
                 target = out + (32 * g - geometry[START]) * step
-                if geometry[STREAMING] and (target | step) % 64 == 0:
+                aligned = geometry[STREAMING] and (target | step) % 64 == 0
+                if by_codes() and rows == 32 * TILES_ABREAST and scale_step == 1 and per_row >= 16:
+                    if g >= turned + 16:
+                        turned = min(g, per_row - 16)
+                        for row in range(0, rows, 32):
+                            turn_bytes(scale + row * scale_row + turned, scale_row, scales + 16 * row)
+                    for row in range(0, rows, 32):
+                        turn_bytes(block + row * block_row + g * block_step, block_row, codes + 16 * row)
+                    column = scales + 32 * (g - turned)
+                    if aligned:
+                        if stream_turned(codes, column, table, last, count, target, step, word):
+                            continue
+                    elif decode_turned(codes, column, table, last, count, target, step, word):
+                        continue
+                for row in range(0, rows, 32):
+                    source = block + row * block_row + g * block_step, scale + row * scale_row + g * scale_step
+                    decode_tile(source[0], block_row, source[1], scale_row, table, tile, word)
                     for i in range(32):
-                        stream_line(scratch + 64 * i, target + i * step, word)
-                else:  # parts of lines, far apart, are not for streaming
-                    for i in range(32):
-                        move_line(scratch + 64 * i, target + i * step, word)
+                        if aligned:
+                            stream_line(tile + 64 * i, target + i * step + row * size, word)
+                        else:  # parts of lines, far apart, are not for streaming
+                            move_line(tile + 64 * i, target + i * step + row * size, word)
         if geometry[STREAMING]:
             fence()
 
@@ -825,6 +973,12 @@ def _load_words(builder, address, width):
 
 def _magnitudes(builder, words):
     return builder.and_(words, _constants(_I16, [0x7FFF] * words.type.count))
+
+
+def _repeated(builder, value, count):
+    """Return a vector that repeats a number."""
+    vector = builder.insert_element(ir.Constant(_vector(value.type, count), ir.Undefined), value, _I32(0))
+    return _join(builder, vector, vector, [0] * count)
 
 
 def _splat(builder, address, count):
