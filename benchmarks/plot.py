@@ -25,6 +25,8 @@ STYLES = {
 def write(results: dict[str, Any], path: Path) -> None:
     """Write the panels of all sections that there are."""
     panels = {name: panel for name, panel in PANELS.items() if name in results}
+    if not panels:
+        return
     widths = [1.5 if name == "peers" else 1.0 for name in panels]
     figure, axes = plt.subplots(
         1, len(panels), figsize=(4.4 * sum(widths), 4.8), width_ratios=widths, layout="constrained", squeeze=False

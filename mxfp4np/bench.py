@@ -347,11 +347,13 @@ class _Device:
         """Return a function that copies so many bytes from pinned memory to the device."""
         size = min(nbytes, PINNED_BYTES)
         with self._device:
-            source, target = self._cupy.cuda.alloc_pinned_memory(size), self._cupy.empty(size, np.uint8)
+            source = np.frombuffer(self._cupy.cuda.alloc_pinned_memory(size), np.uint8, size)
+            target = self._cupy.empty(size, np.uint8)
 
         def copy() -> None:
             for begin in range(0, nbytes, size):
-                target.data.copy_from_host_async(source, min(size, nbytes - begin))
+                count = min(size, nbytes - begin)
+                target[:count].set(source[:count])
 
         return copy
 
