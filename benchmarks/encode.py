@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from typing import Any
 
@@ -102,10 +103,14 @@ class EncodeBench(Bench):
             self.pair(f"{dtype}, columns as rows : rows", columns, contiguous, nbytes, nbytes)
 
     def torchao(self) -> None:
-        """Compare with `to_mx`, on fewer values, new outputs on both sides."""
-        import torch
-        from torchao.prototype.mx_formats.config import ScaleCalculationMode
-        from torchao.prototype.mx_formats.mx_tensor import to_mx
+        """Compare with `to_mx`, on fewer values, new outputs on both sides, if torchao is installed."""
+        try:
+            import torch
+            from torchao.prototype.mx_formats.config import ScaleCalculationMode
+            from torchao.prototype.mx_formats.mx_tensor import to_mx
+        except ImportError as error:
+            print(f"without torchao: {error}", file=sys.stderr)
+            return
 
         torch.set_num_threads(self.threads)
         for dtype in ("bfloat16", "float32"):  # it takes no float16

@@ -217,6 +217,19 @@ def test_rows_of_any_length_and_alignment_past_the_cache(dtype, length):
         assert np.all(memory == 0x55), "written outside of out"
 
 
+def test_strides_of_axes_of_one_element_mean_nothing():
+    """NumPy calls arrays contiguous whatever these are."""
+    blocks, scales = np.arange(5 * 16, dtype=np.uint8).reshape(5, 1, 16), np.arange(125, 130, dtype=np.uint8)[:, None]
+    expected = oracle(blocks, scales, "float32")
+    odd = np.lib.stride_tricks.as_strided(blocks, strides=(16, 48, 1))
+    assert odd.flags.c_contiguous
+    assert_same_bits(MXFP4Array(odd, scales[:, ::7]).decode("float32"), expected)
+    packed = MXFP4Array(
+        np.lib.stride_tricks.as_strided(np.empty_like(blocks), strides=(16, 48, 1)), np.empty_like(scales)
+    )
+    assert_encodes(expected, "even", out=packed)
+
+
 def test_addresses():
     memory = np.arange(4096, dtype=np.uint8)
     frozen = memory[7:]

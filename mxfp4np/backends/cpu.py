@@ -214,7 +214,7 @@ def _arrays(
     rows: list[tuple[int, ...]] = []
     if start == 0 and length == BLOCK_SIZE * per_row and _dense(blocks, scales, out):
         per_row, length = scales.size, out.size
-        block_step, scale_step, out_step = BYTES_PER_BLOCK, 1, out.itemsize  # of an axis of one, they may be anything
+        block_step, scale_step, out_step = BYTES_PER_BLOCK, 1, out.itemsize  # strides of single blocks mean nothing
     elif scales.ndim > 1:
         lead = scales.ndim - 1
         if transposed:

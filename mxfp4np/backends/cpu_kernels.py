@@ -761,7 +761,7 @@ def _stream_rows(geometry, word, count, first, block, scale, out, ring):
     block_row, scale_row = 0, 0
     if len(geometry) > ROW_AXES:
         block_row, scale_row = geometry[-3], geometry[-2]
-    ahead = PREFETCH_ROWS * block_row
+    ahead, scale_ahead = PREFETCH_ROWS * block_row, PREFETCH_ROWS * scale_row
     begin = out + max(0, first * block_bytes - start)
     rows, rest = (first + count) // per_row, (first + count) % per_row
     end = out + rows * row_bytes + max(0, rest * block_bytes - start)
@@ -793,6 +793,7 @@ def _stream_rows(geometry, word, count, first, block, scale, out, ring):
             left -= blocks
             for _ in range(blocks):
                 prefetch(block + ahead)
+                prefetch(scale + scale_ahead)
                 _decode_to_ring(block, table + TABLE_LINE * load_byte(scale), ring, place, word)
                 block += block_step
                 scale += scale_step
