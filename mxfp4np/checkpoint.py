@@ -39,6 +39,9 @@ PathLike = str | os.PathLike[str]
 READ_BYTES: Final = 32 << 20
 """Decoded bytes at a time where tensors are read instead of mapped."""
 
+PREFETCH_BYTES: Final = 16 << 20
+"""Packed bytes up to which all pages of a map are asked for at once."""
+
 WRITE_BYTES: Final = 16 << 20
 """Bytes at a time that are gathered from an array to be saved."""
 
@@ -524,7 +527,9 @@ class _PackedSource:
         self.copies = any(half.file.io == "pread" for half in tensor.stored)
 
     def prefetch(self, part: MXFP4Array) -> None:
-        """Announce that ``part``, any view of ``array``, is going to be decoded."""
+        """Announce that ``part``, any view of ``array``, is going to be decoded, unless it is read by large pieces."""
+        if part.nbytes > PREFETCH_BYTES:
+            return
         if self._scales is not None:
             self._scales.file.prefetch(part.scales)
         self._codes.file.prefetch(part.blocks)

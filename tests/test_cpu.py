@@ -21,7 +21,7 @@ from numba.core.registry import cpu_target
 import mxfp4np
 from mxfp4np import MXFP4Array
 from mxfp4np.backends import cpu, cpu_kernels
-from mxfp4np.backends.memory import address_of, aligned_empty
+from mxfp4np.backends.memory import address_of, aligned_empty, is_mapped
 
 SSSE3 = "+sse,+sse2,+sse3,+ssse3,+cx16,-sse4.1,-avx,-avx2,-avx512f,-avx512bw"
 AVX2 = "+sse,+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+popcnt,+avx,+avx2,+bmi,+bmi2,+fma,+xsave,-avx512f,-avx512bw"
@@ -287,3 +287,20 @@ def test_rows_that_are_columns_in_memory(rows, dtype):
         memory[..., ::2, 1:18] = 99
         assert np.all(memory == 99)
     assert x.tobytes() == before
+
+
+@pytest.mark.parametrize("order", ["pairs", "halves"])
+def test_pages_of_maps_are_read_by_pieces_and_give_the_same_values(tmp_path, order):
+    rng = np.random.default_rng(0)
+    blocks, scales = rng.integers(0, 256, (3, 608, 90, 16), np.uint8), rng.integers(0, 256, (3, 608, 90), np.uint8)
+    mxfp4np.save_file({"scales": scales, "blocks": blocks}, tmp_path / "x.safetensors")
+    with mxfp4np.Checkpoint(tmp_path) as ckpt:
+        mapped = MXFP4Array(ckpt.stored["blocks"], ckpt.stored["scales"], order)
+    assert is_mapped(mapped[1:].blocks)
+    assert not is_mapped(blocks[1:])
+    whole = MXFP4Array(blocks, scales, order)
+    for index in [np.s_[...], np.s_[:, ::2], np.s_[::-1, 5:600], np.s_[..., 64:2816], np.s_[:2, :, 5:2870], np.s_[::2]]:
+        assert mapped[index].scales.size > cpu.SERIAL_BLOCKS
+        for transpose in (False, True):
+            expected = whole[index].decode(transpose=transpose)
+            assert_same_bits(mapped[index].decode(transpose=transpose, num_threads=3), expected)

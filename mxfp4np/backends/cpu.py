@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ..errors import BackendUnavailableError
 from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, FP4_BOUNDS, SCALE_BIAS, SCALE_NAN, blocks_in, decoded_dtype, name_of
-from .memory import HostBackend, address_of, aligned_empty, is_transposed, merged_axes
+from .memory import HostBackend, address_of, aligned_empty, is_mapped, is_transposed, merged_axes
 from .reference import ReferenceBackend
 from .threads import default_num_threads, in_threads
 
@@ -228,6 +228,7 @@ def _arrays(
             length = BLOCK_SIZE * per_row
     arrays = [address_of(blocks), address_of(scales), address_of(out), table]
     arrays += block_step, scale_step, out_step, per_row, start, length, out.itemsize, streaming
+    arrays.append(units * unit_blocks > SERIAL_BLOCKS and is_mapped(blocks))
     arrays += matrix
     for row in rows:
         arrays += row

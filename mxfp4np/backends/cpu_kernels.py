@@ -19,6 +19,9 @@ in, not of the files it calls into.
 
 from __future__ import annotations
 
+import sys
+from mmap import PAGESIZE
+
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
@@ -33,12 +36,16 @@ UNITS, NEXT, DONE, FEWEST, MOST, SHARE = 0, 1, 2, 3, 4, 5
 BLOCKS_ADDRESS, SCALES_ADDRESS, OUT_ADDRESS, TABLE_ADDRESS = 6, 7, 8, 9
 BLOCKS_STEP, SCALES_STEP, OUT_STEP = 10, 11, 12  # strides from block to block, and from element to element of `out`
 BLOCKS_PER_ROW, START, LENGTH = 13, 14, 15  # elements of a row: `LENGTH`, beginning at `START` of its first block
-ITEMSIZE, STREAMING = 16, 17  # bytes of an element of `out`; whether `out` is too large to stay in the cache
-ROWS, BLOCKS_ROW, SCALES_ROW = 18, 19, 20  # for a transposed `out`: rows of a matrix, and strides from row to row
-ROW_AXES = 21
+ITEMSIZE, STREAMING, MAPPED = 16, 17, 18  # bytes of an element of `out`; whether `out` is too large to stay in the
+# cache; whether the blocks are in a file that is mapped
+ROWS, BLOCKS_ROW, SCALES_ROW = 19, 20, 21  # for a transposed `out`: rows of a matrix, and strides from row to row
+ROW_AXES = 22
 
 PIECES_AT_ONCE = 64
 """Pieces that a kernel claims before it returns, so that a thread can be interrupted."""
+
+MADV_POPULATE_READ = 22
+"""As Linux numbers it, from 5.14 on; Python's `mmap` does not name it, nor let others work meanwhile."""
 
 SPINS = 1 << 11
 """How often to look whether others are done, 20 to 100 microseconds: longer than a thread takes to sleep and wake."""
@@ -662,6 +669,33 @@ def pieces(geometry):
         pause()
 
 
+@intrinsic
+def populate(typingctx, address, count):
+    """Have Linux map so many bytes of a file, all at once, and read what is not in memory."""
+
+    def codegen(context, builder, signature, args):
+        if not sys.platform.startswith("linux"):
+            return context.get_dummy_value()
+        address, count = args
+        begin = builder.and_(address, ir.Constant(address.type, -PAGESIZE))
+        count = builder.add(count, builder.sub(address, begin))
+        function_type = ir.FunctionType(_I32, [address.type, count.type, _I32])
+        madvise = cgutils.get_or_insert_function(builder.module, function_type, "madvise")
+        builder.call(madvise, [begin, count, _I32(MADV_POPULATE_READ)])  # an older kernel refuses, and does no harm
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@njit(nogil=True, inline="always")
+def _populate(first, last, count):
+    """Have two arrays mapped from one pair of addresses to another, unless there is much more than ``count`` blocks."""
+    if 0 <= last[0] - first[0] < 64 * count:
+        populate(first[0], last[0] + 16 - first[0])
+    if 0 <= last[1] - first[1] < 64 * count:
+        populate(first[1], last[1] + 1 - first[1])
+
+
 @njit(nogil=True, inline="always")
 def _decode_part(geometry, word, first, last, block, scale, out):
     """Decode the elements that belong to the row of blocks ``first`` to ``last - 1``, one by one."""
@@ -845,10 +879,31 @@ def _decode_ragged(geometry, word, count, first, block, scale, out):
             out += geometry[-1]
 
 
+@njit(nogil=True, inline="always")
+def _block_at(geometry, block):
+    """Return the addresses of a block and of its scale."""
+    row = block // geometry[BLOCKS_PER_ROW]
+    step = block - row * geometry[BLOCKS_PER_ROW]
+    block, scale, _ = _along_axes(geometry, row, geometry[BLOCKS_ADDRESS], geometry[SCALES_ADDRESS], 0)
+    return block + step * geometry[BLOCKS_STEP], scale + step * geometry[SCALES_STEP]
+
+
+@njit(nogil=True, inline="always")
+def _row_at(geometry, row):
+    """Return the addresses of a row and of its scales, of matrices whose rows are counted by full groups of 32."""
+    rows = (geometry[ROWS] + 31) // 32 * 32
+    matrix = row // rows
+    row = min(row - matrix * rows, geometry[ROWS] - 1)
+    block, scale, _ = _along_axes(geometry, matrix, geometry[BLOCKS_ADDRESS], geometry[SCALES_ADDRESS], 0)
+    return block + row * geometry[BLOCKS_ROW], scale + row * geometry[SCALES_ROW]
+
+
 def decode_pieces(geometry, word):
     """Decode blocks, counted over all rows in C order, to words of the type of ``word``."""
     ring = (reserve_ring() + RING - 1) & -RING  # a frame that the compiler aligned would cost the loops a register
     for begin, stop in pieces(geometry):
+        if geometry[MAPPED]:
+            _populate(_block_at(geometry, begin), _block_at(geometry, stop - 1), stop - begin)
         start = begin
         while start < stop:
             # Geometry is read anew each time, so that it does not take registers from the loops inside.
@@ -898,6 +953,8 @@ def transpose_pieces(geometry, word):
     if load_word(table + TABLE_LINE * SCALE_OF_1 + 2 * CODE_OF_1) == FLOAT16_1:
         last, count = USUAL_FLOAT16
     for begin, stop in pieces(geometry):
+        if geometry[MAPPED]:
+            _populate(_row_at(geometry, 32 * begin), _row_at(geometry, 32 * stop - 1), 32 * per_row * (stop - begin))
         start = begin
         while start < stop:
             matrix = start // groups
