@@ -42,6 +42,9 @@ SECONDS: Final = 4.0
 FILL_BYTES: Final = 16 << 20
 """What a thread fills at a time: as much as it decodes."""
 
+TIMES_ON_DEVICE: Final = 8
+"""How often a device does what is timed, so that it does not wait for the host in between."""
+
 PINNED_BYTES: Final = 64 << 20
 """What is copied from pinned memory to a device at a time."""
 
@@ -250,11 +253,11 @@ def measure(source: Source, dtypes: Sequence[str], threads: int, device: str, ba
     found: list[Row] = []
     sizes = {dtype: decoded_dtype(dtype).itemsize * source.size for dtype in dtypes}
     memory = get_backend(device=device).empty((max(sizes.values()),), np.dtype(np.uint8))
-    runs_of = _runs if device == "cpu" else _runs_on_device
+    runs_of, times = (_runs, 1) if device == "cpu" else (_runs_on_device, TIMES_ON_DEVICE)
     with bar(sum(sizes.values()), "measuring") as progress:
         for dtype, nbytes in sizes.items():
             runs = runs_of(source, memory[:nbytes], dtype, threads)
-            found += _measure(runs, dtype, nbytes, SECONDS / len(dtypes))
+            found += _measure(runs, dtype, times * nbytes, SECONDS / len(dtypes))
             progress(nbytes)
     return found
 
@@ -358,11 +361,12 @@ class _Device:
         return copy
 
     def finishing(self, run: Run) -> Run:
-        """Return a function that runs another there, and waits until the device is done."""
+        """Return a function that runs another there, as often as counts, and waits until the device is done."""
 
         def finish() -> None:
             with self._device:
-                run()
+                for _ in range(TIMES_ON_DEVICE):
+                    run()
             self._device.synchronize()
 
         return finish

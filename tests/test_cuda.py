@@ -30,6 +30,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mxfp4np
+from mxfp4np import bench
 from mxfp4np.backends import cuda as cuda_backend
 from mxfp4np.backends import get_backend
 from mxfp4np.format import RULES
@@ -702,6 +703,13 @@ def test_an_error_on_the_way_ends_all_and_gives_back_the_memory(host_cupy, threa
     assert len(host_cupy._pinned._free) == host_cupy._pinned._count == host_cupy.SLOTS
     host_cupy._pinned.release()
     assert not host_cupy._pinned._count
+
+
+def test_a_device_does_what_is_timed_as_often_as_counts():
+    device, calls = object.__new__(bench._Device), []
+    device._device = HostCupy.Queue()
+    device.finishing(lambda: calls.append(None))()
+    assert len(calls) == bench.TIMES_ON_DEVICE
 
 
 def test_bytes_are_not_brought_to_a_device_without_compiled_code(host_cupy, monkeypatch):

@@ -31,10 +31,10 @@ from .cuda_kernels import ROW_AXES, ROWS, THREADS, VALUES, VECTORS
 from .memory import address_of, is_transposed, merged_axes
 from .threads import default_num_threads, in_threads
 
-SLOT_BYTES: Final = 4 << 20
+SLOT_BYTES: Final = 8 << 20
 """Bytes that are copied to a device at a time."""
 
-SLOTS: Final = 16
+SLOTS: Final = 8
 """Slots that are in use at a time: full ones wait for the bus while others are filled."""
 
 FILL_BYTES: Final = 256 << 10
@@ -425,6 +425,7 @@ class _Slot:
     def __init__(self) -> None:
         import cupy
 
+        self._runtime = cupy.cuda.runtime
         self._memory = cupy.cuda.PinnedMemory(SLOT_BYTES)
         self._source: Any = None  # kept until it has been read
         self._copied: Any = None
@@ -437,9 +438,8 @@ class _Slot:
 
     def copy(self, load: _Load, copies: Any, device: int) -> None:
         """Queue the copy of what it has been filled with, to the current device."""
-        from cupy.cuda import runtime
-
-        runtime.memcpyAsync(load.address, self._memory.ptr, load.nbytes, runtime.memcpyHostToDevice, copies.ptr)
+        kind = self._runtime.memcpyHostToDevice
+        self._runtime.memcpyAsync(load.address, self._memory.ptr, load.nbytes, kind, copies.ptr)
         if self._device != device:  # events belong to devices
             self._copied, self._device = _event(), device
         self._copied.record(copies)
