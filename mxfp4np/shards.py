@@ -591,7 +591,7 @@ class Crew:
         try:
             parallel_for(several, number, 1, workers or default_num_threads(), failed=self._errors.append)
         except BaseException as error:
-            if error is self._errors[0]:
+            if not self._errors or error is self._errors[0]:
                 raise
             raise self._errors[0] from None
 

@@ -190,3 +190,10 @@ def test_the_limit_refuses_gaps():
     blocks, scales = np.zeros((4, 3, 16), np.uint8), np.zeros((4, 3), np.uint8)
     with pytest.raises(ValueError, match="without gaps"):
         cpu.stream(blocks[:, :2], scales[:, :2], aligned_empty((4, 64), np.dtype("f4")))
+
+
+def test_the_limit_takes_blocks_that_lie_apart():
+    memory = np.full((60, 17), 0x11, np.uint8)
+    out = aligned_empty((60 * 32,), np.dtype(np.float32))
+    cpu.stream(memory[:, 1:], memory[:, 0], out)
+    assert set(np.unique(out.view(np.uint8))) == {0x11}

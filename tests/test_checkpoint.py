@@ -645,7 +645,7 @@ def test_cuda_without_cupy(shards, device):
         ckpt.get("w", backend="cuda")
 
 
-@pytest.mark.parametrize("device", ["", "gpu", "cpu:0", "cuda:x", "cuda:-1", "CPU"])
+@pytest.mark.parametrize("device", ["", "gpu", "cpu:0", "cpu:", "cuda:", "cuda:x", "cuda:-1", "CPU"])
 def test_device_that_does_not_exist(shards, device):
     with pytest.raises(ValueError, match="device"):
         mxfp4np.Checkpoint(shards, device=device)

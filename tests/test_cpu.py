@@ -304,3 +304,9 @@ def test_pages_of_maps_are_read_by_pieces_and_give_the_same_values(tmp_path, ord
         for transpose in (False, True):
             expected = whole[index].decode(transpose=transpose)
             assert_same_bits(mapped[index].decode(transpose=transpose, num_threads=3), expected)
+
+
+def test_the_driver_and_the_kernels_number_alike():
+    assert (cpu.NEXT, cpu.DONE) == (cpu_kernels.NEXT, cpu_kernels.DONE)
+    assert cpu.BLOCKS_PER_ROW == cpu_kernels.BLOCKS_PER_ROW - cpu_kernels.BLOCKS_ADDRESS
+    assert cpu.GROUPS_ABREAST == cpu_kernels.TILES_ABREAST

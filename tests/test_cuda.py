@@ -136,6 +136,25 @@ def test_rows_and_matrices_of_many_shapes(dtype, order):
 
 
 @marked
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_is_written_around_the_output(dtype, order):
+    """Not where the last of a kernel's threads have nothing to do, either."""
+    for shape in [(3, 264, 7), (1, 8, 1), (7, 256, 3), (5, 40, 9)]:
+        blocks, scales = random_pair(*shape)
+        array = mxfp4np.MXFP4Array(cupy.asarray(blocks), cupy.asarray(scales), order)
+        expected = oracle(blocks, scales, dtype, order)
+        for transpose in (False, True):
+            memory = poisoned((3 * expected.size,), dtype)
+            before = memory.get()
+            wanted = expected.swapaxes(-1, -2) if transpose else expected
+            middle = slice(expected.size, 2 * expected.size)
+            array.decode(out=memory[middle].reshape(wanted.shape), transpose=transpose)
+            before[middle] = wanted.reshape(-1)
+            assert_same_bits(memory.get(), before)
+
+
+@marked
 @pytest.mark.parametrize("most", [1, 100, 1 << 31])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_along_several_axes_at_once_or_in_turn(monkeypatch, dtype, most):
@@ -703,6 +722,59 @@ def test_an_error_on_the_way_ends_all_and_gives_back_the_memory(host_cupy, threa
     assert len(host_cupy._pinned._free) == host_cupy._pinned._count == host_cupy.SLOTS
     host_cupy._pinned.release()
     assert not host_cupy._pinned._count
+
+
+@pytest.mark.parametrize(("axes", "most", "counts"), [(1, 100, [100, 100, 4]), (2, 408, [408] * 12), (1, 1, None)])
+def test_rows_of_too_many_vectors_are_decoded_in_turn(monkeypatch, axes, most, counts):
+    """In as many vectors of 16 bytes as a kernel counts; rows that are longer, one element a thread."""
+    out = types.SimpleNamespace(shape=(51, 32), itemsize=2, dtype=np.dtype(np.float16))
+    found = []
+
+    def launch(kernel, _, *arguments, threads=None):
+        found.append(arguments[3] if kernel is cuda_backend.cuda_kernels.decode_rows else None)
+        assert threads is None or 2 * threads >= arguments[3]
+
+    monkeypatch.setattr(cuda_backend, "MOST_VECTORS", most)
+    monkeypatch.setattr(cuda_backend, "_launch", launch)
+    monkeypatch.setattr(cuda_backend, "_raw", lambda *_: None)
+    monkeypatch.setattr(cuda_backend, "_decode_any", lambda *_: found.append("any"))
+    walked = [(24, 1, 1, 1), (51, 2, 2, 2)][-axes:]
+    cuda_backend._decode_rows(out, out, out, walked, False)
+    assert found == (counts or ["any"])
+
+
+@pytest.mark.parametrize("error", [NotImplementedError("no"), ImportError("no"), OSError("no"), "compiler"])
+def test_what_a_compiler_says_is_said_with_what_to_do(host_cupy, monkeypatch, error):
+    class CompileError(Exception):
+        pass
+
+    monkeypatch.setitem(sys.modules, "cupy.cuda.compiler", types.SimpleNamespace(CompileException=CompileError))
+
+    def fail(*_, **__):
+        raise CompileError("no") if error == "compiler" else error
+
+    with pytest.raises(mxfp4np.BackendUnavailableError, match=r"cannot compile for this device \(no\): install"):
+        host_cupy._launch(lambda _: fail, np.dtype(np.float32))
+    error = MemoryError("enough")
+    with pytest.raises(MemoryError, match="enough"):
+        host_cupy._launch(lambda _: fail, np.dtype(np.float32))
+
+
+def test_an_interrupt_loses_no_pinned_memory(host_cupy, monkeypatch):
+    slot, made = host_cupy._Slot, []
+
+    def interrupted():
+        made.append(slot())
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        return made[-1]
+
+    monkeypatch.setattr(host_cupy, "_Slot", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        host_cupy._pinned.take(5)
+    assert host_cupy._pinned._count == len(host_cupy._pinned._free) == 2
+    host_cupy._pinned.release()
+    assert host_cupy._pinned._count == 0
 
 
 def test_a_device_does_what_is_timed_as_often_as_counts():

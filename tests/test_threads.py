@@ -194,45 +194,53 @@ def test_a_busy_pool_is_not_waited_for():
         pool.submit(release.wait)
     try:
         assert is_right(0)
-        assert list(threads.in_order(abs, [-1, -2, -3], 2)) == [1, 2, 3]
         assert not pool._calls
     finally:
         release.set()
     assert is_right(1)
 
 
-def test_in_order():
-    begun = []
+def test_an_interrupt_while_help_is_called_ends_what_has_begun(monkeypatch):
+    going_on, ended, told = True, threading.Event(), []
+    submit = threads._Pool.submit
 
-    def task(item):
-        begun.append(item)
-        time.sleep(0.001 * (item % 3))
-        return -item
+    def interrupted(pool, *arguments):
+        submit(pool, *arguments)
+        assert begun.wait(timeout=10)
+        raise KeyboardInterrupt
 
-    results = threads.in_order(task, iter(range(20)), 4)
-    for i in range(20):
-        assert next(results) == -i
-        assert len(begun) <= i + 5
-    assert list(results) == []
-    assert sorted(begun) == list(range(20))
+    def work():
+        begun.set()
+        while going_on:
+            time.sleep(0.001)
+        ended.set()
+
+    def close():
+        nonlocal going_on
+        going_on = False
+
+    begun = threading.Event()
+    monkeypatch.setattr(threads._Pool, "submit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        threads.in_threads(work, 2, close, failed=told.append)
+    assert ended.is_set()
+    assert len(told) == 1
 
 
-@pytest.mark.parametrize("ahead", [1, 3])
-def test_an_error_in_order(ahead):
-    running = 0
-
-    def task(item):
-        nonlocal running
-        running += 1
-        time.sleep(0.01)
-        running -= 1
-        return 1 / (item - 5)
-
-    results = threads.in_order(task, range(10), ahead)
-    assert [next(results) for _ in range(5)] == [1 / (i - 5) for i in range(5)]
-    with pytest.raises(ZeroDivisionError):
-        next(results)
-    assert running == 0, "left while others were at work"
+def test_a_thread_that_was_chosen_and_not_woken_looks_again(monkeypatch):
+    monkeypatch.setattr(threads, "LOOK_AGAIN", 0.01)
+    pool = threads._Pool(1)
+    done = threading.Event()
+    pool.submit(done.set)
+    assert done.wait(timeout=10)
+    for _ in range(3):
+        while not pool._idle:
+            time.sleep(0.001)
+        pool._idle.pop()  # as if an interrupt had come just here
+        again = threading.Event()
+        pool._calls.append(again.set)
+        assert again.wait(timeout=10)
+    assert pool._count == 1
 
 
 def test_pieces_cover_the_range_once():

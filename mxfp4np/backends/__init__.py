@@ -135,8 +135,8 @@ def get_backend(name: str | None = None, device: str | None = None) -> Backend:
 def _get_backend(name: str | None, device: str | None) -> Backend:
     if device is None:
         device = "cuda" if name == "cuda" else "cpu"
-    kind, _, ordinal = device.partition(":")
-    if kind not in ("cpu", "cuda") or (ordinal and (kind == "cpu" or not ordinal.isdecimal())):
+    kind, colon, ordinal = device.partition(":")
+    if kind not in ("cpu", "cuda") or (colon and (kind == "cpu" or not ordinal.isdecimal())):
         raise ValueError(f"no device {device!r}: expected 'cpu', 'cuda' or 'cuda:<number>'")
     name = name or kind
     if name not in ("cpu", "numpy", "cuda"):

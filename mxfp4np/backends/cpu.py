@@ -123,9 +123,10 @@ def stream(
     kernel = compiled_kernel("stream_pieces", type(word))
     if kernel is None:
         raise BackendUnavailableError("the limit of memory is measured by compiled code: unset NUMBA_DISABLE_JIT")
-    if not _dense(blocks, scales, out):
+    arrays, units, unit_blocks = _arrays(blocks, scales, out, 0, streaming=True)
+    if arrays[BLOCKS_PER_ROW] != scales.size:
         raise ValueError("expected arrays whose rows follow each other without gaps")
-    _run(kernel, word, *_arrays(blocks, scales, out, 0, streaming=True), num_threads)
+    _run(kernel, word, arrays, units, unit_blocks, num_threads)
 
 
 def machine_code() -> str:
@@ -171,6 +172,7 @@ def _run(
 
 
 NEXT, DONE = 1, 2  # as in `cpu_kernels`
+BLOCKS_PER_ROW = 7  # behind those that say how threads share the work
 
 
 _FLOAT16 = np.dtype(np.float16)

@@ -954,7 +954,9 @@ def transpose_pieces(geometry, word):
         last, count = USUAL_FLOAT16
     for begin, stop in pieces(geometry):
         if geometry[MAPPED]:
-            _populate(_row_at(geometry, 32 * begin), _row_at(geometry, 32 * stop - 1), 32 * per_row * (stop - begin))
+            end = _row_at(geometry, 32 * stop - 1)
+            end = end[0] + (per_row - 1) * block_step, end[1] + (per_row - 1) * scale_step
+            _populate(_row_at(geometry, 32 * begin), end, 32 * per_row * (stop - begin))
         start = begin
         while start < stop:
             matrix = start // groups

@@ -253,24 +253,30 @@ def _same_device(out: Any, *inputs: Any) -> None:
 def _check_aligned(array: Any, what: str) -> None:
     """Refuse elements at addresses that are no multiples of their size, which a device cannot load or store."""
     size = array.itemsize
-    if array.data.ptr % size or any(stride % size for stride in array.strides):
+    strides = [stride for n, stride in zip(array.shape, array.strides, strict=True) if n > 1]
+    if array.data.ptr % size or any(stride % size for stride in strides):
         raise ValueError(f"{what} must have its elements of {size} bytes at multiples of {size}: copy it first")
 
 
 def _launch(kernel: Callable[[str], Any], dtype: np.dtype[Any], *arguments: Any, threads: int | None = None) -> None:
     """Queue a kernel, built if it has not been used before: for so many threads, or as many as elements."""
-    options = {} if threads is None else {"size": -(-threads // THREADS) * THREADS, "block_size": THREADS}
+    options = {} if threads is None else {"size": threads, "block_size": THREADS}
     try:
         kernel(name_of(dtype))(*arguments, **options)
-    except (RuntimeError, ImportError, OSError) as error:  # what its compiler, or the lack of one, comes as
+    except Exception as error:
         from cupy.cuda.compiler import CompileException
 
-        if isinstance(error, RuntimeError) and not isinstance(error, CompileException | NotImplementedError):
-            raise
+        if not isinstance(error, CompileException | NotImplementedError | ImportError | OSError):
+            raise  # not what its compiler, or the lack of one, comes as
         raise BackendUnavailableError(
             f"CuPy cannot compile for this device ({_first_line(error)}): install the extra cuda12 or cuda13, which "
             "brings CUDA's compiler; device='cpu' works without it"
         ) from error
+
+
+def _in_blocks(threads: int) -> int:
+    """Return so many threads, or a few more that fill up CUDA blocks."""
+    return -(-threads // THREADS) * THREADS
 
 
 def _raw(array: Any, offset: int = 0) -> Any:
@@ -291,7 +297,7 @@ def _decode(blocks: Any, scales: Any, out: Any, start: int, halves: bool) -> Non
     if contiguous and blocks.data.ptr % 4 == 0 == out.data.ptr % 16:
         vectors = out.nbytes // 16
         arguments = _raw(blocks), _raw(scales), halves, vectors, _raw(out)
-        _launch(cuda_kernels.decode, out.dtype, *arguments, threads=-(-vectors // VECTORS))
+        _launch(cuda_kernels.decode, out.dtype, *arguments, threads=_in_blocks(-(-vectors // VECTORS)))
         return
     transposed = is_transposed(out)
     lead, most = (scales.ndim - 2, 1) if transposed else (scales.ndim - 1, ROW_AXES)
@@ -322,14 +328,17 @@ def _is_dense(array: Any, inner: int, grain: int) -> bool:
 def _decode_rows(blocks: Any, scales: Any, out: Any, axes: list[tuple[int, ...]], halves: bool) -> None:
     """Decode rows along a few axes, whose lengths and strides are given."""
     per_row = out.shape[-1] * out.itemsize // 16
-    sizes, *steps = zip(*[(1, 0, 0, 0)] * (ROW_AXES - len(axes)), *axes, strict=True)
+    sizes, *steps = zip(*axes, *[(1, 0, 0, 0)] * (ROW_AXES - len(axes)), strict=True)
     each = math.prod(sizes[1:]) * per_row  # vectors for a step along the first axis
-    most = max(1, MOST_VECTORS // each)
+    most = MOST_VECTORS // each
+    if not most:
+        _decode_any(blocks, scales, out, 0, halves)
+        return
     for first in range(0, sizes[0], most):
         vectors = min(most, sizes[0] - first) * each
         raw = [_raw(array, first * step[0]) for array, step in zip((blocks, scales, out), steps, strict=True)]
         arguments = *raw[:2], halves, vectors, per_row, *sizes[1:], *itertools.chain(*steps), raw[2]
-        _launch(cuda_kernels.decode_rows, out.dtype, *arguments, threads=-(-vectors // VECTORS))
+        _launch(cuda_kernels.decode_rows, out.dtype, *arguments, threads=_in_blocks(-(-vectors // VECTORS)))
 
 
 def _decode_columns(blocks: Any, scales: Any, out: Any, axes: list[tuple[int, ...]], halves: bool) -> None:
@@ -355,7 +364,7 @@ def _encode(x: Any, blocks: Any, scales: Any, rule: str) -> None:
     factors = scales if scales.flags.c_contiguous else _new_like(scales)
     units = x.size // VALUES[name_of(x.dtype)]
     arguments = _raw(x), units, np.uint32(_ROUND_UP[rule]), _raw(codes), _raw(factors)
-    _launch(cuda_kernels.encode, x.dtype, *arguments, threads=units)
+    _launch(cuda_kernels.encode, x.dtype, *arguments, threads=_in_blocks(units))
     for array, written in ((blocks, codes), (scales, factors)):
         if array is not written:
             array[...] = written
@@ -443,6 +452,10 @@ class _Slot:
         if self._device != device:  # events belong to devices
             self._copied, self._device = _event(), device
         self._copied.record(copies)
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of what it is filled from."""
         self._source = None
 
     def copied(self, *, wait: bool) -> bool:
@@ -474,7 +487,10 @@ class _Pinned:
             for _ in range(new):
                 taken.append(_Slot())
                 new -= 1
-        except Exception as error:
+        except BaseException as error:
+            if not isinstance(error, Exception):  # an interrupt
+                self.give_back(taken)
+                raise
             if not taken:
                 raise DeviceMemoryError(
                     f"the system grants no pinned memory ({_first_line(error)}): {SLOT_BYTES:,} bytes are needed"
@@ -488,6 +504,8 @@ class _Pinned:
 
     def give_back(self, slots: list[_Slot]) -> None:
         """Let others have the slots, whose copies may still be under way."""
+        for slot in slots:
+            slot.forget()
         with self._condition:
             self._free += slots
             self._condition.notify_all()
@@ -497,10 +515,10 @@ class _Pinned:
         with self._condition:
             slots = list(self._free)
             self._free.clear()
-            for slot in slots:
-                slot.copied(wait=True)
             self._count -= len(slots)
             self._condition.notify_all()
+        for slot in slots:
+            slot.copied(wait=True)
 
 
 _pinned = _Pinned()
@@ -555,6 +573,15 @@ class _Transfer:
         ready.record(self._stream)
         self._copies.wait_event(ready)  # whoever used the memory before has finished with it
         self._slots = _pinned.take(min(SLOTS, 2 + self._nbytes // SLOT_BYTES))
+        try:
+            self._run(threads)
+        except BaseException:
+            self._copies.synchronize()  # the memory that is copied to may be let go of
+            raise
+        finally:
+            _pinned.give_back(self._slots)
+
+    def _run(self, threads: int) -> None:
         numbers = np.zeros(FIRST_SLOT + SLOT_NUMBERS * len(self._slots), np.int64)
         numbers[[PIECES_OF_SLOT, PIECE_BYTES, GOING_ON]] = -(-SLOT_BYTES // FILL_BYTES), FILL_BYTES, 1
         leader = threading.get_ident()
@@ -569,13 +596,7 @@ class _Transfer:
         def close() -> None:
             numbers[GOING_ON] = 0
 
-        try:
-            in_threads(work, min(threads, -(-self._nbytes // FILL_BYTES)), close)
-        except BaseException:
-            self._copies.synchronize()  # the memory that is copied to may be let go of
-            raise
-        finally:
-            _pinned.give_back(self._slots)
+        in_threads(work, min(threads, -(-self._nbytes // FILL_BYTES)), close)
 
     def _lead(self, numbers: NDArray[np.int64]) -> None:
         """Open slots that are free, and queue what is full, in the same order, until nothing is left."""

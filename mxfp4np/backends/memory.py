@@ -31,7 +31,7 @@ class HostBackend:
 
     def check_out(self, out: NDArray[Any], *inputs: NDArray[Any]) -> None:
         if not isinstance(out, np.ndarray):
-            raise TypeError(f"out must be a numpy.ndarray, found {type(out).__name__}")
+            raise TypeError(f"out must be a numpy.ndarray, found {type(out).__module__}.{type(out).__name__}")
         if not out.flags.writeable:
             raise ValueError("out must be writable, found a read-only array")
         for array in inputs:

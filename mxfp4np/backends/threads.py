@@ -12,15 +12,14 @@ import math
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Generic, TypeVar
-
-T = TypeVar("T")
-R = TypeVar("R")
+from queue import Empty, SimpleQueue
 
 ENVIRONMENT_VARIABLE = "MXFP4NP_NUM_THREADS"
+
+LOOK_AGAIN = 10.0
+"""Seconds after which an idle thread looks whether it should be one."""
 
 
 class _Pool:
@@ -34,7 +33,7 @@ class _Pool:
     def __init__(self, size: int) -> None:
         self._size, self._count, self._lock = size, 0, threading.Lock()
         self._calls: deque[Callable[[], object]] = deque()
-        self._idle: list[threading.Lock] = []  # what each idle thread waits for
+        self._idle: list[SimpleQueue[None]] = []  # what each idle thread waits for
 
     def submit(self, call: Callable[[], object], times: int = 1) -> None:
         """Have threads make a call, which must not raise, as they are idle; nobody does if there can be no threads."""
@@ -54,33 +53,43 @@ class _Pool:
         for _ in range(2):
             if self._calls:
                 try:
-                    self._idle.pop().release()
+                    woken = self._idle.pop()
                 except IndexError:
                     self._start()
+                else:
+                    woken.put(None)
 
     def _start(self) -> None:
         with self._lock:
             if self._count < self._size:
+                self._count += 1
                 try:
                     threading.Thread(target=self._work, name=f"mxfp4np_{self._count}", daemon=True).start()
-                    self._count += 1
                 except RuntimeError:  # the interpreter is shutting down, or there can be no more threads
-                    pass
+                    self._count -= 1
 
     def _work(self) -> None:
-        woken = threading.Lock()
-        woken.acquire()
+        woken: SimpleQueue[None] = SimpleQueue()
         while True:
             try:
                 call = self._calls.popleft()
             except IndexError:
                 self._idle.append(woken)
                 self._wake_two()  # perhaps a call came when this thread was not idle yet
-                woken.acquire()
+                self._sleep(woken)
             else:
                 self._wake_two()
                 call()
                 del call  # and what it holds
+
+    def _sleep(self, woken: SimpleQueue[None]) -> None:
+        """Wait to be woken, or, now and then, see that an interrupt came between being chosen and being woken."""
+        while True:
+            try:
+                return woken.get(timeout=LOOK_AGAIN)
+            except Empty:
+                if woken not in self._idle:
+                    return
 
 
 _pool: _Pool | None = None
@@ -226,6 +235,8 @@ def in_threads(
         if num_threads > 1:
             _shared_pool().submit(help_out, num_threads - 1)
         begin_work()
+    except BaseException as error:  # noqa: BLE001 - an interrupt while help was being called
+        end(error)
     finally:
         # Even after an error: helpers write to the caller's memory until they are done.
         _insist(nobody_works, end)
@@ -280,58 +291,3 @@ def _insist(wait: Callable[[], object], interrupted: Callable[[BaseException], o
                 return
         except BaseException as error:  # noqa: BLE001
             interrupted(error)
-
-
-class _Call(Generic[T, R]):
-    """A task and its item, and what came of it."""
-
-    def __init__(self, task: Callable[[T], R], item: T) -> None:
-        self.task, self.item, self.done = task, item, threading.Event()
-        self.results: list[R] = []
-        self.errors: list[BaseException] = []
-
-    def __call__(self) -> None:
-        try:
-            self.results.append(self.task(self.item))
-        except BaseException as error:  # noqa: BLE001 - for whoever wants the result
-            self.errors.append(error)
-        self.done.set()
-
-
-def in_order(task: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
-    """Yield ``task(item)`` for each item, in the order of the items, computed in several threads.
-
-    Parameters
-    ----------
-    task : callable
-        As for `parallel_for`.
-    items : iterable
-    ahead : int
-        At most this many items are begun before the first of them is yielded.
-    """
-    pool = _shared_pool()
-    begun: deque[_Call[T, R]] = deque()
-
-    def first() -> R:
-        if pool.withdraw(begun[0]):
-            return task(begun.popleft().item)
-        begun[0].done.wait()  # after an interrupt it is waited for below
-        call = begun.popleft()
-        if call.errors:
-            raise call.errors.pop()
-        return call.results.pop()
-
-    try:
-        for item in items:
-            if len(begun) == ahead:
-                yield first()
-            begun.append(_Call(task, item))
-            pool.submit(begun[-1])
-        while begun:
-            yield first()
-    finally:
-        running = [call for call in begun if not pool.withdraw(call)]
-        interrupts: list[BaseException] = []
-        _insist(lambda: all(call.done.wait() for call in running), interrupts.append)
-        if interrupts:
-            raise interrupts.pop()
