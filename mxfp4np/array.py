@@ -206,7 +206,7 @@ class MXFP4Array:
             bfloat16, float16 or float32; that of ``out``, or bfloat16, by default.
         out : numpy.ndarray or cupy.ndarray, optional
             Where to write: any writable array of the right shape and dtype, of any strides and alignment, that does
-            not overlap the packed data.
+            not overlap the packed data. On a device, elements lie at multiples of their size.
         transpose : bool
             Swap the last two axes: ``[.., out, in]`` becomes ``[.., in, out]``, as Hugging Face's loader gives the
             experts of gpt-oss. Done on the way, without a temporary.
@@ -385,7 +385,8 @@ def encode(
     Parameters
     ----------
     x : (..., 32 * G) bfloat16, float16 or float32
-        Any strides and alignment. An array of CuPy, or of another library on a CUDA device, is encoded there.
+        Any strides and alignment. An array of CuPy, or of another library on a CUDA device, is encoded there; its
+        elements lie at multiples of their size.
     rule : {"even", "floor", "rceil", "ceil"}
         How a block's scale follows from its largest magnitude; see the notes.
     out : MXFP4Array, optional

@@ -91,7 +91,7 @@ class Checkpoint(Mapping[str, Any]):
     device : str
         Where arrays are wanted: ``"cpu"``, or ``"cuda"`` for CuPy's current device, or ``"cuda:1"``, with the extra
         cuda12 or cuda13 installed. What `get` and `chunks` return is a ``cupy.ndarray`` there; packed bytes cross the
-        bus, decoded ones never do.
+        bus, and are decoded there.
     io : {"mmap", "pread"}
         Map the files, or read what is asked for. A mapped file must not be truncated while it is in use, or the
         operating system ends the process: use ``"pread"`` where that can happen, for instance on network shares.

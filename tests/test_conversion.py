@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 import mxfp4np
 from mxfp4np import CheckpointError, cli, conversion
+from mxfp4np.backends import threads
 from mxfp4np.container import SafetensorsFile, header_bytes, nbytes_of, write_safetensors
 from mxfp4np.conversion import convert
 from mxfp4np.shards import INDEX, RECORD
@@ -467,6 +468,13 @@ def test_same_bytes_whatever_the_workers(tmp_path, workers):
     assert tree(tmp_path / "one") == tree(tmp_path / "out")
     convert(HF, tmp_path / "read", max_shard_size=50_000, io="pread", workers=workers)
     assert tree(tmp_path / "one") == tree(tmp_path / "read")
+
+
+def test_an_error_before_anything_has_begun_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(threads, "_pool", None)
+    monkeypatch.setenv("MXFP4NP_NUM_THREADS", "x")
+    with pytest.raises(ValueError, match="must be a positive integer, found 'x'"):
+        convert(HF, tmp_path / "out", max_shard_size=50_000, workers=2)
 
 
 def test_dry_run_writes_nothing(tmp_path):
