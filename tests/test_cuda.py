@@ -6,10 +6,12 @@ All but the last tests need a device and are skipped without one.
 import ctypes
 import gc
 import json
+import random
 import re
 import sys
 import threading
 import types
+from functools import partial
 
 import numpy as np
 import pytest
@@ -631,6 +633,93 @@ class HostCupy(types.ModuleType):
         self.cuda.runtime = types.SimpleNamespace(
             memcpyHostToDevice=1, memcpyAsync=lambda to, source, nbytes, *_: ctypes.memmove(to, source, nbytes)
         )
+
+
+class LateCupy(HostCupy):
+    """The same, with streams that do what is queued when it has to be done, and at random before."""
+
+    def __init__(self, seed):
+        super().__init__()
+        self.random, self.streams = random.Random(seed), []
+        self.cuda.Event = lambda **_: LateEvent(self)
+        self.cuda.Stream = lambda **_: LateStream(self)
+        current = LateStream(self)
+        self.cuda.get_current_stream = lambda: current
+        copy = self.cuda.runtime.memcpyAsync
+        self.cuda.runtime.memcpyAsync = lambda to, source, nbytes, _, stream: self.streams[stream].queue.append(
+            lambda: copy(to, source, nbytes)
+        )
+
+    def proceed(self):
+        """Do what one of the streams has to do next; return whether there was anything."""
+        for stream in self.random.sample(self.streams, len(self.streams)):
+            if stream.queue and stream.queue[0]() is not False:
+                stream.queue.pop(0)
+                return True
+        return False
+
+
+class LateStream(HostCupy.Queue):
+    def __init__(self, device):
+        self.device, self.queue, self.ptr = device, [], len(device.streams)
+        device.streams.append(self)
+
+    def wait_event(self, event):
+        count = event.recorded
+        self.queue.append(lambda: event.reached >= count)
+
+    def synchronize(self):
+        while self.queue:
+            assert self.device.proceed(), "all streams wait for each other"
+
+
+class LateEvent:
+    def __init__(self, device):
+        self.device, self.recorded, self.reached = device, 0, 0
+
+    def record(self, stream):
+        self.recorded += 1
+        count = self.recorded
+        stream.queue.append(lambda: setattr(self, "reached", max(self.reached, count)))
+
+    @property
+    def done(self):
+        for _ in range(self.device.random.randrange(4)):
+            self.device.proceed()
+        return self.reached == self.recorded
+
+    def synchronize(self):
+        while self.reached < self.recorded:
+            assert self.device.proceed(), "all streams wait for each other"
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_streams_wait_for_each_other_where_they_have_to(host_cupy, monkeypatch, seed):
+    fake = LateCupy(seed)
+    monkeypatch.setitem(sys.modules, "cupy", fake)
+    monkeypatch.setitem(sys.modules, "cupy.cuda", fake.cuda)
+    stream = fake.cuda.get_current_stream()
+    source = np.random.default_rng(seed).integers(0, 256, (12, 4500), np.uint8)
+    targets = [OnHost(4500, np.uint8) for _ in range(2)]
+    targets[0].array[:] = 7
+    before, found = [], []
+    stream.queue.append(lambda: before.append(targets[0].array.copy()))  # what the caller queued, and is not done yet
+
+    def parts():
+        earlier = [None, None]
+        for i, row in enumerate(source):
+            target, done = targets[i % 2], host_cupy._event()
+            then = partial(stream.queue.append, partial(lambda target: found.append(target.array.copy()), target))
+            loads = list(host_cupy._loads(row, row.dtype, target.data.ptr))
+            yield host_cupy._Part(loads, done, then, earlier.pop(0))
+            earlier.append(done)
+
+    host_cupy._Transfer(parts(), source.nbytes).run(2)
+    source_then, source[:] = source.copy(), 0  # it has been read
+    stream.synchronize()
+    assert np.all(before[0] == 7)
+    assert np.array_equal(found, source_then)
+    host_cupy._pinned.release()
 
 
 @pytest.fixture
