@@ -28,7 +28,7 @@ from . import cuda_kernels
 from .cpu import compiled
 from .cpu_kernels import FIRST_SLOT, GOING_ON, PIECE_BYTES, PIECES_OF_SLOT, SLOT_NUMBERS, SLOTS_TAKEN
 from .cuda_kernels import ROW_AXES, ROWS, THREADS, VALUES, VECTORS
-from .memory import address_of, is_transposed, merged_axes
+from .memory import address_of, is_transposed, merged_axes, type_of
 from .threads import default_num_threads, in_threads
 
 SLOT_BYTES: Final = 8 << 20
@@ -119,7 +119,7 @@ class CUDABackend:
     def check_out(self, out: Any, *inputs: Any) -> None:
         cupy = self._cupy
         if not isinstance(out, cupy.ndarray):
-            raise TypeError(f"out must be a cupy.ndarray, found {type(out).__module__}.{type(out).__name__}")
+            raise TypeError(f"out must be a cupy.ndarray, found {type_of(out)}")
         if self._ordinal not in (None, out.device.id):
             raise ValueError(f"out must be on 'cuda:{self._ordinal}', found one on 'cuda:{out.device.id}'")
         _check_aligned(out, "out")

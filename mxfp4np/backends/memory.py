@@ -31,7 +31,7 @@ class HostBackend:
 
     def check_out(self, out: NDArray[Any], *inputs: NDArray[Any]) -> None:
         if not isinstance(out, np.ndarray):
-            raise TypeError(f"out must be a numpy.ndarray, found {type(out).__module__}.{type(out).__name__}")
+            raise TypeError(f"out must be a numpy.ndarray, found {type_of(out)}")
         if not out.flags.writeable:
             raise ValueError("out must be writable, found a read-only array")
         for array in inputs:
@@ -54,6 +54,18 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     memory = np.empty(nbytes + ALIGNMENT, np.uint8)
     skew = -ctypes.addressof(ctypes.c_char.from_buffer(memory.data)) % ALIGNMENT
     return np.ndarray(shape, dtype, memory.data, skew)
+
+
+def type_of(value: object) -> str:
+    """Return the name of a value's type, with its module.
+
+    Examples
+    --------
+    >>> type_of([]), type_of(np.zeros(1))
+    ('list', 'numpy.ndarray')
+    """
+    found = type(value)
+    return found.__name__ if found.__module__ == "builtins" else f"{found.__module__}.{found.__name__}"
 
 
 def address_of(array: NDArray[Any]) -> int:
