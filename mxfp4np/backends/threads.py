@@ -1,8 +1,8 @@
 """The shared thread pool, and how many threads this process may use.
 
-Work is a range of integers. Threads claim pieces of it in order, the calling thread among them, so that a call
-finishes even when every pool thread is busy with someone else's, and nothing is ever waited for that has not begun.
-It knows nothing of MXFP4.
+Threads claim pieces of some work, here or in compiled code, the calling thread among them, so that a call finishes
+even when every pool thread is busy with someone else's, and nothing is ever waited for that has not begun. It knows
+nothing of MXFP4.
 """
 
 from __future__ import annotations
