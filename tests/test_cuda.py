@@ -195,6 +195,7 @@ def test_an_array_beyond_32_bit_addresses(dtype):
 def test_from_the_host_in_many_pieces(monkeypatch, dtype):
     monkeypatch.setattr(cuda_backend, "STAGED_BYTES", 5000)
     monkeypatch.setattr(cuda_backend, "SLOT_BYTES", 1000)
+    monkeypatch.setattr(cuda_backend, "LEAST_BYTES", 250)
     get_backend("cuda").release()  # slots of the usual size
     blocks, scales = random_pair(3, 70, 9)
     expected = oracle(blocks, scales, dtype)
@@ -630,9 +631,29 @@ class HostCupy(types.ModuleType):
         self.cuda.Device = self.cuda.Stream = self.cuda.Event = self.Queue
         self.cuda.PinnedMemory = self.PinnedMemory
         self.cuda.get_current_stream = self.Queue
-        self.cuda.runtime = types.SimpleNamespace(
-            memcpyHostToDevice=1, memcpyAsync=lambda to, source, nbytes, *_: ctypes.memmove(to, source, nbytes)
-        )
+        self.cuda.driver = types.SimpleNamespace(CUDADriverError=DriverError, ctxGetCurrent=lambda: 0)
+        integers = [ctypes.c_longlong] * 4
+        self.functions = [
+            ctypes.CFUNCTYPE(ctypes.c_int, *integers[:count])(function)
+            for count, function in ((4, self.copy), (2, self.record), (1, self.query), (1, self.set_context))
+        ]
+
+    def driver(self):
+        """Return the addresses of functions in the place of the driver's."""
+        return [ctypes.cast(function, ctypes.c_void_p).value for function in self.functions]
+
+    def copy(self, to, source, nbytes, _):
+        ctypes.memmove(to, source, nbytes)
+        return 0
+
+    def record(self, *_):
+        return 0
+
+    query = set_context = record
+
+
+class DriverError(RuntimeError):
+    pass
 
 
 class LateCupy(HostCupy):
@@ -640,22 +661,30 @@ class LateCupy(HostCupy):
 
     def __init__(self, seed):
         super().__init__()
-        self.random, self.streams = random.Random(seed), []
+        self.random, self.streams, self.events, self.lock = random.Random(seed), [], [], threading.Lock()
         self.cuda.Event = lambda **_: LateEvent(self)
         self.cuda.Stream = lambda **_: LateStream(self)
         current = LateStream(self)
         self.cuda.get_current_stream = lambda: current
-        copy = self.cuda.runtime.memcpyAsync
-        self.cuda.runtime.memcpyAsync = lambda to, source, nbytes, _, stream: self.streams[stream].queue.append(
-            lambda: copy(to, source, nbytes)
-        )
+
+    def copy(self, to, source, nbytes, stream):
+        self.streams[stream].queue.append(lambda: ctypes.memmove(to, source, nbytes))
+        return 0
+
+    def record(self, event, stream):
+        self.events[event].record(self.streams[stream])
+        return 0
+
+    def query(self, event):
+        return 0 if self.events[event].done else 600
 
     def proceed(self):
         """Do what one of the streams has to do next; return whether there was anything."""
-        for stream in self.random.sample(self.streams, len(self.streams)):
-            if stream.queue and stream.queue[0]() is not False:
-                stream.queue.pop(0)
-                return True
+        with self.lock:
+            for stream in self.random.sample(self.streams, len(self.streams)):
+                if stream.queue and stream.queue[0]() is not False:
+                    stream.queue.pop(0)
+                    return True
         return False
 
 
@@ -675,7 +704,8 @@ class LateStream(HostCupy.Queue):
 
 class LateEvent:
     def __init__(self, device):
-        self.device, self.recorded, self.reached = device, 0, 0
+        self.device, self.recorded, self.reached, self.ptr = device, 0, 0, len(device.events)
+        device.events.append(self)
 
     def record(self, stream):
         self.recorded += 1
@@ -698,6 +728,7 @@ def test_streams_wait_for_each_other_where_they_have_to(host_cupy, monkeypatch, 
     fake = LateCupy(seed)
     monkeypatch.setitem(sys.modules, "cupy", fake)
     monkeypatch.setitem(sys.modules, "cupy.cuda", fake.cuda)
+    monkeypatch.setattr(cuda_backend, "_driver", fake.driver)
     stream = fake.cuda.get_current_stream()
     source = np.random.default_rng(seed).integers(0, 256, (12, 4500), np.uint8)
     targets = [OnHost(4500, np.uint8) for _ in range(2)]
@@ -706,15 +737,12 @@ def test_streams_wait_for_each_other_where_they_have_to(host_cupy, monkeypatch, 
     stream.queue.append(lambda: before.append(targets[0].array.copy()))  # what the caller queued, and is not done yet
 
     def parts():
-        earlier = [None, None]
         for i, row in enumerate(source):
-            target, done = targets[i % 2], host_cupy._event()
+            target = targets[i % 2]
             then = partial(stream.queue.append, partial(lambda target: found.append(target.array.copy()), target))
-            loads = list(host_cupy._loads(row, row.dtype, target.data.ptr))
-            yield host_cupy._Part(loads, done, then, earlier.pop(0))
-            earlier.append(done)
+            yield host_cupy._Part([host_cupy._Copy.to(target.data.ptr, row, row.dtype)], then)
 
-    host_cupy._Transfer(parts(), source.nbytes).run(2)
+    host_cupy._Transfer(parts(), source.nbytes, 2).run()
     source_then, source[:] = source.copy(), 0  # it has been read
     stream.synchronize()
     assert np.all(before[0] == 7)
@@ -728,8 +756,10 @@ def host_cupy(monkeypatch):
     fake = HostCupy()
     monkeypatch.setitem(sys.modules, "cupy", fake)
     monkeypatch.setitem(sys.modules, "cupy.cuda", fake.cuda)
+    monkeypatch.setattr(cuda_backend, "_driver", fake.driver)
     monkeypatch.setattr(cuda_backend, "_pinned", cuda_backend._Pinned())
     monkeypatch.setattr(cuda_backend, "SLOT_BYTES", 1000)
+    monkeypatch.setattr(cuda_backend, "LEAST_BYTES", 250)
     monkeypatch.setattr(cuda_backend, "STAGED_BYTES", 10000)
     monkeypatch.setattr(cuda_backend, "FILL_BYTES", 96)
     cuda_backend._copies.cache_clear()
@@ -766,7 +796,7 @@ def test_bytes_of_all_strides_and_dtypes_arrive(host_cupy, monkeypatch, threads,
     for dtype in (None, np.float32):
         for source in map(np.asarray, sources):
             target = OnHost(source.shape, dtype or source.dtype)
-            host_cupy._Transfer(host_cupy._parts(source, target), target.array.nbytes).run(threads)
+            host_cupy._Transfer(host_cupy._parts(source, target), target.array.nbytes, threads).run()
             assert np.array_equal(target.array, source.astype(target.dtype))
     assert host_cupy._pinned._count <= slots
 
@@ -778,16 +808,12 @@ def test_parts_are_finished_once_they_are_there_and_memory_is_used_again_after(h
     found = []
 
     def parts():
-        before = [None, None]
         for i, row in enumerate(source):
             target = targets[i % 2]
             then = lambda i=i, target=target: found.append((i, target.array.copy()))  # noqa: E731
-            done = host_cupy._event()
-            loads = list(host_cupy._loads(row, row.dtype, target.data.ptr))
-            yield host_cupy._Part(loads, done, then, before.pop(0))
-            before.append(done)
+            yield host_cupy._Part([host_cupy._Copy.to(target.data.ptr, row, row.dtype)], then)
 
-    host_cupy._Transfer(parts(), source.nbytes).run(threads)
+    host_cupy._Transfer(parts(), source.nbytes, threads).run()
     assert [i for i, _ in found] == list(range(30))
     assert all(np.array_equal(array, source[i]) for i, array in found)
 
@@ -800,17 +826,31 @@ def test_an_error_on_the_way_ends_all_and_gives_back_the_memory(host_cupy, threa
     def fail():
         raise MemoryError("enough")
 
-    def parts():
-        for i, row in enumerate(source):
-            loads = list(host_cupy._loads(row, row.dtype, target.data.ptr))
-            yield host_cupy._Part(loads, host_cupy._event(), fail if i == 3 else lambda: None)
-
     for _ in range(20):
+        copy = host_cupy._Copy.to(target.data.ptr, source[0], source.dtype)
+        parts = (host_cupy._Part([copy], fail if i == 3 else lambda: None) for i in range(30))
         with pytest.raises(MemoryError, match="enough"):
-            host_cupy._Transfer(parts(), source.nbytes).run(threads)
-    assert len(host_cupy._pinned._free) == host_cupy._pinned._count == host_cupy.SLOTS
+            host_cupy._Transfer(parts, source.nbytes, threads).run()
+    assert len(host_cupy._pinned._free) == host_cupy._pinned._count == 2 * threads
     host_cupy._pinned.release()
     assert not host_cupy._pinned._count
+
+
+@pytest.mark.parametrize("function", ["copy", "record"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_an_error_of_the_driver_ends_all_with_its_number(host_cupy, monkeypatch, function, threads):
+    times = []
+
+    def fail(*_):
+        times.append(None)
+        return 719 if len(times) > 3 else 0
+
+    fake = type("Failing", (HostCupy,), {function: staticmethod(fail)})()
+    monkeypatch.setattr(cuda_backend, "_driver", fake.driver)
+    source, target = np.zeros((30, 7000), np.uint8), OnHost((30, 7000), np.uint8)
+    with pytest.raises(DriverError, match="719"):
+        host_cupy._Transfer(host_cupy._parts(source, target), source.nbytes, threads).run()
+    assert len(host_cupy._pinned._free) == host_cupy._pinned._count == 2 * threads
 
 
 @pytest.mark.parametrize(("axes", "most", "counts"), [(1, 100, [100, 100, 4]), (2, 408, [408] * 12), (1, 1, None)])
@@ -876,7 +916,7 @@ def test_a_device_does_what_is_timed_as_often_as_counts():
 def test_bytes_are_not_brought_to_a_device_without_compiled_code(host_cupy, monkeypatch):
     monkeypatch.setattr(cuda_backend, "compiled", lambda *_: None)
     with pytest.raises(mxfp4np.BackendUnavailableError, match="unset NUMBA_DISABLE_JIT"):
-        host_cupy._Transfer([], 0)
+        host_cupy._Transfer([], 1, 1)
 
 
 @pytest.fixture

@@ -1424,12 +1424,27 @@ def encode_columns_pieces(geometry, word):
                 x += 32 * step
 
 
-# Memory that a device copies from is filled by several threads at once, slot by slot, each in pieces. The vector
-# `slots` begins with these numbers, and has some more for each slot: where the bytes are, in runs a step apart, which
-# of them is the first, and how many are wanted; where they go, and how many pieces are not there yet.
-PIECES_CLAIMED, PIECES_OPEN, SLOTS_TAKEN, GOING_ON, PIECES_OF_SLOT, PIECE_BYTES = range(6)
-FIRST_SLOT, SLOT_NUMBERS = 8, 8
-SOURCE, RUN_BYTES, RUN_STEP, FIRST_BYTE, LOAD_BYTES, TARGET, PIECES_MISSING = range(7)
+# Memory that a device copies from is filled by several threads, each of which has two slots of it in turn: it claims a
+# load, fills one slot with its bytes, piece by piece, and has CUDA's driver copy it while it fills the other. Loads are
+# claimed in order, and copied as soon as they are there. Those that belong together are a part; the thread that leads
+# is told when all of a part have been queued.
+#
+# The vector `loading` begins with these numbers: how many loads are claimed, are known, and may be copied (the memory
+# that later ones are for is still in use); bytes of a load and of a piece; what the driver said when it failed; its
+# functions, and the context of the device.
+CLAIMED, KNOWN, OPEN, GOING_ON, LOAD_BYTES, PIECE_BYTES, STATUS = 0, 1, 2, 3, 4, 5, 6
+COPY, RECORD, QUERY, SET_CONTEXT, CONTEXT = 8, 9, 10, 11, 12
+# Then come parts, as in a ring: the loads that are not queued yet, the first load, the stream for their copies, and one
+# or two arrays: loads, bytes, where they are, in runs a step apart, and the address that they are for.
+FIRST_PART, PART_NUMBERS, PARTS = 16, 16, 4
+MISSING, FIRST_LOAD, STREAM, ARRAYS, ARRAY_NUMBERS = 0, 1, 2, 3, 6
+ARRAY_LOADS, NBYTES, SOURCE, RUN_BYTES, RUN_STEP, DESTINATION = 0, 1, 2, 3, 4, 5
+# Then threads: their slots, each with its event, and which of them is next; and what they are at, if anything: a load
+# of a part, the array that it is of, its first byte there, and how many bytes are in the slot.
+FIRST_THREAD, THREAD_NUMBERS = FIRST_PART + PARTS * PART_NUMBERS, 16
+MEMORY, EVENT, NEXT_SLOT, IS_LOADING, LOAD, PART, ARRAY, FIRST_BYTE, LOADED = 0, 2, 4, 5, 6, 7, 8, 9, 10
+
+CUDA_SUCCESS = 0
 
 PREFETCH_BYTES = 2048
 
@@ -1448,38 +1463,104 @@ def _copy_run(source, target, count):
         copy_1(source + i, target + i)
 
 
-def open_slot(slots):
-    """Let threads fill one more slot, whose numbers have been written."""
-    add_shared(slots.ctypes.data + 8 * PIECES_OPEN, slots[PIECES_OF_SLOT])
+def _caller(count):
+    """Return an intrinsic that calls a C function at an address, with so many integers, for its status."""
+
+    def codegen(context, builder, signature, args):
+        function_type = ir.FunctionType(_I32, [ir.IntType(64)] * count)
+        function = builder.inttoptr(args[0], function_type.as_pointer())
+        arguments = [builder.extract_value(args[1], i) for i in range(count)]
+        return builder.sext(builder.call(function, arguments), ir.IntType(64))
+
+    @intrinsic
+    def call(typingctx, function, arguments):
+        """Call the C function at an address."""
+        return types.int64(types.int64, types.UniTuple(types.int64, count)), codegen
+
+    return call
 
 
-def fill_slots(slots, is_leader):
-    """Fill what is open, together with other threads: until it has ended, or the leader until its next slot is full.
+call_1, call_2, call_4 = _caller(1), _caller(2), _caller(4)
 
-    The leader opens slots, takes full ones in the same order, and ends it all.
+
+@njit(nogil=True)
+def _claim_load(loading, thread):
+    """Claim the next load, if there is one and a slot for it."""
+    shared = loading.ctypes.data
+    number = load_shared(shared + 8 * CLAIMED)
+    if number >= load_shared(shared + 8 * KNOWN):
+        return False
+    if call_1(loading[QUERY], (loading[thread + EVENT + loading[thread + NEXT_SLOT]],)) != CUDA_SUCCESS:
+        return False
+    if replace_shared(shared + 8 * CLAIMED, number, number + 1) != number:
+        return False
+    # Meanwhile a part that is done may be overwritten by one that comes later; only one number of each is looked at.
+    part, first = 0, -1
+    for other in range(FIRST_PART, FIRST_THREAD, PART_NUMBERS):
+        begin = load_shared(shared + 8 * (other + FIRST_LOAD))
+        if first < begin <= number:
+            part, first = other, begin
+    array, before = part + ARRAYS, number - first
+    if before >= loading[array + ARRAY_LOADS]:
+        before -= loading[array + ARRAY_LOADS]
+        array += ARRAY_NUMBERS
+    loading[thread + LOAD], loading[thread + PART], loading[thread + ARRAY] = number, part, array
+    loading[thread + FIRST_BYTE], loading[thread + LOADED] = before * loading[LOAD_BYTES], 0
+    loading[thread + IS_LOADING] = 1
+    return True
+
+
+@njit(nogil=True)
+def _load_more(loading, thread):
+    """Do the next thing for a device; return whether there was any."""
+    if not loading[thread + IS_LOADING] and not _claim_load(loading, thread):
+        return False
+    shared, part, array = loading.ctypes.data, loading[thread + PART], loading[thread + ARRAY]
+    begin, loaded = loading[thread + FIRST_BYTE], loading[thread + LOADED]
+    nbytes = min(loading[LOAD_BYTES], loading[array + NBYTES] - begin)
+    slot = loading[thread + NEXT_SLOT]
+    memory, event = loading[thread + MEMORY + slot], loading[thread + EVENT + slot]
+    if loaded < nbytes:
+        stop = min(loaded + loading[PIECE_BYTES], nbytes)
+        while loaded < stop:
+            run = (begin + loaded) // loading[array + RUN_BYTES]
+            offset = begin + loaded - run * loading[array + RUN_BYTES]
+            count = min(stop - loaded, loading[array + RUN_BYTES] - offset)
+            _copy_run(loading[array + SOURCE] + run * loading[array + RUN_STEP] + offset, memory + loaded, count)
+            loaded += count
+        loading[thread + LOADED] = loaded
+        return True
+    if loading[thread + LOAD] >= load_shared(shared + 8 * OPEN):
+        return False
+    stream = loading[part + STREAM]
+    status = call_4(loading[COPY], (loading[array + DESTINATION] + begin, memory, nbytes, stream))
+    if status == CUDA_SUCCESS:
+        status = call_2(loading[RECORD], (event, stream))
+    if status != CUDA_SUCCESS:
+        loading[STATUS] = status
+    loading[thread + NEXT_SLOT], loading[thread + IS_LOADING] = 1 - slot, 0
+    add_shared(shared + 8 * (part + MISSING), -1)
+    return True
+
+
+def tell_loads(loading, known, open_):
+    """Tell other threads how many loads are known, and how many may be copied."""
+    add_shared(loading.ctypes.data + 8 * KNOWN, known - loading[KNOWN])
+    add_shared(loading.ctypes.data + 8 * OPEN, open_ - loading[OPEN])
+
+
+def load_parts(loading, thread, part):
+    """Fill slots and have them copied, together with other threads, until all has ended, or a part has been queued.
+
+    Returns what the driver says: 0, or its number of an error.
     """
-    address = slots.ctypes.data
-    count = (len(slots) - FIRST_SLOT) // SLOT_NUMBERS
-    following = FIRST_SLOT + SLOT_NUMBERS * (slots[SLOTS_TAKEN] % count)
-    while load_shared(address + 8 * (following + PIECES_MISSING) if is_leader else address + 8 * GOING_ON) != 0:
-        piece = load_shared(address + 8 * PIECES_CLAIMED)
-        if piece >= load_shared(address + 8 * PIECES_OPEN):
+    shared, thread = loading.ctypes.data, FIRST_THREAD + THREAD_NUMBERS * thread
+    missing = shared + 8 * (FIRST_PART + PART_NUMBERS * part + MISSING)
+    if part < 0:
+        status = call_1(loading[SET_CONTEXT], (loading[CONTEXT],))
+        if status != CUDA_SUCCESS:
+            return status
+    while load_shared(shared + 8 * GOING_ON) != 0 and (part < 0 or load_shared(missing) != 0):
+        if not _load_more(loading, thread):
             pause()
-            continue
-        if replace_shared(address + 8 * PIECES_CLAIMED, piece, piece + 1) != piece:
-            continue
-        load = piece // slots[PIECES_OF_SLOT]
-        slot = FIRST_SLOT + SLOT_NUMBERS * (load % count)
-        offset = (piece - load * slots[PIECES_OF_SLOT]) * slots[PIECE_BYTES]
-        target = slots[slot + TARGET] + offset
-        begin = slots[slot + FIRST_BYTE] + offset
-        end = min(begin + slots[PIECE_BYTES], slots[slot + FIRST_BYTE] + slots[slot + LOAD_BYTES])
-        while begin < end:
-            run = begin // slots[slot + RUN_BYTES]
-            offset = begin - run * slots[slot + RUN_BYTES]
-            size = min(end - begin, slots[slot + RUN_BYTES] - offset)
-            source = slots[slot + SOURCE] + run * slots[slot + RUN_STEP] + offset
-            _copy_run(source, target, size)
-            target += size
-            begin += size
-        add_shared(address + 8 * (slot + PIECES_MISSING), -1)
+    return loading[STATUS]

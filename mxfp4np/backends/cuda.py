@@ -9,6 +9,7 @@ are gathered by several threads in pinned memory, and copied on a stream of thei
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import itertools
 import math
@@ -17,7 +18,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,19 +27,42 @@ from ..errors import BackendUnavailableError, DeviceMemoryError
 from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, name_of, split
 from . import cuda_kernels
 from .cpu import compiled
-from .cpu_kernels import FIRST_SLOT, GOING_ON, PIECE_BYTES, PIECES_OF_SLOT, SLOT_NUMBERS, SLOTS_TAKEN
+from .cpu_kernels import (
+    CONTEXT,
+    COPY,
+    EVENT,
+    FIRST_LOAD,
+    FIRST_PART,
+    FIRST_THREAD,
+    GOING_ON,
+    LOAD_BYTES,
+    MEMORY,
+    PART_NUMBERS,
+    PARTS,
+    PIECE_BYTES,
+    QUERY,
+    RECORD,
+    SET_CONTEXT,
+    THREAD_NUMBERS,
+)
 from .cuda_kernels import ROW_AXES, ROWS, THREADS, VALUES, VECTORS
-from .memory import address_of, is_transposed, merged_axes, type_of
+from .memory import address_of, aligned_empty, is_transposed, merged_axes, type_of
 from .threads import default_num_threads, in_threads
 
-SLOT_BYTES: Final = 8 << 20
-"""Bytes that are copied to a device at a time."""
+SLOT_BYTES: Final = 4 << 20
+"""Bytes that are copied to a device at a time, at most: the bus rests for some microseconds between copies."""
 
-SLOTS: Final = 8
-"""Slots that are in use at a time: full ones wait for the bus while others are filled."""
+LEAST_BYTES: Final = 256 << 10
+"""And at least, where that lets more threads take part."""
+
+SLOTS: Final = 24
+"""Slots that are in use at a time, two by each thread: one waits for the bus while the other is filled.
+
+No other thread writes to them, so that they stay in its cache until then.
+"""
 
 FILL_BYTES: Final = 256 << 10
-"""Bytes that a thread puts into a slot at a time: they stay in its cache until the device has them."""
+"""Bytes that a thread puts into a slot before it looks whether something else is to be done."""
 
 STAGED_BYTES: Final = 64 << 20
 """Packed bytes that are decoded at a time, where they come from the host; a device keeps memory for two times that."""
@@ -112,7 +136,7 @@ class CUDABackend:
             return
         with out.device:
             target = out if out.flags.c_contiguous else self.empty(out.shape, out.dtype)
-            _Transfer(_parts(array, target), target.nbytes).run(default_num_threads())
+            _Transfer(_parts(array, target), target.nbytes, default_num_threads()).run()
             if target is not out:
                 out[...] = target
 
@@ -167,16 +191,13 @@ class CUDABackend:
             _decode(codes, factors, target, max(0, -begin), halves)
 
         def parts() -> Iterator[_Part]:
-            before: list[Any] = [None, None]  # when those are done whose buffers are used again
             for index, buffer in zip(indices, itertools.cycle(buffers), strict=False):
                 sources = blocks[index], scales[index]
                 targets = [b[: s.size].reshape(s.shape) for b, s in zip(buffer, sources, strict=True)]
-                loads = [load for s, t in zip(sources, targets, strict=True) for load in _loads(s, _UINT8, t.data.ptr)]
-                done = _event()
-                yield _Part(loads, done, partial(decode, index, *targets), before.pop(0))
-                before.append(done)
+                copies = [_Copy.to(t.data.ptr, s, _UINT8) for s, t in zip(sources, targets, strict=True)]
+                yield _Part(copies, partial(decode, index, *targets))
 
-        _Transfer(parts(), blocks.nbytes + scales.nbytes).run(threads)
+        _Transfer(parts(), blocks.nbytes + scales.nbytes, threads).run()
 
     def encode(
         self,
@@ -379,44 +400,31 @@ def _new_like(array: Any) -> Any:
 # Over the bus
 
 
-class _Load(NamedTuple):
-    """What is copied at a time: consecutive bytes of an array."""
+class _Copy(NamedTuple):
+    """An array on the host that is to be copied: in runs, a step apart, to consecutive bytes on a device."""
 
     source: NDArray[Any]
-    """On the host."""
     run: int
-    """Bytes that follow each other without a gap."""
     step: int
-    """From one run to the next."""
-    begin: int
-    """The first of the bytes, counted without the gaps."""
-    nbytes: int
     address: int
-    """On the device."""
 
-
-def _loads(source: NDArray[Any], dtype: np.dtype[Any], address: int) -> Iterator[_Load]:
-    """Cut an array of any strides that is to be copied, as a dtype, to an address."""
-    axes = merged_axes(source.shape, source.strides)
-    if source.dtype != dtype or len(axes) > 2 or (axes and axes[-1][1] != source.itemsize):
-        source = np.ascontiguousarray(source.astype(dtype))
-        axes = [(source.size, source.itemsize)]
-    *outer, (count, _) = axes or [(1, 0)]
-    run, step = count * source.itemsize, outer[0][1] if outer else 0
-    for begin in range(0, source.nbytes, SLOT_BYTES):
-        yield _Load(source, run, step, begin, min(SLOT_BYTES, source.nbytes - begin), address + begin)
+    @classmethod
+    def to(cls, address: int, source: NDArray[Any], dtype: np.dtype[Any]) -> Self:
+        """Return how to copy an array of any strides, as a dtype, to an address."""
+        axes = merged_axes(source.shape, source.strides)
+        if source.dtype != dtype or len(axes) > 2 or (axes and axes[-1][1] != source.itemsize):
+            source = np.ascontiguousarray(source.astype(dtype))
+            axes = [(source.size, source.itemsize)]
+        *outer, (count, _) = axes or [(1, 0)]
+        return cls(source, count * source.itemsize, outer[0][1] if outer else 0, address)
 
 
 class _Part(NamedTuple):
-    """Loads, and what is done when all of them are on the device."""
+    """One or two copies that belong together. Every other part may use the same memory on the device."""
 
-    loads: list[_Load]
-    done: Any
-    """An event, recorded when that has been queued."""
+    copies: list[_Copy]
     then: Callable[[], object] = lambda: None
-    """Queues it on the caller's stream."""
-    behind: Any = None
-    """An event that comes before: that of an earlier part, which uses the same memory."""
+    """Called when all of it has been queued: queues what comes behind on the caller's stream."""
 
 
 def _parts(source: NDArray[Any], target: Any) -> Iterator[_Part]:
@@ -424,7 +432,7 @@ def _parts(source: NDArray[Any], target: Any) -> Iterator[_Part]:
     address = target.data.ptr
     for index in split(source.shape, target.itemsize, STAGED_BYTES):
         piece = np.asarray(source[index])
-        yield _Part(list(_loads(piece, target.dtype, address)), _event())
+        yield _Part([_Copy.to(address, piece, target.dtype)])
         address += piece.size * target.itemsize
 
 
@@ -434,37 +442,21 @@ class _Slot:
     def __init__(self) -> None:
         import cupy
 
-        self._runtime = cupy.cuda.runtime
-        self._memory = cupy.cuda.PinnedMemory(SLOT_BYTES)
-        self._source: Any = None  # kept until it has been read
+        self.memory = cupy.cuda.PinnedMemory(SLOT_BYTES)
         self._copied: Any = None
         self._device = -1
 
-    def take(self, load: _Load) -> tuple[int, ...]:
-        """Return the numbers that `cpu_kernels` wants, to fill it by."""
-        self._source = load.source
-        return address_of(load.source), load.run, load.step, load.begin, load.nbytes, self._memory.ptr
-
-    def copy(self, load: _Load, copies: Any, device: int) -> None:
-        """Queue the copy of what it has been filled with, to the current device."""
-        kind = self._runtime.memcpyHostToDevice
-        self._runtime.memcpyAsync(load.address, self._memory.ptr, load.nbytes, kind, copies.ptr)
+    def copied(self, device: int) -> Any:
+        """Return the event that what was in it has been copied to a device, the current one."""
         if self._device != device:  # events belong to devices
+            self.wait()
             self._copied, self._device = _event(), device
-        self._copied.record(copies)
-        self.forget()
+        return self._copied
 
-    def forget(self) -> None:
-        """Let go of what it is filled from."""
-        self._source = None
-
-    def copied(self, *, wait: bool) -> bool:
-        """Return whether what was in it has been copied, and wait until it has if that is wanted."""
-        if self._copied is None or self._copied.done:
-            return True
-        if wait:
+    def wait(self) -> None:
+        """Wait until what was in it has been copied."""
+        if self._copied is not None:
             self._copied.synchronize()
-        return wait
 
 
 class _Pinned:
@@ -504,8 +496,6 @@ class _Pinned:
 
     def give_back(self, slots: list[_Slot]) -> None:
         """Let others have the slots, whose copies may still be under way."""
-        for slot in slots:
-            slot.forget()
         with self._condition:
             self._free += slots
             self._condition.notify_all()
@@ -518,7 +508,7 @@ class _Pinned:
             self._count -= len(slots)
             self._condition.notify_all()
         for slot in slots:
-            slot.copied(wait=True)
+            slot.wait()
 
 
 _pinned = _Pinned()
@@ -532,100 +522,142 @@ def _pinned_slots() -> int:
 
 
 def _event() -> Any:
-    """Return an event of the current device that a thread can wait for without using its CPU."""
+    """Return an event of the current device."""
     import cupy
 
-    return cupy.cuda.Event(block=True, disable_timing=True)
+    return cupy.cuda.Event(disable_timing=True)
 
 
 @functools.cache
-def _copies(device: int) -> Any:
-    """Return the stream of a device for copies from the host."""
+def _copies(device: int) -> list[Any]:
+    """Return the streams of a device for copies from the host, of every other part."""
     import cupy
 
     with cupy.cuda.Device(device):
-        return cupy.cuda.Stream(non_blocking=True)
+        return [cupy.cuda.Stream(non_blocking=True) for _ in range(2)]
+
+
+class _Driver(NamedTuple):
+    """Addresses of functions of CUDA's driver that compiled code calls."""
+
+    copy: int
+    record: int
+    query: int
+    set_context: int
+
+
+@functools.cache
+def _driver() -> _Driver:
+    """Return the functions of the driver, which is there, since CuPy works, and whose streams and events CuPy uses."""
+    library = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    names = "cuMemcpyHtoDAsync_v2", "cuEventRecord", "cuEventQuery", "cuCtxSetCurrent"
+    return _Driver(*(ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0 for name in names))
 
 
 class _Transfer:
-    """Copies to the current device: several threads fill slots, and the calling one queues their copies.
+    """Copies of so many bytes to the current device: several threads fill slots, and queue their copies.
 
-    The others never leave compiled code, so that nobody has to wait for the interpreter.
+    They do so in compiled code, so that nobody has to wait for the interpreter. The calling thread leaves it when all
+    of a part have been queued, and queues what comes behind.
     """
 
-    def __init__(self, parts: Iterable[_Part], nbytes: int) -> None:
+    def __init__(self, parts: Iterable[_Part], nbytes: int, threads: int) -> None:
         import cupy
 
-        self._fill, self._open = compiled("fill_slots", "boolean"), compiled("open_slot")
-        if self._fill is None:
+        self._load, self._tell = compiled("load_parts", "int64", "int64"), compiled("tell_loads", "int64", "int64")
+        if self._load is None:
             raise BackendUnavailableError(
                 "bytes of the host are brought to a device by compiled code: unset NUMBA_DISABLE_JIT"
             )
         self._device, self._stream = cupy.cuda.Device().id, cupy.cuda.get_current_stream()
         self._copies = _copies(self._device)
-        self._loads = ((part, i, load) for part in parts for i, load in enumerate(part.loads))
-        self._nbytes = nbytes
-        self._slots: list[_Slot] = []
+        self._parts = iter(parts)
+        self._threads = min(threads, SLOTS // 2, -(-nbytes // LEAST_BYTES))
+        shares = -(-nbytes // (2 * self._threads * LEAST_BYTES))  # of a load of each slot
+        self._load_bytes = min(SLOT_BYTES, LEAST_BYTES * shares)
 
-    def run(self, threads: int) -> None:
+    def run(self) -> None:
         """Return when nothing is left to read from the host; what comes later on the current stream comes after it."""
         ready = _event()
         ready.record(self._stream)
-        self._copies.wait_event(ready)  # whoever used the memory before has finished with it
-        self._slots = _pinned.take(min(SLOTS, 2 + self._nbytes // SLOT_BYTES))
+        for copies in self._copies:
+            copies.wait_event(ready)  # whoever used the memory before has finished with it
+        slots = _pinned.take(2 * self._threads)
         try:
-            self._run(threads)
+            self._run(slots)
         except BaseException:
-            self._copies.synchronize()  # the memory that is copied to may be let go of
+            for copies in self._copies:
+                copies.synchronize()  # the memory that is copied to may be let go of
             raise
         finally:
-            _pinned.give_back(self._slots)
+            _pinned.give_back(slots)
 
-    def _run(self, threads: int) -> None:
-        numbers = np.zeros(FIRST_SLOT + SLOT_NUMBERS * len(self._slots), np.int64)
-        numbers[[PIECES_OF_SLOT, PIECE_BYTES, GOING_ON]] = -(-SLOT_BYTES // FILL_BYTES), FILL_BYTES, 1
-        leader = threading.get_ident()
+    def _run(self, slots: list[_Slot]) -> None:
+        import cupy
+
+        pairs = list(zip(slots[::2], slots[1::2], strict=False)) or [(slots[0], slots[0])]
+        loading = aligned_empty((FIRST_THREAD + THREAD_NUMBERS * len(pairs),), np.dtype(np.int64))
+        loading[:] = 0
+        loading[[GOING_ON, LOAD_BYTES, PIECE_BYTES]] = 1, self._load_bytes, FILL_BYTES
+        loading[[COPY, RECORD, QUERY, SET_CONTEXT]] = _driver()
+        loading[CONTEXT] = cupy.cuda.driver.ctxGetCurrent()
+        for thread, pair in zip(loading[FIRST_THREAD:].reshape(-1, THREAD_NUMBERS), pairs, strict=True):
+            thread[MEMORY : MEMORY + 2] = [slot.memory.ptr for slot in pair]
+            thread[EVENT : EVENT + 2] = [slot.copied(self._device).ptr for slot in pair]
+        leader, following = threading.get_ident(), itertools.count(1)
+        is_done = False
 
         def work() -> None:
-            if threading.get_ident() != leader:
-                self._fill(numbers, False)
-            else:
-                self._lead(numbers)
+            nonlocal is_done
+            if threading.get_ident() == leader:
+                self._lead(loading)
+                is_done = True
                 close()
+            else:
+                self._load(loading, next(following), -1)
 
         def close() -> None:
-            numbers[GOING_ON] = 0
+            loading[GOING_ON] = 0
 
-        in_threads(work, min(threads, -(-self._nbytes // FILL_BYTES)), close)
+        in_threads(work, len(pairs), close, lambda: is_done)
 
-    def _lead(self, numbers: NDArray[np.int64]) -> None:
-        """Open slots that are free, and queue what is full, in the same order, until nothing is left."""
-        opened: deque[tuple[_Part, int, _Load]] = deque()
-        taken = 0
-        following = next(self._loads, None)
-        while following or opened:
-            while following and len(opened) < len(self._slots):
-                place = (taken + len(opened)) % len(self._slots)
-                if not self._slots[place].copied(wait=not opened):
-                    break
-                described = *self._slots[place].take(following[2]), numbers[PIECES_OF_SLOT]
-                first = FIRST_SLOT + SLOT_NUMBERS * place
-                numbers[first : first + len(described)] = described
-                self._open(numbers)
-                opened.append(following)
-                following = next(self._loads, None)
-            self._fill(numbers, True)
-            self._queue(self._slots[taken % len(self._slots)], *opened.popleft())
-            taken += 1
-            numbers[SLOTS_TAKEN] = taken
+    def _lead(self, loading: NDArray[np.int64]) -> None:
+        """Tell compiled code of parts, and queue what comes behind each when it has been queued itself.
 
-    def _queue(self, slot: _Slot, part: _Part, i: int, load: _Load) -> None:
-        """Queue the copy of a slot, and what comes behind the last of a part."""
-        if i == 0 and part.behind is not None:
-            self._copies.wait_event(part.behind)
-        slot.copy(load, self._copies, self._device)
-        if i + 1 == len(part.loads):
-            part.done.record(self._copies)
-            self._stream.wait_event(part.done)
+        Two parts are open at a time, and threads know of one more: its loads are filled but not yet copied.
+        """
+        import cupy
+
+        known: deque[tuple[_Part, int]] = deque()  # which keeps what they are read from; and the loads up to each
+        done = [_event() for _ in self._copies]  # that the memory of every other part may be used again
+        ring = loading[FIRST_PART:FIRST_THREAD].reshape(PARTS, PART_NUMBERS)
+        ring[:, FIRST_LOAD] = np.iinfo(np.int64).max
+        loads = 0
+
+        def tell() -> None:
+            self._tell(loading, loads, known[min(len(known), 2) - 1][1])
+
+        for number in itertools.count():
+            for part in itertools.islice(self._parts, 3 - len(known)):
+                place = number + len(known)
+                counts = [-(-copy.source.nbytes // self._load_bytes) for copy in part.copies]
+                described = [sum(counts), loads, self._copies[place % 2].ptr]
+                for count, (source, run, step, address) in zip(counts, part.copies, strict=True):
+                    described += count, source.nbytes, address_of(source), run, step, address
+                ring[place % PARTS, : len(described)] = described
+                loads += sum(counts)
+                known.append((part, loads))
+                tell()
+            if not known:
+                break
+            tell()
+            status = self._load(loading, 0, number % PARTS)
+            if status:
+                raise cupy.cuda.driver.CUDADriverError(status)
+            copies, event = self._copies[number % 2], done[number % 2]
+            event.record(copies)
+            self._stream.wait_event(event)
+            part, _ = known.popleft()
             part.then()
-            part.done.record(self._stream)
+            event.record(self._stream)
+            copies.wait_event(event)
