@@ -601,9 +601,9 @@ class _Transfer:
         loading[[GOING_ON, LOAD_BYTES, PIECE_BYTES]] = 1, self._load_bytes, FILL_BYTES
         loading[[COPY, RECORD, QUERY, SET_CONTEXT]] = _driver()
         loading[CONTEXT] = cupy.cuda.driver.ctxGetCurrent()
-        for thread, pair in zip(loading[FIRST_THREAD:].reshape(-1, THREAD_NUMBERS), pairs, strict=True):
-            thread[MEMORY : MEMORY + 2] = [slot.memory.ptr for slot in pair]
-            thread[EVENT : EVENT + 2] = [slot.copied(self._device).ptr for slot in pair]
+        threads = loading[FIRST_THREAD:].reshape(-1, THREAD_NUMBERS)
+        threads[:, MEMORY : MEMORY + 2] = [[slot.memory.ptr for slot in pair] for pair in pairs]
+        threads[:, EVENT : EVENT + 2] = [[slot.copied(self._device).ptr for slot in pair] for pair in pairs]
         leader, following = threading.get_ident(), itertools.count(1)
         is_done = False
 
