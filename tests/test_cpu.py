@@ -188,7 +188,7 @@ def test_small_pieces_past_the_cache_and_not(data, streaming, transpose):
     memory[:] = 0x55
     out = memory[skew:][: math.prod(shape) * expected.itemsize].view(expected.dtype).reshape(shape)
     out = out[..., pad : pad + expected.shape[-1]]
-    limits = {"SERIAL_BLOCKS": 8, "PIECE_BLOCKS": (3, 17), "STREAMING_BYTES": 0 if streaming else sys.maxsize}
+    limits = {"THREAD_BLOCKS": 8, "PIECE_BLOCKS": (3, 17), "STREAMING_BYTES": 0 if streaming else sys.maxsize}
     with mock.patch.multiple(cpu, **limits):
         part.decode(out=out, transpose=transpose, num_threads=data.draw(st.integers(1, 3)))
     assert_same_bits(out, expected)
@@ -210,7 +210,7 @@ def test_rows_of_any_length_and_alignment_past_the_cache(dtype, length):
         memory[:] = 0x55
         out = memory[skew:][: rows * (length + gap) * whole.itemsize].view(whole.dtype).reshape(rows, length + gap)
         out = out[:, :length]
-        with mock.patch.multiple(cpu, STREAMING_BYTES=0, SERIAL_BLOCKS=8, PIECE_BLOCKS=(501, 501)):
+        with mock.patch.multiple(cpu, STREAMING_BYTES=0, THREAD_BLOCKS=8, PIECE_BLOCKS=(501, 501)):
             MXFP4Array(blocks, scales)[:, start : start + length].decode(out=out, num_threads=2)
         assert_same_bits(out, expected)
         out[...] = np.full((), 0x55, np.uint8).repeat(whole.itemsize).view(whole.dtype)[0]
@@ -250,10 +250,22 @@ def test_results_of_every_size_are_aligned():
         assert aligned_empty((n,), np.dtype("f4")).ctypes.data % 64 == 0
 
 
+@pytest.mark.parametrize(("blocks", "asked", "used"), [(1, 16, 1), (2, 16, 2), (7.5, 16, 8), (7.5, 4, 4), (32, 16, 16)])
+def test_as_many_threads_as_there_is_work_for(monkeypatch, blocks, asked, used):
+    monkeypatch.setattr(cpu, "THREAD_BLOCKS", 1 << 10)
+    monkeypatch.setattr(cpu, "PIECE_BLOCKS", (1, 1))
+    found = [1]
+    monkeypatch.setattr(cpu, "in_threads", lambda work, threads, *_: (found.append(threads), work()))
+    count = int(blocks * cpu.THREAD_BLOCKS)
+    codes, scales = np.full((count, 16), 0x22, np.uint8), np.full(count, 127, np.uint8)
+    assert np.all(mxfp4np.decode(codes, scales, num_threads=asked) == 1)
+    assert found[-1] == used
+
+
 @given(x=values(max_side=70, max_axes=1), rule=st.sampled_from(sorted(RULES)), threads=st.integers(1, 3))
 @settings(max_examples=200)
 def test_small_pieces_of_values(x, rule, threads):
-    with mock.patch.multiple(cpu, SERIAL_BLOCKS=8, PIECE_BLOCKS=(3, 17)):
+    with mock.patch.multiple(cpu, THREAD_BLOCKS=8, PIECE_BLOCKS=(3, 17)):
         assert_encodes(x, rule, num_threads=threads)
 
 
@@ -282,7 +294,7 @@ def test_rows_that_are_columns_in_memory(rows, dtype):
         turned = part.swapaxes(-1, -2)
         memory = np.full((*turned.shape[:-1], 2 * turned.shape[-1] // 32, 19), 99, np.uint8)
         out = MXFP4Array(memory[..., ::2, 1:17], memory[..., ::2, 17])
-        with mock.patch.multiple(cpu, SERIAL_BLOCKS=8, PIECE_BLOCKS=(200, 200)):
+        with mock.patch.multiple(cpu, THREAD_BLOCKS=8, PIECE_BLOCKS=(200, 200)):
             assert_encodes(turned, "even", out=out, num_threads=2)
         memory[..., ::2, 1:18] = 99
         assert np.all(memory == 99)
@@ -300,7 +312,7 @@ def test_pages_of_maps_are_read_by_pieces_and_give_the_same_values(tmp_path, ord
     assert not is_mapped(blocks[1:])
     whole = MXFP4Array(blocks, scales, order)
     for index in [np.s_[...], np.s_[:, ::2], np.s_[::-1, 5:600], np.s_[..., 64:2816], np.s_[:2, :, 5:2870], np.s_[::2]]:
-        assert mapped[index].scales.size > cpu.SERIAL_BLOCKS
+        assert mapped[index].scales.size > cpu.THREAD_BLOCKS
         for transpose in (False, True):
             expected = whole[index].decode(transpose=transpose)
             assert_same_bits(mapped[index].decode(transpose=transpose, num_threads=3), expected)

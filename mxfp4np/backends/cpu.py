@@ -29,8 +29,8 @@ The most first, so that threads seldom start anew, and the fewest at last, so th
 FRESH_FACTOR = 4
 """In memory that is new, the fewest are so many times as many: threads would clear one and the same huge page."""
 
-SERIAL_BLOCKS = 1 << 16
-"""Up to this many blocks, 4 MiB of bfloat16, one thread is as fast as several."""
+THREAD_BLOCKS = 1 << 16
+"""One thread for so many blocks, 4 MiB of bfloat16, at most: more are slower, since each takes a while to wake."""
 
 GROUPS_ABREAST = 4
 """The fewest groups of 32 rows, where these are transposed: so many are worked on together."""
@@ -151,10 +151,10 @@ def _run(
     fresh: bool = False,
 ) -> None:
     """Run a kernel over all units of so many blocks: in pieces, in several threads, where that pays."""
-    if units * unit_blocks <= SERIAL_BLOCKS:
+    if units * unit_blocks <= THREAD_BLOCKS:
         kernel(np.array([units, 0, 0, units, units, 1, *arrays], np.int64), word)
         return
-    threads = num_threads or default_num_threads()
+    threads = min(num_threads or default_num_threads(), -(-units * unit_blocks // THREAD_BLOCKS))
     fewest, most = (blocks // unit_blocks for blocks in PIECE_BLOCKS)
     if fresh:
         fewest *= FRESH_FACTOR
@@ -230,7 +230,7 @@ def _arrays(
             length = BLOCK_SIZE * per_row
     arrays = [address_of(blocks), address_of(scales), address_of(out), table]
     arrays += block_step, scale_step, out_step, per_row, start, length, out.itemsize, streaming
-    arrays.append(units * unit_blocks > SERIAL_BLOCKS and is_mapped(blocks))
+    arrays.append(units * unit_blocks > THREAD_BLOCKS and is_mapped(blocks))
     arrays += matrix
     for row in rows:
         arrays += row
