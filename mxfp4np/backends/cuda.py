@@ -4,7 +4,7 @@ Decides what the kernels must not: which of them fits an array, on which device 
 get there from host memory. CuPy is imported when a CUDA device or array is first used.
 
 Work is queued on the caller's current stream, and results are ready for whatever comes later on it. Bytes from the host
-are gathered by several threads in pinned memory, and copied on a stream of their own while earlier ones are decoded.
+are gathered by several threads in pinned memory, and copied on streams of their own while earlier ones are decoded.
 """
 
 from __future__ import annotations
