@@ -1,5 +1,7 @@
 """Kernels: the loops that turn packed bytes into values on the CPU, and back, and the intrinsics they stand on.
 
+The last of them fills memory that a device copies from.
+
 No policy here: no validation, no allocation, no threads. A kernel works on raw addresses that its driver
 (`mxfp4np.backends.cpu`) has checked, so that one compiled form serves every stride, alignment and rank, releases the
 GIL, and can be called from any number of threads at once, which share the work among them. Importing this module
@@ -1463,24 +1465,17 @@ def _copy_run(source, target, count):
         copy_1(source + i, target + i)
 
 
-def _caller(count):
-    """Return an intrinsic that calls a C function at an address, with so many integers, for its status."""
+@intrinsic
+def call(typingctx, function, arguments):
+    """Call the C function at an address with a tuple of integers, for its status."""
 
     def codegen(context, builder, signature, args):
-        function_type = ir.FunctionType(_I32, [ir.IntType(64)] * count)
+        integers = [builder.extract_value(args[1], i) for i in range(len(arguments))]
+        function_type = ir.FunctionType(_I32, [integer.type for integer in integers])
         function = builder.inttoptr(args[0], function_type.as_pointer())
-        arguments = [builder.extract_value(args[1], i) for i in range(count)]
-        return builder.sext(builder.call(function, arguments), ir.IntType(64))
+        return builder.sext(builder.call(function, integers), ir.IntType(64))
 
-    @intrinsic
-    def call(typingctx, function, arguments):
-        """Call the C function at an address."""
-        return types.int64(types.int64, types.UniTuple(types.int64, count)), codegen
-
-    return call
-
-
-call_1, call_2, call_4 = _caller(1), _caller(2), _caller(4)
+    return types.int64(types.int64, arguments), codegen
 
 
 @njit(nogil=True)
@@ -1490,7 +1485,7 @@ def _claim_load(loading, thread):
     number = load_shared(shared + 8 * CLAIMED)
     if number >= load_shared(shared + 8 * KNOWN):
         return False
-    if call_1(loading[QUERY], (loading[thread + EVENT + loading[thread + NEXT_SLOT]],)) != CUDA_SUCCESS:
+    if call(loading[QUERY], (loading[thread + EVENT + loading[thread + NEXT_SLOT]],)) != CUDA_SUCCESS:
         return False
     if replace_shared(shared + 8 * CLAIMED, number, number + 1) != number:
         return False
@@ -1533,9 +1528,9 @@ def _load_more(loading, thread):
     if loading[thread + LOAD] >= load_shared(shared + 8 * OPEN):
         return False
     stream = loading[part + STREAM]
-    status = call_4(loading[COPY], (loading[array + DESTINATION] + begin, memory, nbytes, stream))
+    status = call(loading[COPY], (loading[array + DESTINATION] + begin, memory, nbytes, stream))
     if status == CUDA_SUCCESS:
-        status = call_2(loading[RECORD], (event, stream))
+        status = call(loading[RECORD], (event, stream))
     if status != CUDA_SUCCESS:
         loading[STATUS] = status
     loading[thread + NEXT_SLOT], loading[thread + IS_LOADING] = 1 - slot, 0
@@ -1550,14 +1545,15 @@ def tell_loads(loading, known, open_):
 
 
 def load_parts(loading, thread, part):
-    """Fill slots and have them copied, together with other threads, until all has ended, or a part has been queued.
+    """Fill slots and have them copied, together with other threads, until a part has been queued, or all has ended.
 
-    Returns what the driver says: 0, or its number of an error.
+    Threads that do not lead give -1 for the part, and stay to the end. Returns what the driver says: 0, or its number
+    of an error.
     """
     shared, thread = loading.ctypes.data, FIRST_THREAD + THREAD_NUMBERS * thread
     missing = shared + 8 * (FIRST_PART + PART_NUMBERS * part + MISSING)
     if part < 0:
-        status = call_1(loading[SET_CONTEXT], (loading[CONTEXT],))
+        status = call(loading[SET_CONTEXT], (loading[CONTEXT],))
         if status != CUDA_SUCCESS:
             return status
     while load_shared(shared + 8 * GOING_ON) != 0 and (part < 0 or load_shared(missing) != 0):

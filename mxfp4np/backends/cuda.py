@@ -537,21 +537,15 @@ def _copies(device: int) -> list[Any]:
         return [cupy.cuda.Stream(non_blocking=True) for _ in range(2)]
 
 
-class _Driver(NamedTuple):
-    """Addresses of functions of CUDA's driver that compiled code calls."""
-
-    copy: int
-    record: int
-    query: int
-    set_context: int
-
-
 @functools.cache
-def _driver() -> _Driver:
-    """Return the functions of the driver, which is there, since CuPy works, and whose streams and events CuPy uses."""
+def _driver() -> tuple[int, ...]:
+    """Return the addresses of the functions of CUDA's driver that compiled code calls.
+
+    CuPy works, so it is there; its streams and events are CuPy's too.
+    """
     library = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
     names = "cuMemcpyHtoDAsync_v2", "cuEventRecord", "cuEventQuery", "cuCtxSetCurrent"
-    return _Driver(*(ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0 for name in names))
+    return tuple(ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0 for name in names)
 
 
 class _Transfer:
@@ -650,7 +644,6 @@ class _Transfer:
                 tell()
             if not known:
                 break
-            tell()
             status = self._load(loading, 0, number % PARTS)
             if status:
                 raise cupy.cuda.driver.CUDADriverError(status)
@@ -661,3 +654,5 @@ class _Transfer:
             part.then()
             event.record(self._stream)
             copies.wait_event(event)
+            if known:
+                tell()  # that one more is open
