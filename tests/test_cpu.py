@@ -20,7 +20,7 @@ from numba.core.registry import cpu_target
 
 import mxfp4np
 from mxfp4np import MXFP4Array
-from mxfp4np.backends import cpu, cpu_kernels
+from mxfp4np.backends import cpu, cpu_kernels, crew
 from mxfp4np.backends.memory import address_of, aligned_empty, is_mapped
 
 SSSE3 = "+sse,+sse2,+sse3,+ssse3,+cx16,-sse4.1,-avx,-avx2,-avx512f,-avx512bw"
@@ -255,7 +255,7 @@ def test_as_many_threads_as_there_is_work_for(monkeypatch, blocks, asked, used):
     monkeypatch.setattr(cpu, "THREAD_BLOCKS", 1 << 10)
     monkeypatch.setattr(cpu, "PIECE_BLOCKS", (1, 1))
     found = [1]
-    monkeypatch.setattr(cpu, "in_threads", lambda work, threads, *_: (found.append(threads), work()))
+    monkeypatch.setattr(cpu, "shared_crew", lambda helpers: (found.append(helpers + 1), crew.shared_crew(helpers))[1])
     count = int(blocks * cpu.THREAD_BLOCKS)
     codes, scales = np.full((count, 16), 0x22, np.uint8), np.full(count, 127, np.uint8)
     assert np.all(mxfp4np.decode(codes, scales, num_threads=asked) == 1)
@@ -319,6 +319,9 @@ def test_pages_of_maps_are_read_by_pieces_and_give_the_same_values(tmp_path, ord
 
 
 def test_the_driver_and_the_kernels_number_alike():
-    assert (cpu.NEXT, cpu.DONE) == (cpu_kernels.NEXT, cpu_kernels.DONE)
+    positions = {name: value for name, value in vars(crew).items() if name.isupper()}
+    assert positions.items() <= vars(cpu_kernels).items()
+    assert len(positions) == 9
+    assert cpu.ARRAYS == cpu_kernels.BLOCKS_ADDRESS
     assert cpu.BLOCKS_PER_ROW == cpu_kernels.BLOCKS_PER_ROW - cpu_kernels.BLOCKS_ADDRESS
     assert cpu.GROUPS_ABREAST == cpu_kernels.TILES_ABREAST

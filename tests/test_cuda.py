@@ -5,6 +5,7 @@ All but the last tests need a device and are skipped without one.
 
 import ctypes
 import gc
+import itertools
 import json
 import random
 import re
@@ -836,16 +837,23 @@ def test_an_error_on_the_way_ends_all_and_gives_back_the_memory(host_cupy, threa
     assert not host_cupy._pinned._count
 
 
-@pytest.mark.parametrize("function", ["copy", "record"])
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("function", "threads"), [("copy", 1), ("copy", 3), ("record", 3), ("set_context", 3)])
 def test_an_error_of_the_driver_ends_all_with_its_number(host_cupy, monkeypatch, function, threads):
-    times = []
+    failed, times = threading.Event(), itertools.count()
 
     def fail(*_):
-        times.append(None)
-        return 719 if len(times) > 3 else 0
+        if function != "set_context" and next(times) < 3:
+            return 0
+        failed.set()
+        return 719
 
-    fake = type("Failing", (HostCupy,), {function: staticmethod(fail)})()
+    def wait(*_):
+        assert failed.wait(timeout=10)
+        return 0
+
+    functions = {"query": wait} if function == "set_context" else {}
+    functions[function] = fail
+    fake = type("Failing", (HostCupy,), {name: staticmethod(what) for name, what in functions.items()})()
     monkeypatch.setattr(cuda_backend, "_driver", fake.driver)
     source, target = np.zeros((30, 7000), np.uint8), OnHost((30, 7000), np.uint8)
     with pytest.raises(DriverError, match="719"):
@@ -914,7 +922,7 @@ def test_a_device_does_what_is_timed_as_often_as_counts():
 
 
 def test_bytes_are_not_brought_to_a_device_without_compiled_code(host_cupy, monkeypatch):
-    monkeypatch.setattr(cuda_backend, "compiled", lambda *_: None)
+    monkeypatch.setattr(cuda_backend, "kernel_address", lambda *_: None)
     with pytest.raises(mxfp4np.BackendUnavailableError, match="unset NUMBA_DISABLE_JIT"):
         host_cupy._Transfer([], 1, 1)
 

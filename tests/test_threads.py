@@ -18,7 +18,7 @@ import pytest
 from contract import run_python
 
 import mxfp4np
-from mxfp4np.backends import cpu, threads
+from mxfp4np.backends import cpu, crew, threads
 
 BLOCKS = 300_000  # several chunks, so that the pool is used
 
@@ -165,20 +165,18 @@ def test_an_interrupted_caller_waits_for_helpers_and_tells_of_it():
 def test_after_an_interrupt_nothing_is_decoded_any_more():
     blocks, scales = make(0)
     out = np.empty(32 * BLOCKS, np.float32)
-    compiled = cpu.compiled_kernel
+    compiled = crew.compiled
 
     def interrupting(*key):
-        kernel = compiled(*key)
+        def lead(job):
+            compiled("call_crew")(job)
+            while job[crew.NEXT] == 0:
+                time.sleep(0.0001)
+            raise KeyboardInterrupt
 
-        def run(geometry, word):
-            if threading.current_thread() is caller:
-                raise KeyboardInterrupt
-            kernel(geometry, word)
+        return lead if key == ("lead",) else compiled(*key)
 
-        return run
-
-    caller = threading.current_thread()
-    with mock.patch.object(cpu, "compiled_kernel", interrupting), mock.patch.object(cpu, "PIECE_BLOCKS", (1, 1)):
+    with mock.patch.object(crew, "compiled", interrupting), mock.patch.object(cpu, "PIECE_BLOCKS", (1, 1)):
         with pytest.raises(KeyboardInterrupt):
             mxfp4np.decode(blocks, scales, out=out, num_threads=2)
         out[:] = 7

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,10 @@ from numpy.typing import NDArray
 
 from ..errors import BackendUnavailableError
 from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, FP4_BOUNDS, SCALE_BIAS, SCALE_NAN, blocks_in, decoded_dtype, name_of
+from .crew import kernel_address, run, shared_crew
 from .memory import HostBackend, address_of, aligned_empty, is_mapped, is_transposed, merged_axes
 from .reference import ReferenceBackend
-from .threads import default_num_threads, in_threads
+from .threads import default_num_threads
 
 PIECE_BLOCKS = 1 << 13, 1 << 18
 """Fewest and most blocks that a thread claims at a time: 0.5 to 16 MiB of bfloat16.
@@ -41,8 +41,6 @@ STREAMING_BYTES = 8 << 20
 Unless they are new: the system has just cleared their pages, which then are in the cache.
 """
 
-Kernel = Callable[[NDArray[np.int64], Any], None]
-
 
 class CPUBackend(HostBackend):
     """Numba on all cores."""
@@ -64,7 +62,7 @@ class CPUBackend(HostBackend):
             return
         transposed = is_transposed(out)
         word = _WORDS[order, out.itemsize]
-        kernel = compiled_kernel("transpose_pieces" if transposed else "decode_pieces", type(word))
+        kernel = kernel_address("transpose_pieces" if transposed else "decode_pieces", word)
         if kernel is None:
             return ReferenceBackend().decode(blocks, scales, out, start=start, order=order)
         if blocks.strides[-1] != 1:  # the bytes of a block lie apart: gather them, at most half the size of `out`
@@ -72,7 +70,7 @@ class CPUBackend(HostBackend):
         streaming = out.nbytes >= STREAMING_BYTES and not fresh
         table = _table_address(_table_name(out.dtype))
         arrays = _arrays(blocks, scales, out, table, start, transposed=transposed, streaming=streaming)
-        _run(kernel, word, *arrays, num_threads, fresh=fresh)
+        _run(kernel, *arrays, num_threads, fresh=fresh)
 
     def encode(
         self,
@@ -87,13 +85,13 @@ class CPUBackend(HostBackend):
             return
         word = _ENCODED_WORDS[name_of(x.dtype)]
         columns = is_transposed(x) and x.shape[-2] >= BLOCK_SIZE
-        kernel = compiled_kernel("encode_columns_pieces" if columns else "encode_pieces", type(word))
+        kernel = kernel_address("encode_columns_pieces" if columns else "encode_pieces", word)
         if kernel is None:
             return ReferenceBackend().encode(x, blocks, scales, rule=rule)
         # Where the bytes of a block lie apart, they are scattered from an array of their own.
         codes = blocks if blocks.strides[-1] == 1 else np.empty(blocks.shape, np.uint8)
         table = _table_address(_table_name(x.dtype), rule)
-        _run(kernel, word, *_arrays(codes, scales, x, table, transposed=columns), num_threads)
+        _run(kernel, *_arrays(codes, scales, x, table, transposed=columns), num_threads)
         if codes is not blocks:
             blocks[...] = codes
 
@@ -120,13 +118,13 @@ def stream(
         If there are gaps.
     """
     word = _WORDS["pairs", out.itemsize]
-    kernel = compiled_kernel("stream_pieces", type(word))
+    kernel = kernel_address("stream_pieces", word)
     if kernel is None:
         raise BackendUnavailableError("the limit of memory is measured by compiled code: unset NUMBA_DISABLE_JIT")
     arrays, units, unit_blocks = _arrays(blocks, scales, out, 0, streaming=True)
     if arrays[BLOCKS_PER_ROW] != scales.size:
         raise ValueError("expected arrays whose rows follow each other without gaps")
-    _run(kernel, word, arrays, units, unit_blocks, num_threads)
+    _run(kernel, arrays, units, unit_blocks, num_threads)
 
 
 def machine_code() -> str:
@@ -141,8 +139,7 @@ def machine_code() -> str:
 
 
 def _run(
-    kernel: Kernel,
-    word: np.integer[Any],
+    kernel: int,
     arrays: list[int],
     units: int,
     unit_blocks: int,
@@ -151,42 +148,26 @@ def _run(
     fresh: bool = False,
 ) -> None:
     """Run a kernel over all units of so many blocks: in pieces, in several threads, where that pays."""
-    if units * unit_blocks <= THREAD_BLOCKS:
-        kernel(np.array([units, 0, 0, units, units, 1, *arrays], np.int64), word)
-        return
-    threads = min(num_threads or default_num_threads(), -(-units * unit_blocks // THREAD_BLOCKS))
-    fewest, most = (blocks // unit_blocks for blocks in PIECE_BLOCKS)
-    if fresh:
-        fewest *= FRESH_FACTOR
-    fewest = max(1 if unit_blocks == 1 else GROUPS_ABREAST, fewest)
-    geometry = np.array([units, 0, 0, fewest, max(fewest, most), 3 * threads, *arrays], np.int64)
-
-    def work() -> None:
-        while geometry[NEXT] < units:
-            kernel(geometry, word)
-
-    def close() -> None:
-        geometry[NEXT] = units
-
-    in_threads(work, min(threads, -(-units // fewest)), close, lambda: geometry[DONE] == units)
+    blocks = units * unit_blocks
+    if blocks <= THREAD_BLOCKS:
+        sharing = 0, 0, units, 0, units, units, 1
+    else:
+        threads = min(num_threads or default_num_threads(), -(-blocks // THREAD_BLOCKS))
+        fewest, most = (piece // unit_blocks for piece in PIECE_BLOCKS)
+        if fresh:
+            fewest *= FRESH_FACTOR
+        fewest = max(1 if unit_blocks == 1 else GROUPS_ABREAST, fewest)
+        crew, helpers = shared_crew(min(threads, -(-units // fewest)) - 1)
+        sharing = crew, helpers, units, 0, fewest, max(fewest, most), 3 * threads
+    run(np.array([ARRAYS + len(arrays), kernel, *sharing, *arrays], np.int64))
 
 
-NEXT, DONE = 1, 2  # as in `cpu_kernels`
-BLOCKS_PER_ROW = 7  # behind those that say how threads share the work
-
+ARRAYS = 9  # numbers of a job before those that describe arrays, as in `cpu_kernels`
+BLOCKS_PER_ROW = 7  # and of those
 
 _FLOAT16 = np.dtype(np.float16)
-_WORDS: dict[tuple[str, int], np.integer[Any]] = {
-    ("pairs", 2): np.uint16(0),
-    ("pairs", 4): np.uint32(0),
-    ("halves", 2): np.int16(0),
-    ("halves", 4): np.int32(0),
-}
-_ENCODED_WORDS: dict[str, np.integer[Any]] = {
-    "bfloat16": np.uint16(0),
-    "float16": np.int16(0),
-    "float32": np.uint32(0),
-}
+_WORDS = {("pairs", 2): "uint16", ("pairs", 4): "uint32", ("halves", 2): "int16", ("halves", 4): "int32"}
+_ENCODED_WORDS = {"bfloat16": "uint16", "float16": "int16", "float32": "uint32"}
 
 
 def _arrays(
@@ -276,14 +257,14 @@ def encode_table(name: str, rule: str) -> NDArray[np.uint8]:
     return table
 
 
-_compiling = threading.Lock()
+_making = threading.Lock()
 _tables: dict[tuple[str, ...], tuple[int, NDArray[np.uint8]]] = {}
 
 
 def _table_address(*key: str) -> int:
     """Return where the table lies that decodes to a dtype, or that encodes from a dtype by a rule."""
     if key not in _tables:
-        with _compiling:
+        with _making:
             if key not in _tables:  # never another one: threads are using the first
                 table = encode_table(*key) if len(key) == 2 else decode_table(*key)
                 _tables[key] = address_of(table), table
@@ -292,46 +273,3 @@ def _table_address(*key: str) -> int:
 
 def _table_name(dtype: np.dtype[Any]) -> str:
     return "float16" if dtype == _FLOAT16 else "bfloat16"  # float32 values are bfloat16 ones, and 16 bits more
-
-
-def compiled_kernel(name: str, word: type) -> Kernel | None:
-    """Return the kernel of this name compiled for words of this type, or None if Numba's compiler is switched off."""
-    kernel: Kernel | None = compiled(name, word.__name__)
-    return kernel
-
-
-_kernels: dict[tuple[str, ...], Any] = {}
-
-
-def compiled(name: str, *types: str) -> Any:
-    """Return a function of `cpu_kernels` compiled for a vector of int64 and numbers of the given types, or None.
-
-    None is for where Numba's compiler is switched off.
-    """
-    key = name, *types
-    if key not in _kernels:
-        with _compiling:
-            if key not in _kernels:
-                _kernels[key] = _compile(*key)
-    return _kernels[key]
-
-
-def _compile(name: str, *types: str) -> Any:
-    import numba
-
-    if numba.config.DISABLE_JIT:
-        return None
-    from . import cpu_kernels
-
-    function = getattr(cpu_kernels, name)
-    signature = numba.types.int64[::1], *(getattr(numba.types, number) for number in types)
-    for cache in (True, False):
-        try:
-            kernel = numba.njit(nogil=True, cache=cache)(function)
-            kernel.compile(signature)
-            kernel.disable_compile()
-            return kernel
-        except Exception:
-            if not cache:  # no place for a cache, or a broken one, is no reason to fail; anything else is
-                raise
-    raise AssertionError("unreachable")

@@ -25,32 +25,46 @@ import sys
 from mmap import PAGESIZE
 
 from llvmlite import ir
-from numba import njit, types
+from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-# Positions in a kernel's `geometry`, an int64 vector. First, how threads share the work: all units (blocks, or groups
-# of 32 rows), which one is claimed next, how many are done; the fewest and most of a piece, and in between the share of
-# what is left.
-UNITS, NEXT, DONE, FEWEST, MOST, SHARE = 0, 1, 2, 3, 4, 5
+# What threads work on together is a job: a vector of int64, which begins with how many numbers it has; the address of a
+# kernel, which does a part of the work and returns whether there may be more; and the crew that lends a hand, with how
+# many threads of it.
+NUMBERS, KERNEL, CREW, HELPERS = 0, 1, 2, 3
+# A crew is a vector too: how many threads it has, Python's functions to acquire and to release a lock, and a lock that
+# is never released; then for each thread what it is at, and the lock that it sleeps by. It is at nothing, or at a job,
+# whose address is a multiple of 8: chosen for it, woken as well, or begun.
+MEMBERS, ACQUIRE, RELEASE, REST_LOCK = 0, 1, 2, 3
+FIRST_MEMBER, MEMBER_NUMBERS = 8, 2
+IS_AT, LOCK = 0, 1
+NOTHING, CHOSEN, WOKEN, BEGUN = 0, 1, 2, 3
+
+# For most kernels a job is a `geometry`. Next in it is how threads share the work: all units (blocks, or groups of 32
+# rows), and which one is claimed next; the fewest and most of a piece, and in between the share of what is left.
+UNITS, NEXT, FEWEST, MOST, SHARE = 4, 5, 6, 7, 8
 # Then, where the arrays are. Rows are the leading axes, outermost first; after the fixed part come four numbers for
 # each: its size and the strides of blocks, scales and out along it. Strides are in bytes.
-BLOCKS_ADDRESS, SCALES_ADDRESS, OUT_ADDRESS, TABLE_ADDRESS = 6, 7, 8, 9
-BLOCKS_STEP, SCALES_STEP, OUT_STEP = 10, 11, 12  # strides from block to block, and from element to element of `out`
-BLOCKS_PER_ROW, START, LENGTH = 13, 14, 15  # elements of a row: `LENGTH`, beginning at `START` of its first block
-ITEMSIZE, STREAMING, MAPPED = 16, 17, 18  # bytes of an element of `out`; whether `out` is too large to stay in the
+BLOCKS_ADDRESS, SCALES_ADDRESS, OUT_ADDRESS, TABLE_ADDRESS = 9, 10, 11, 12
+BLOCKS_STEP, SCALES_STEP, OUT_STEP = 13, 14, 15  # strides from block to block, and from element to element of `out`
+BLOCKS_PER_ROW, START, LENGTH = 16, 17, 18  # elements of a row: `LENGTH`, beginning at `START` of its first block
+ITEMSIZE, STREAMING, MAPPED = 19, 20, 21  # bytes of an element of `out`; whether `out` is too large to stay in the
 # cache; whether the blocks are in a file that is mapped
-ROWS, BLOCKS_ROW, SCALES_ROW = 19, 20, 21  # for a transposed `out`: rows of a matrix, and strides from row to row
-ROW_AXES = 22
+ROWS, BLOCKS_ROW, SCALES_ROW = 22, 23, 24  # for a transposed `out`: rows of a matrix, and strides from row to row
+ROW_AXES = 25
 
 PIECES_AT_ONCE = 64
-"""Pieces that a kernel claims before it returns, so that a thread can be interrupted."""
+"""Pieces that a kernel does before it returns, so that the calling thread can be interrupted."""
 
 MADV_POPULATE_READ = 22
 """As Linux numbers it, from 5.14 on; Python's `mmap` does not name it, nor let others work meanwhile."""
 
 SPINS = 1 << 11
-"""How often to look whether others are done, 20 to 100 microseconds: longer than a thread takes to sleep and wake."""
+"""How often to look whether others are done, 20 to 100 microseconds, before resting in between."""
+
+REST = 50
+"""Microseconds."""
 
 # The table has one line of 64 bytes for each scale: the 16 words that its codes stand for, then their low bytes, then
 # their high bytes. Words are bfloat16 or float16; a float32 is the bfloat16 with 16 zeros behind, since four bits and a
@@ -598,14 +612,13 @@ def fence(typingctx):
 
 @intrinsic
 def add_shared(typingctx, address, value):
-    """Add to the int64 at an address that other threads change too."""
+    """Add to the int64 at an address that other threads change too, and return what it was."""
 
     def codegen(context, builder, signature, args):
         pointer = builder.inttoptr(args[0], args[1].type.as_pointer())
-        builder.atomic_rmw("add", pointer, args[1], "seq_cst")
-        return context.get_dummy_value()
+        return builder.atomic_rmw("add", pointer, args[1], "seq_cst")
 
-    return types.void(types.int64, types.int64), codegen
+    return types.int64(types.int64, types.int64), codegen
 
 
 @intrinsic
@@ -642,12 +655,117 @@ def pause(typingctx):
     return types.void(), codegen
 
 
+@intrinsic
+def call(typingctx, function, arguments):
+    """Call the C function at an address with a tuple of integers, for an int."""
+
+    def codegen(context, builder, signature, args):
+        integers = [builder.extract_value(args[1], i) for i in range(len(arguments))]
+        function_type = ir.FunctionType(_I32, [integer.type for integer in integers])
+        function = builder.inttoptr(args[0], function_type.as_pointer())
+        return builder.sext(builder.call(function, integers), ir.IntType(64))
+
+    return types.int64(types.int64, arguments), codegen
+
+
+@intrinsic
+def _pointer(typingctx, address):
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[0], args[0].type.as_pointer())
+
+    return types.CPointer(types.int64)(types.int64), codegen
+
+
+@njit(nogil=True, inline="always")
+def numbers_at(job):
+    """Return the vector at an address that begins with how many numbers it has."""
+    return carray(_pointer(job), (load_shared(job + 8 * NUMBERS),))
+
+
+@njit(nogil=True)
+def _members(crew):
+    """Return where it stands what each thread of a crew is at."""
+    first, size = crew + 8 * FIRST_MEMBER, 8 * MEMBER_NUMBERS
+    return range(first, first + size * load_shared(crew + 8 * MEMBERS), size)
+
+
+@njit(nogil=True)
+def _moves_on(member, before, after):
+    """Change what a thread is at, if it is what it was before."""
+    return load_shared(member) == before and replace_shared(member, before, after) == before
+
+
+@njit(nogil=True)
+def _wake_two(crew, job):
+    """Wake two threads that have been chosen for a job. Each does the same: to wake one takes a while."""
+    woken = 0
+    for member in _members(crew):
+        if _moves_on(member, job + CHOSEN, job + WOKEN):
+            call(load_shared(crew + 8 * RELEASE), (load_shared(member + 8 * LOCK),))
+            woken += 1
+            if woken == 2:
+                break
+
+
+@njit(nogil=True)
+def call_crew(job):
+    """Have as many threads of the crew as a job wants take part in it, of those that are at nothing."""
+    crew, job_address, wanted = job[CREW], job.ctypes.data, job[HELPERS]
+    for member in _members(crew):
+        if load_shared(member) & -8 == job_address:
+            wanted -= 1
+    for member in _members(crew):
+        if wanted > 0 and _moves_on(member, NOTHING, job_address + CHOSEN):
+            wanted -= 1
+    _wake_two(crew, job_address)
+
+
+@njit(nogil=True)
+def dismiss_crew(job):
+    """Wait until no other thread is at a job any more. Those that have not begun need not."""
+    crew, job_address, looks = job[CREW], job.ctypes.data, 0
+    for member in _members(crew):
+        at = load_shared(member)
+        while at & -8 == job_address:
+            if at != job_address + BEGUN:
+                _moves_on(member, at, NOTHING)
+            elif looks < SPINS:
+                looks += 1
+                pause()
+            else:
+                call(load_shared(crew + 8 * ACQUIRE), (load_shared(crew + 8 * REST_LOCK), REST, 0))
+            at = load_shared(member)
+
+
+def serve(crew, thread):
+    """Take part in one job after the other, as one of a crew, and sleep in between. It does not return."""
+    crew = crew.ctypes.data
+    member = crew + 8 * (FIRST_MEMBER + MEMBER_NUMBERS * thread)
+    while True:
+        call(load_shared(crew + 8 * ACQUIRE), (load_shared(member + 8 * LOCK), -1, 0))
+        at = load_shared(member)
+        job = at & -8
+        if job != NOTHING and _moves_on(member, at, job + BEGUN):
+            _wake_two(crew, job)
+            while call(load_shared(job + 8 * KERNEL), (job, 0)) != 0:
+                pass
+            _moves_on(member, job + BEGUN, NOTHING)
+
+
+def lead(job):
+    """Do a part of a job, and have others help; return whether there may be more to do."""
+    if job[HELPERS] != 0:
+        call_crew(job)
+    if call(job[KERNEL], (job.ctypes.data, 0)) != 0:
+        return True
+    if job[HELPERS] != 0:
+        dismiss_crew(job)
+    return False
+
+
 @njit(nogil=True)
 def pieces(geometry):
-    """Yield ranges of units that this thread is to do, and count those that it has done.
-
-    When there are none left, it stays for a moment, until the others are done too.
-    """
+    """Yield ranges of units that this thread is to do."""
     shared = geometry.ctypes.data
     for _ in range(PIECES_AT_ONCE):
         start = load_shared(shared + 8 * NEXT)
@@ -662,13 +780,12 @@ def pieces(geometry):
         if piece == 0:
             break
         yield start, start + piece
-        add_shared(shared + 8 * DONE, piece)
-    else:
-        return
-    for _ in range(SPINS):
-        if load_shared(shared + 8 * DONE) == geometry[UNITS]:
-            break
-        pause()
+
+
+@njit(nogil=True)
+def are_left(geometry):
+    """Tell whether there are pieces that nobody has claimed."""
+    return load_shared(geometry.ctypes.data + 8 * NEXT) < geometry[UNITS]
 
 
 @intrinsic
@@ -900,8 +1017,9 @@ def _row_at(geometry, row):
     return block + row * geometry[BLOCKS_ROW], scale + row * geometry[SCALES_ROW]
 
 
-def decode_pieces(geometry, word):
+def decode_pieces(job, word):
     """Decode blocks, counted over all rows in C order, to words of the type of ``word``."""
+    geometry = numbers_at(job)
     ring = (reserve_ring() + RING - 1) & -RING  # a frame that the compiler aligned would cost the loops a register
     for begin, stop in pieces(geometry):
         if geometry[MAPPED]:
@@ -933,14 +1051,16 @@ def decode_pieces(geometry, word):
             start += count
         if geometry[STREAMING]:
             fence()
+    return are_left(geometry)
 
 
-def transpose_pieces(geometry, word):
+def transpose_pieces(job, word):
     """Decode matrices whose rows are the columns of ``out``, 32 rows at a time.
 
     Groups of rows are counted over all matrices in C order, the last of a matrix being what is left of it. Elements of
     a column of ``out`` are next to each other.
     """
+    geometry = numbers_at(job)
     table = geometry[TABLE_ADDRESS]
     size = geometry[ITEMSIZE]
     step = geometry[OUT_STEP]
@@ -1010,16 +1130,19 @@ def transpose_pieces(geometry, word):
                             move_line(tile + 64 * i, target + i * step + row * size, word)
         if geometry[STREAMING]:
             fence()
+    return are_left(geometry)
 
 
-def stream_pieces(geometry, word):
+def stream_pieces(job, word):
     """Do to memory what decoding the blocks of a single row does, and decode nothing."""
+    geometry = numbers_at(job)
     block, scale, out = geometry[BLOCKS_ADDRESS], geometry[SCALES_ADDRESS], geometry[OUT_ADDRESS]
     block_step, scale_step, size = geometry[BLOCKS_STEP], geometry[SCALES_STEP], geometry[ITEMSIZE]
     for start, stop in pieces(geometry):
         for g in range(start, stop):
             move_block(block + g * block_step, scale + g * scale_step, out + 32 * g * size, word)
         fence()
+    return are_left(geometry)
 
 
 def _load_words(builder, address, width):
@@ -1355,11 +1478,12 @@ def _encode_blocks(table, x, word, count, codes, scales):
         _encode_any(table, x, word, count, codes, scales)
 
 
-def encode_pieces(geometry, word):
+def encode_pieces(job, word):
     """Encode blocks, counted over all rows in C order, from words of the type of ``word``.
 
     The geometry is that of decoding, ``out`` being what is encoded.
     """
+    geometry = numbers_at(job)
     step, size = geometry[OUT_STEP], itemsize(word)
     per_row, block_step, scale_step = geometry[BLOCKS_PER_ROW], geometry[BLOCKS_STEP], geometry[SCALES_STEP]
     values, codes, bytes_ = reserve_values(), reserve_codes(), reserve_scales()
@@ -1386,17 +1510,19 @@ def encode_pieces(geometry, word):
                 for k in range(count):
                     copy_16(codes + 16 * k, out + k * block_step)
                     copy_1(bytes_ + k, scales + k * scale_step)
+    return are_left(geometry)
 
 
 GROUPS_ABREAST = 8
 """Groups of 32 rows that are encoded together, so that it is several cache lines in a row that are read."""
 
 
-def encode_columns_pieces(geometry, word):
+def encode_columns_pieces(job, word):
     """Encode matrices whose rows are columns in memory, 32 rows at a time.
 
     Groups of rows, of 32 or more, are counted as `transpose_pieces` does.
     """
+    geometry = numbers_at(job)
     step, rows = geometry[OUT_STEP], geometry[ROWS]
     groups = (rows + 31) // 32
     tile, codes, bytes_ = reserve_tile(), reserve_codes(), reserve_scales()
@@ -1424,6 +1550,7 @@ def encode_columns_pieces(geometry, word):
                 out += geometry[BLOCKS_STEP]
                 scales += geometry[SCALES_STEP]
                 x += 32 * step
+    return are_left(geometry)
 
 
 # Memory that a device copies from is filled by several threads, each of which has two slots of it in turn: it claims a
@@ -1431,14 +1558,14 @@ def encode_columns_pieces(geometry, word):
 # claimed in order, and copied as soon as they are there. Those that belong together are a part; the thread that leads
 # is told when all of a part have been queued.
 #
-# The vector `loading` begins with these numbers: how many loads are claimed, are known, and may be copied (the memory
-# that later ones are for is still in use); bytes of a load and of a piece; what the driver said when it failed; its
-# functions, and the context of the device.
-CLAIMED, KNOWN, OPEN, GOING_ON, LOAD_BYTES, PIECE_BYTES, STATUS = 0, 1, 2, 3, 4, 5, 6
-COPY, RECORD, QUERY, SET_CONTEXT, CONTEXT = 8, 9, 10, 11, 12
+# The job is called `loading`. Next in it is how many loads are claimed, are known, and may be copied (the memory that
+# later ones are for is still in use); bytes of a load and of a piece; what the driver said when it failed, and how many
+# threads there are but the leading one; the driver's functions, and the context of the device.
+CLAIMED, KNOWN, OPEN, GOING_ON, LOAD_BYTES, PIECE_BYTES, STATUS, FOLLOWING = 4, 5, 6, 7, 8, 9, 10, 11
+COPY, RECORD, QUERY, SET_CONTEXT, CONTEXT = 12, 13, 14, 15, 16
 # Then come parts, as in a ring: the loads that are not queued yet, the first load, the stream for their copies, and one
 # or two arrays: loads, bytes, where they are, in runs a step apart, and the address that they are for.
-FIRST_PART, PART_NUMBERS, PARTS = 16, 16, 4
+FIRST_PART, PART_NUMBERS, PARTS = 24, 16, 4
 MISSING, FIRST_LOAD, STREAM, ARRAYS, ARRAY_NUMBERS = 0, 1, 2, 3, 6
 ARRAY_LOADS, NBYTES, SOURCE, RUN_BYTES, RUN_STEP, DESTINATION = 0, 1, 2, 3, 4, 5
 # Then threads: their slots, each with its event, and which of them is next; and what they are at, if anything: a load
@@ -1463,19 +1590,6 @@ def _copy_run(source, target, count):
         target += 64
     for i in range(count % 64):
         copy_1(source + i, target + i)
-
-
-@intrinsic
-def call(typingctx, function, arguments):
-    """Call the C function at an address with a tuple of integers, for its status."""
-
-    def codegen(context, builder, signature, args):
-        integers = [builder.extract_value(args[1], i) for i in range(len(arguments))]
-        function_type = ir.FunctionType(_I32, [integer.type for integer in integers])
-        function = builder.inttoptr(args[0], function_type.as_pointer())
-        return builder.sext(builder.call(function, integers), ir.IntType(64))
-
-    return types.int64(types.int64, arguments), codegen
 
 
 @njit(nogil=True)
@@ -1544,19 +1658,27 @@ def tell_loads(loading, known, open_):
     add_shared(loading.ctypes.data + 8 * OPEN, open_ - loading[OPEN])
 
 
-def load_parts(loading, thread, part):
-    """Fill slots and have them copied, together with other threads, until a part has been queued, or all has ended.
+def load_part(loading, part):
+    """Fill slots and have them copied, as the thread that leads, until a part has been queued.
 
-    Threads that do not lead give -1 for the part, and stay to the end. Returns what the driver says: 0, or its number
-    of an error.
+    Returns what the driver says: 0, or its number of an error.
     """
-    shared, thread = loading.ctypes.data, FIRST_THREAD + THREAD_NUMBERS * thread
-    missing = shared + 8 * (FIRST_PART + PART_NUMBERS * part + MISSING)
-    if part < 0:
-        status = call(loading[SET_CONTEXT], (loading[CONTEXT],))
-        if status != CUDA_SUCCESS:
-            return status
-    while load_shared(shared + 8 * GOING_ON) != 0 and (part < 0 or load_shared(missing) != 0):
-        if not _load_more(loading, thread):
+    missing = loading.ctypes.data + 8 * (FIRST_PART + PART_NUMBERS * part + MISSING)
+    while loading[STATUS] == CUDA_SUCCESS and load_shared(missing) != 0:
+        if not _load_more(loading, FIRST_THREAD):
             pause()
     return loading[STATUS]
+
+
+def help_to_load(job, word):
+    """Fill slots and have them copied, until all has ended."""
+    loading = numbers_at(job)
+    number = add_shared(job + 8 * FOLLOWING, 1) + 1
+    status = call(loading[SET_CONTEXT], (loading[CONTEXT],))
+    if status != CUDA_SUCCESS:
+        loading[STATUS] = status
+        return False
+    while load_shared(job + 8 * GOING_ON) != 0:
+        if not _load_more(loading, FIRST_THREAD + THREAD_NUMBERS * number):
+            pause()
+    return False

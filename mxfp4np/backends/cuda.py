@@ -26,17 +26,20 @@ from numpy.typing import NDArray
 from ..errors import BackendUnavailableError, DeviceMemoryError
 from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, name_of, split
 from . import cuda_kernels
-from .cpu import compiled
 from .cpu_kernels import (
     CONTEXT,
     COPY,
+    CREW,
     EVENT,
     FIRST_LOAD,
     FIRST_PART,
     FIRST_THREAD,
     GOING_ON,
+    HELPERS,
+    KERNEL,
     LOAD_BYTES,
     MEMORY,
+    NUMBERS,
     PART_NUMBERS,
     PARTS,
     PIECE_BYTES,
@@ -45,9 +48,10 @@ from .cpu_kernels import (
     SET_CONTEXT,
     THREAD_NUMBERS,
 )
+from .crew import compiled, dismiss, kernel_address, shared_crew
 from .cuda_kernels import ROW_AXES, ROWS, THREADS, VALUES, VECTORS
 from .memory import address_of, aligned_empty, is_transposed, merged_axes, type_of
-from .threads import default_num_threads, in_threads
+from .threads import default_num_threads
 
 SLOT_BYTES: Final = 4 << 20
 """Bytes that are copied to a device at a time, at most: the bus rests for some microseconds between copies."""
@@ -558,8 +562,9 @@ class _Transfer:
     def __init__(self, parts: Iterable[_Part], nbytes: int, threads: int) -> None:
         import cupy
 
-        self._load, self._tell = compiled("load_parts", "int64", "int64"), compiled("tell_loads", "int64", "int64")
-        if self._load is None:
+        self._load, self._tell = compiled("load_part", "int64"), compiled("tell_loads", "int64", "int64")
+        self._helper = kernel_address("help_to_load", "int64")
+        if self._helper is None:
             raise BackendUnavailableError(
                 "bytes of the host are brought to a device by compiled code: unset NUMBA_DISABLE_JIT"
             )
@@ -592,28 +597,20 @@ class _Transfer:
         pairs = list(zip(slots[::2], slots[1::2], strict=False)) or [(slots[0], slots[0])]
         loading = aligned_empty((FIRST_THREAD + THREAD_NUMBERS * len(pairs),), np.dtype(np.int64))
         loading[:] = 0
+        loading[[NUMBERS, KERNEL]] = loading.size, self._helper
+        loading[[CREW, HELPERS]] = shared_crew(len(pairs) - 1)
         loading[[GOING_ON, LOAD_BYTES, PIECE_BYTES]] = 1, self._load_bytes, FILL_BYTES
         loading[[COPY, RECORD, QUERY, SET_CONTEXT]] = _driver()
         loading[CONTEXT] = cupy.cuda.driver.ctxGetCurrent()
         threads = loading[FIRST_THREAD:].reshape(-1, THREAD_NUMBERS)
         threads[:, MEMORY : MEMORY + 2] = [[slot.memory.ptr for slot in pair] for pair in pairs]
         threads[:, EVENT : EVENT + 2] = [[slot.copied(self._device).ptr for slot in pair] for pair in pairs]
-        leader, following = threading.get_ident(), itertools.count(1)
-        is_done = False
-
-        def work() -> None:
-            nonlocal is_done
-            if threading.get_ident() == leader:
-                self._lead(loading)
-                is_done = True
-                close()
-            else:
-                self._load(loading, next(following), -1)
-
-        def close() -> None:
+        try:
+            compiled("call_crew")(loading)
+            self._lead(loading)
+        finally:
             loading[GOING_ON] = 0
-
-        in_threads(work, len(pairs), close, lambda: is_done)
+            dismiss(loading)
 
     def _lead(self, loading: NDArray[np.int64]) -> None:
         """Tell compiled code of parts, and queue what comes behind each when it has been queued itself.
@@ -644,7 +641,7 @@ class _Transfer:
                 tell()
             if not known:
                 break
-            status = self._load(loading, 0, number % PARTS)
+            status = self._load(loading, number % PARTS)
             if status:
                 raise cupy.cuda.driver.CUDADriverError(status)
             copies, event = self._copies[number % 2], done[number % 2]

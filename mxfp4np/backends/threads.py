@@ -174,7 +174,6 @@ def in_threads(
     work: Callable[[], object],
     num_threads: int,
     close: Callable[[], object],
-    is_done: Callable[[], bool] = lambda: False,
     failed: Callable[[BaseException], object] | None = None,
 ) -> None:
     """Call ``work()`` in several threads, each of which does pieces of some work until none is left.
@@ -189,8 +188,6 @@ def in_threads(
         At most this many threads, the calling one included, and never more than the pool has and one.
     close : callable
         Called when a thread has failed: no piece must begin any more.
-    is_done : callable
-        Whether all pieces are known to be done, in which case nobody need be waited for.
     failed : callable, optional
         Called with what ends a thread, an interrupt of the calling one included, before the others are waited for.
     """
@@ -226,7 +223,7 @@ def in_threads(
         nonlocal begin
         with lock:
             begin = False
-            if not helpers or is_done():
+            if not helpers:
                 return True
         left.get()
         return False
@@ -239,7 +236,7 @@ def in_threads(
         end(error)
     finally:
         # Even after an error: helpers write to the caller's memory until they are done.
-        _insist(nobody_works, end)
+        insist(nobody_works, end)
         while num_threads > 1 and _shared_pool().withdraw(help_out):
             pass
     if first:
@@ -283,7 +280,7 @@ def parallel_for(
     in_threads(work, min(num_threads, -(-stop // step)), close, failed=failed)
 
 
-def _insist(wait: Callable[[], object], interrupted: Callable[[BaseException], object]) -> None:
+def insist(wait: Callable[[], object], interrupted: Callable[[BaseException], object]) -> None:
     """Wait until that returns something true, whatever interrupts it."""
     while True:
         try:

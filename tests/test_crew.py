@@ -1,0 +1,184 @@
+"""The crew: threads that wait in compiled code. Kernels are Python functions here, which compiled code calls too."""
+
+import ctypes
+import itertools
+import random
+import signal
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+import mxfp4np
+from mxfp4np.backends import cpu_kernels, crew
+
+KERNEL_TYPE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong)
+HELPERS = 3
+
+
+@pytest.fixture
+def own_crew():
+    """Return what makes jobs for a crew of this test's own."""
+    members = crew.Crew(HELPERS)
+    kernels = []
+
+    def make(kernel, helpers=HELPERS):
+        kernels.append(KERNEL_TYPE(kernel))
+        job = np.zeros(8, np.int64)
+        job[[cpu_kernels.NUMBERS, cpu_kernels.KERNEL]] = 8, ctypes.cast(kernels[-1], ctypes.c_void_p).value
+        job[[cpu_kernels.CREW, cpu_kernels.HELPERS]] = members.address, members.enlist(helpers)
+        return job
+
+    make.members = members
+    return make
+
+
+def states(members):
+    """Return what the threads of a crew are at."""
+    return members._vector[crew.FIRST_MEMBER :: crew.MEMBER_NUMBERS][: members._count]
+
+
+@pytest.mark.parametrize("helpers", range(HELPERS + 1))
+def test_as_many_threads_take_part_as_are_wanted(own_crew, helpers):
+    together = threading.Barrier(helpers + 1)
+    found = set()
+
+    def kernel(*_):
+        found.add(threading.current_thread())
+        together.wait(timeout=10)
+        return 0
+
+    for _ in range(20):
+        crew.run(own_crew(kernel, helpers))
+        assert not states(own_crew.members).any()
+        assert len(found) == helpers + 1
+        found.clear()
+
+
+def test_a_kernel_is_called_again_until_nothing_is_left(own_crew):
+    left, done = iter(range(100)), []
+
+    def kernel(*_):
+        number = next(left, None)
+        done.append(number)
+        return number is not None
+
+    crew.run(own_crew(kernel))
+    assert set(range(100)) < set(done)
+
+
+def test_threads_at_another_job_are_not_waited_for_and_help_when_they_are_free(own_crew):
+    release, begun = threading.Event(), threading.Semaphore(0)
+
+    def busy(*_):
+        begun.release()
+        assert release.wait(timeout=10)
+        return 0
+
+    other = threading.Thread(target=crew.run, args=[own_crew(busy)])
+    other.start()
+    for _ in range(HELPERS + 1):
+        assert begun.acquire(timeout=10)
+    caller, found = threading.current_thread(), set()
+
+    def kernel(*_):
+        found.add(threading.current_thread())
+        if threading.current_thread() is caller and not release.is_set():
+            assert found == {caller}
+            release.set()
+            other.join()
+        return len(found) <= HELPERS
+
+    crew.run(own_crew(kernel))
+    assert len(found) == HELPERS + 1
+
+
+def test_when_a_job_is_over_nobody_comes_to_it_later(own_crew):
+    """Even those that have been chosen, and not begun."""
+    rng = random.Random(0)
+    errors = []
+
+    def call(seed):
+        over, at_it = True, itertools.count()
+
+        def kernel(*_):
+            if over:
+                errors.append("too late")
+            next(at_it)
+            time.sleep(rng.choice((0, 0, 1e-5, 1e-4)))
+            if over:
+                errors.append("left alone")
+            return 0
+
+        jobs = [own_crew(kernel, helpers) for helpers in range(HELPERS + 1)]
+        for i in range(300):
+            over = False
+            crew.run(jobs[(i + seed) % len(jobs)])
+            over = True
+
+    callers = [threading.Thread(target=call, args=[seed]) for seed in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert not errors
+    assert not states(own_crew.members).any()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is another thing there")
+@pytest.mark.parametrize("helpers", [0, 1, HELPERS])
+def test_an_interrupted_caller_waits_for_those_that_are_at_a_piece(own_crew, monkeypatch, helpers):
+    """And another interrupt meanwhile changes nothing."""
+    caller, begun, ended = threading.current_thread(), threading.Semaphore(0), []
+
+    def kernel(*_):
+        begun.release()
+        while job[crew.NEXT] < job[crew.UNITS]:
+            time.sleep(0.001)
+        time.sleep(0.05)  # until the caller is waiting, and longer than it looks before it rests
+        signal.pthread_kill(caller.ident, signal.SIGINT)
+        time.sleep(0.05)
+        ended.append(threading.current_thread())
+        return 0
+
+    def interrupted(job):
+        compiled("call_crew")(job)
+        for _ in range(helpers):
+            assert begun.acquire(timeout=10)
+        raise KeyboardInterrupt
+
+    compiled = crew.compiled
+    monkeypatch.setattr(crew, "compiled", lambda *key: interrupted if key == ("lead",) else compiled(*key))
+    job = own_crew(kernel, helpers)
+    job[crew.UNITS] = 1
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            crew.run(job)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(ended) == helpers
+
+
+def test_where_there_can_be_no_threads_the_caller_works_alone(own_crew, monkeypatch):
+    def refuse(_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    found = []
+    crew.run(own_crew(lambda *_: found.append(threading.current_thread()) or 0))
+    assert found == [threading.current_thread()]
+
+
+def test_a_crew_is_as_large_as_can_run_at_once_and_not_larger(own_crew):
+    assert own_crew.members.enlist(100) == HELPERS
+    assert sum(thread.name.startswith("mxfp4np") for thread in threading.enumerate()) >= HELPERS
+
+
+def test_a_decode_leaves_no_thread_at_work():
+    blocks, scales = np.zeros((300_000, 16), np.uint8), np.full(300_000, 127, np.uint8)
+    for _ in range(50):
+        mxfp4np.decode(blocks, scales, num_threads=2)
+        assert not states(crew._crew).any()
