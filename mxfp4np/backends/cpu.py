@@ -6,6 +6,7 @@ use, and what happens where Numba cannot compile or keep its cache. Numba is imp
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 from typing import Any
@@ -61,14 +62,12 @@ class CPUBackend(HostBackend):
         if out.size == 0:
             return
         transposed = is_transposed(out)
-        word = _WORDS[order, out.itemsize]
-        kernel = kernel_address("transpose_pieces" if transposed else "decode_pieces", word)
+        kernel, table = _decoder(out.dtype, order, transposed)
         if kernel is None:
             return ReferenceBackend().decode(blocks, scales, out, start=start, order=order)
         if blocks.strides[-1] != 1:  # the bytes of a block lie apart: gather them, at most half the size of `out`
             blocks = np.ascontiguousarray(blocks)
         streaming = out.nbytes >= STREAMING_BYTES and not fresh
-        table = _table_address(_table_name(out.dtype))
         arrays = _arrays(blocks, scales, out, table, start, transposed=transposed, streaming=streaming)
         _run(kernel, *arrays, num_threads, fresh=fresh)
 
@@ -165,7 +164,6 @@ def _run(
 ARRAYS = 9  # numbers of a job before those that describe arrays, as in `cpu_kernels`
 BLOCKS_PER_ROW = 7  # and of those
 
-_FLOAT16 = np.dtype(np.float16)
 _WORDS = {("pairs", 2): "uint16", ("pairs", 4): "uint32", ("halves", 2): "int16", ("halves", 4): "int32"}
 _ENCODED_WORDS = {"bfloat16": "uint16", "float16": "int16", "float32": "uint32"}
 
@@ -189,37 +187,30 @@ def _arrays(
     units, unit_blocks : int
         What the kernel counts, blocks, or groups of 32 rows if it transposes, and how many blocks that is.
     """
-    units, unit_blocks = scales.size, 1
+    units, unit_blocks, matrix = scales.size, 1, (1, 0, 0)
+    rows: list[int] = []
     per_row, length = scales.shape[-1], out.shape[-1]
-    block_step, scale_step = blocks.strides[-2], scales.strides[-1]
-    out_step = out.strides[-1] if length > 1 else out.itemsize
-    matrix = (1, 0, 0)
-    rows: list[tuple[int, ...]] = []
-    if start == 0 and length == BLOCK_SIZE * per_row and _dense(blocks, scales, out):
-        per_row, length = scales.size, out.size
-        block_step, scale_step, out_step = BYTES_PER_BLOCK, 1, out.itemsize  # strides of single blocks mean nothing
-    elif scales.ndim > 1:
+    whole = start == 0 and length == BLOCK_SIZE * per_row
+    if whole and blocks.flags.c_contiguous and scales.flags.c_contiguous and out.flags.c_contiguous:
+        per_row, length = units, out.size
+        steps = BYTES_PER_BLOCK, 1, out.itemsize  # strides of single blocks mean nothing
+    else:
+        steps = blocks.strides[-2], scales.strides[-1], out.strides[-1] if length > 1 else out.itemsize
         lead = scales.ndim - 1
         if transposed:
             lead -= 1
             matrix = out.shape[lead], blocks.strides[lead], scales.strides[lead]
             units, unit_blocks = math.prod(out.shape[:lead]) * blocks_in(out.shape[lead]), BLOCK_SIZE * per_row
-        rows = merged_axes(out.shape[:lead], blocks.strides[:lead], scales.strides[:lead], out.strides[:lead])
-        whole = start == 0 and length == BLOCK_SIZE * per_row and not transposed
-        if rows and whole and rows[-1][1:] == (per_row * block_step, per_row * scale_step, length * out_step):
-            per_row *= rows.pop()[0]
+        axes = merged_axes(out.shape[:lead], blocks.strides[:lead], scales.strides[:lead], out.strides[:lead])
+        in_turn = per_row * steps[0], per_row * steps[1], length * steps[2]
+        if whole and not transposed and axes and axes[-1][1:] == in_turn:
+            per_row *= axes.pop()[0]
             length = BLOCK_SIZE * per_row
-    arrays = [address_of(blocks), address_of(scales), address_of(out), table]
-    arrays += block_step, scale_step, out_step, per_row, start, length, out.itemsize, streaming
-    arrays.append(units * unit_blocks > THREAD_BLOCKS and is_mapped(blocks))
-    arrays += matrix
-    for row in rows:
-        arrays += row
+        rows = [number for axis in axes for number in axis]
+    mapped = units * unit_blocks > THREAD_BLOCKS and is_mapped(blocks)
+    addresses = address_of(blocks), address_of(scales), address_of(out)
+    arrays = [*addresses, table, *steps, per_row, start, length, out.itemsize, streaming, mapped, *matrix, *rows]
     return arrays, units, unit_blocks
-
-
-def _dense(blocks: NDArray[np.uint8], scales: NDArray[np.uint8], out: NDArray[Any]) -> bool:
-    return blocks.flags.c_contiguous and scales.flags.c_contiguous and out.flags.c_contiguous
 
 
 def decode_table(name: str) -> NDArray[np.uint8]:
@@ -272,4 +263,11 @@ def _table_address(*key: str) -> int:
 
 
 def _table_name(dtype: np.dtype[Any]) -> str:
-    return "float16" if dtype == _FLOAT16 else "bfloat16"  # float32 values are bfloat16 ones, and 16 bits more
+    return "float16" if dtype == np.float16 else "bfloat16"  # float32 values are bfloat16 ones, and 16 bits more
+
+
+@functools.cache
+def _decoder(dtype: np.dtype[Any], order: str, transposed: bool) -> tuple[int | None, int]:
+    """Return where the kernel is, if there can be one, and where the table that it looks values up in."""
+    kernel = kernel_address("transpose_pieces" if transposed else "decode_pieces", _WORDS[order, dtype.itemsize])
+    return kernel, 0 if kernel is None else _table_address(_table_name(dtype))

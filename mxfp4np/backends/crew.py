@@ -139,11 +139,13 @@ def kernel_address(name: str, word: str) -> int | None:
 
 
 def _once(compile_: Callable[..., Any], *key: str) -> Any:
-    if key not in _functions:
+    try:
+        return _functions[key]
+    except KeyError:
         with _compiling:
             if key not in _functions:
                 _functions[key] = _with_cache(compile_, *key)
-    return _functions[key]
+        return _functions[key]
 
 
 def _with_cache(compile_: Callable[..., Any], name: str, *types: str) -> Any:
