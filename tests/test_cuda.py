@@ -11,6 +11,7 @@ import random
 import re
 import sys
 import threading
+import time
 import types
 from functools import partial
 
@@ -34,8 +35,8 @@ from hypothesis import strategies as st
 
 import mxfp4np
 from mxfp4np import bench
+from mxfp4np.backends import crew, get_backend
 from mxfp4np.backends import cuda as cuda_backend
-from mxfp4np.backends import get_backend
 from mxfp4np.format import RULES
 
 try:
@@ -837,7 +838,9 @@ def test_an_error_on_the_way_ends_all_and_gives_back_the_memory(host_cupy, threa
     assert not host_cupy._pinned._count
 
 
-@pytest.mark.parametrize(("function", "threads"), [("copy", 1), ("copy", 3), ("record", 3), ("set_context", 3)])
+@pytest.mark.parametrize(
+    ("function", "threads"), [("copy", 1), ("copy", 3), ("record", 3), ("query", 1), ("query", 3), ("set_context", 3)]
+)
 def test_an_error_of_the_driver_ends_all_with_its_number(host_cupy, monkeypatch, function, threads):
     failed, times = threading.Event(), itertools.count()
 
@@ -859,6 +862,29 @@ def test_an_error_of_the_driver_ends_all_with_its_number(host_cupy, monkeypatch,
     with pytest.raises(DriverError, match="719"):
         host_cupy._Transfer(host_cupy._parts(source, target), source.nbytes, threads).run()
     assert len(host_cupy._pinned._free) == host_cupy._pinned._count == 2 * threads
+
+
+def test_one_thread_at_a_time_calls_the_driver(host_cupy, monkeypatch):
+    """Where several do, they wait for each other, and much longer than a call takes."""
+    busy, callers, overlaps = threading.Lock(), set(), []
+
+    def take_a_while(*_):
+        if not busy.acquire(blocking=False):
+            overlaps.append(threading.get_ident())
+            return 0
+        callers.add(threading.get_ident())
+        time.sleep(1e-5)
+        busy.release()
+        return 0
+
+    functions = dict.fromkeys(("copy", "record", "query"), staticmethod(take_a_while))
+    fake = type("Slow", (HostCupy,), functions)()
+    monkeypatch.setattr(cuda_backend, "_driver", fake.driver)
+    monkeypatch.setattr(crew, "_crew", crew.Crew(3))
+    source, target = np.zeros((30, 7000), np.uint8), OnHost((30, 7000), np.uint8)
+    host_cupy._Transfer(host_cupy._parts(source, target), source.nbytes, 4).run()
+    assert not overlaps
+    assert len(callers) > 1
 
 
 @pytest.mark.parametrize(("axes", "most", "counts"), [(1, 100, [100, 100, 4]), (2, 408, [408] * 12), (1, 1, None)])

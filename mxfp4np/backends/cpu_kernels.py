@@ -1564,26 +1564,32 @@ def encode_columns_pieces(job, word):
 
 
 # Memory that a device copies from is filled by several threads, each of which has two slots of it in turn: it claims a
-# load, fills one slot with its bytes, piece by piece, and has CUDA's driver copy it while it fills the other. Loads are
-# claimed in order, and copied as soon as they are there. Those that belong together are a part; the thread that leads
-# is told when all of a part have been queued.
+# load and fills one slot with its bytes, piece by piece, while the other is copied by CUDA's driver. Loads are claimed
+# in order, and copied as soon as they are there. Those that belong together are a part; the thread that leads is told
+# when all of a part have been queued.
+#
+# The driver does one thing at a time, and threads that wait for each other there wait for long. So one calls it for
+# all, whichever comes first.
 #
 # The job is called `loading`. Next in it is how many loads are claimed, are known, and may be copied (the memory that
-# later ones are for is still in use); bytes of a load and of a piece; what the driver said when it failed, and how many
-# threads there are but the leading one; the driver's functions, and the context of the device.
-CLAIMED, KNOWN, OPEN, GOING_ON, LOAD_BYTES, PIECE_BYTES, STATUS, FOLLOWING = 4, 5, 6, 7, 8, 9, 10, 11
-COPY, RECORD, QUERY, SET_CONTEXT, CONTEXT = 12, 13, 14, 15, 16
+# later ones are for is still in use); whether a thread is calling the driver, and what that said when it failed; how
+# many slots were queued, and how many of them are free again; how many threads there are but the leading one; whether
+# all goes on; bytes of a load and of a piece; the driver's functions, and the context of the device.
+CLAIMED, KNOWN, OPEN, CALLING, STATUS, QUEUED, FREED, FOLLOWING = 4, 5, 6, 7, 8, 9, 10, 11
+GOING_ON, LOAD_BYTES, PIECE_BYTES, COPY, RECORD, QUERY, SET_CONTEXT, CONTEXT = 12, 13, 14, 15, 16, 17, 18, 19
 # Then come parts, as in a ring: the loads that are not queued yet, the first load, the stream for their copies, and one
 # or two arrays: loads, bytes, where they are, in runs a step apart, and the address that they are for.
 FIRST_PART, PART_NUMBERS, PARTS = 24, 16, 4
 MISSING, FIRST_LOAD, STREAM, ARRAYS, ARRAY_NUMBERS = 0, 1, 2, 3, 6
 ARRAY_LOADS, NBYTES, SOURCE, RUN_BYTES, RUN_STEP, DESTINATION = 0, 1, 2, 3, 4, 5
-# Then threads: their slots, each with its event, and which of them is next; and what they are at, if anything: a load
-# of a part, the array that it is of, its first byte there, and how many bytes are in the slot.
-FIRST_THREAD, THREAD_NUMBERS = FIRST_PART + PARTS * PART_NUMBERS, 16
-MEMORY, EVENT, NEXT_SLOT, IS_LOADING, LOAD, PART, ARRAY, FIRST_BYTE, LOADED = 0, 2, 4, 5, 6, 7, 8, 9, 10
+# Then slots: their memory and event, what happens to them, and a place of the ring in which they were queued. If a slot
+# has a load: its number, part and array, its first byte there, how many bytes it has, and how many have been filled in.
+FIRST_SLOT, SLOT_NUMBERS = FIRST_PART + PARTS * PART_NUMBERS, 16
+MEMORY, EVENT, STATE, IN_QUEUE = 0, 1, 2, 3
+LOAD, PART, ARRAY, FIRST_BYTE, LOADED_BYTES, FILLED = 4, 5, 6, 7, 8, 9
+FREE, FILLING, FULL, COPYING = 0, 1, 2, 3
 
-CUDA_SUCCESS = 0
+CUDA_SUCCESS, CUDA_ERROR_NOT_READY = 0, 600
 
 PREFETCH_BYTES = 2048
 
@@ -1603,19 +1609,17 @@ def _copy_run(source, target, count):
 
 
 @njit(nogil=True)
-def _claim_load(loading, thread):
-    """Claim the next load, if there is one and a slot for it."""
+def _claim_load(loading, slot):
+    """Claim the next load for a slot, if there is one."""
     shared = loading.ctypes.data
     number = load_shared(shared + 8 * CLAIMED)
     if number >= load_shared(shared + 8 * KNOWN):
-        return False
-    if call(loading[QUERY], (loading[thread + EVENT + loading[thread + NEXT_SLOT]],)) != CUDA_SUCCESS:
-        return False
+        return
     if replace_shared(shared + 8 * CLAIMED, number, number + 1) != number:
-        return False
+        return
     # Meanwhile a part that is done may be overwritten by one that comes later; only one number of each is looked at.
     part, first = 0, -1
-    for other in range(FIRST_PART, FIRST_THREAD, PART_NUMBERS):
+    for other in range(FIRST_PART, FIRST_SLOT, PART_NUMBERS):
         begin = load_shared(shared + 8 * (other + FIRST_LOAD))
         if first < begin <= number:
             part, first = other, begin
@@ -1623,43 +1627,96 @@ def _claim_load(loading, thread):
     if before >= loading[array + ARRAY_LOADS]:
         before -= loading[array + ARRAY_LOADS]
         array += ARRAY_NUMBERS
-    loading[thread + LOAD], loading[thread + PART], loading[thread + ARRAY] = number, part, array
-    loading[thread + FIRST_BYTE], loading[thread + LOADED] = before * loading[LOAD_BYTES], 0
-    loading[thread + IS_LOADING] = 1
-    return True
+    begin = before * loading[LOAD_BYTES]
+    loading[slot + LOAD], loading[slot + PART], loading[slot + ARRAY] = number, part, array
+    loading[slot + FIRST_BYTE], loading[slot + FILLED] = begin, 0
+    loading[slot + LOADED_BYTES] = min(loading[LOAD_BYTES], loading[array + NBYTES] - begin)
+    replace_shared(shared + 8 * (slot + STATE), FREE, FILLING)
 
 
 @njit(nogil=True)
-def _load_more(loading, thread):
-    """Do the next thing for a device; return whether there was any."""
-    if not loading[thread + IS_LOADING] and not _claim_load(loading, thread):
-        return False
-    shared, part, array = loading.ctypes.data, loading[thread + PART], loading[thread + ARRAY]
-    begin, loaded = loading[thread + FIRST_BYTE], loading[thread + LOADED]
-    nbytes = min(loading[LOAD_BYTES], loading[array + NBYTES] - begin)
-    slot = loading[thread + NEXT_SLOT]
-    memory, event = loading[thread + MEMORY + slot], loading[thread + EVENT + slot]
-    if loaded < nbytes:
-        stop = min(loaded + loading[PIECE_BYTES], nbytes)
-        while loaded < stop:
-            run = (begin + loaded) // loading[array + RUN_BYTES]
-            offset = begin + loaded - run * loading[array + RUN_BYTES]
-            count = min(stop - loaded, loading[array + RUN_BYTES] - offset)
-            _copy_run(loading[array + SOURCE] + run * loading[array + RUN_STEP] + offset, memory + loaded, count)
-            loaded += count
-        loading[thread + LOADED] = loaded
-        return True
-    if loading[thread + LOAD] >= load_shared(shared + 8 * OPEN):
-        return False
+def _fill_piece(loading, slot):
+    """Put a piece of its load into a slot."""
+    array, begin, filled = loading[slot + ARRAY], loading[slot + FIRST_BYTE], loading[slot + FILLED]
+    stop = min(filled + loading[PIECE_BYTES], loading[slot + LOADED_BYTES])
+    while filled < stop:
+        run = (begin + filled) // loading[array + RUN_BYTES]
+        offset = begin + filled - run * loading[array + RUN_BYTES]
+        count = min(stop - filled, loading[array + RUN_BYTES] - offset)
+        source = loading[array + SOURCE] + run * loading[array + RUN_STEP] + offset
+        _copy_run(source, loading[slot + MEMORY] + filled, count)
+        filled += count
+    loading[slot + FILLED] = filled
+    if filled == loading[slot + LOADED_BYTES]:
+        replace_shared(loading.ctypes.data + 8 * (slot + STATE), FILLING, FULL)
+
+
+@njit(nogil=True)
+def _queue_copy(loading, slot):
+    """Have the driver copy a slot that is full; return what it says."""
+    shared, part = loading.ctypes.data, loading[slot + PART]
+    target = loading[loading[slot + ARRAY] + DESTINATION] + loading[slot + FIRST_BYTE]
     stream = loading[part + STREAM]
-    status = call(loading[COPY], (loading[array + DESTINATION] + begin, memory, nbytes, stream))
+    status = call(loading[COPY], (target, loading[slot + MEMORY], loading[slot + LOADED_BYTES], stream))
     if status == CUDA_SUCCESS:
-        status = call(loading[RECORD], (event, stream))
-    if status != CUDA_SUCCESS:
-        loading[STATUS] = status
-    loading[thread + NEXT_SLOT], loading[thread + IS_LOADING] = 1 - slot, 0
+        status = call(loading[RECORD], (loading[slot + EVENT], stream))
+    replace_shared(shared + 8 * (slot + STATE), FULL, COPYING)
+    loading[_in_queue(loading, loading[QUEUED])] = slot
+    loading[QUEUED] += 1
     add_shared(shared + 8 * (part + MISSING), -1)
-    return True
+    return status
+
+
+@njit(nogil=True)
+def _in_queue(loading, place):
+    """Return where it stands which slot was queued at a place."""
+    return FIRST_SLOT + place * SLOT_NUMBERS % (len(loading) - FIRST_SLOT) + IN_QUEUE
+
+
+@njit(nogil=True)
+def _call_driver(loading):
+    """Have the driver copy what is there, and see what it has copied, unless another thread is about that."""
+    shared, status = loading.ctypes.data, CUDA_SUCCESS
+    if load_shared(shared + 8 * CALLING) != 0 or replace_shared(shared + 8 * CALLING, 0, 1) != 0:
+        return
+    open_ = load_shared(shared + 8 * OPEN)
+    for slot in range(FIRST_SLOT, len(loading), SLOT_NUMBERS):
+        if load_shared(shared + 8 * (slot + STATE)) == FULL and loading[slot + LOAD] < open_:
+            status = _queue_copy(loading, slot)
+            if status != CUDA_SUCCESS:
+                loading[STATUS] = status
+    while loading[FREED] < loading[QUEUED]:
+        slot = loading[_in_queue(loading, loading[FREED])]
+        status = call(loading[QUERY], (loading[slot + EVENT],))
+        if status != CUDA_SUCCESS:
+            if status != CUDA_ERROR_NOT_READY:
+                loading[STATUS] = status
+            break
+        loading[FREED] += 1
+        replace_shared(shared + 8 * (slot + STATE), COPYING, FREE)
+    replace_shared(shared + 8 * CALLING, 1, 0)
+
+
+@njit(nogil=True)
+def _load_more(loading, slots):
+    """Do the next thing for a device, as the thread that has some slots; return the slots, the next one first."""
+    _call_driver(loading)
+    state = loading.ctypes.data + 8 * (slots[0] + STATE)
+    if load_shared(state) == FREE:
+        _claim_load(loading, slots[0])
+    if load_shared(state) == FILLING:
+        _fill_piece(loading, slots[0])
+        return slots
+    pause()
+    return slots[1], slots[0]
+
+
+@njit(nogil=True)
+def _slots_of(loading, thread):
+    """Return the two slots of a thread, which are one if there are no more; first the one that it is filling."""
+    first = FIRST_SLOT + 2 * thread * SLOT_NUMBERS
+    second = min(first + SLOT_NUMBERS, len(loading) - SLOT_NUMBERS)
+    return (second, first) if loading[second + STATE] == FILLING else (first, second)
 
 
 def tell_loads(loading, known, open_):
@@ -1674,21 +1731,20 @@ def load_part(loading, part):
     Returns what the driver says: 0, or its number of an error.
     """
     missing = loading.ctypes.data + 8 * (FIRST_PART + PART_NUMBERS * part + MISSING)
+    slots = _slots_of(loading, 0)
     while loading[STATUS] == CUDA_SUCCESS and load_shared(missing) != 0:
-        if not _load_more(loading, FIRST_THREAD):
-            pause()
+        slots = _load_more(loading, slots)
     return loading[STATUS]
 
 
 def help_to_load(job, word):
     """Fill slots and have them copied, until all has ended."""
     loading = numbers_at(job)
-    number = add_shared(job + 8 * FOLLOWING, 1) + 1
+    slots = _slots_of(loading, add_shared(job + 8 * FOLLOWING, 1) + 1)
     status = call(loading[SET_CONTEXT], (loading[CONTEXT],))
     if status != CUDA_SUCCESS:
         loading[STATUS] = status
         return False
     while load_shared(job + 8 * GOING_ON) != 0:
-        if not _load_more(loading, FIRST_THREAD + THREAD_NUMBERS * number):
-            pause()
+        slots = _load_more(loading, slots)
     return False

@@ -28,32 +28,27 @@ from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, name_of, split
 from . import cuda_kernels
 from .cpu_kernels import (
     CONTEXT,
-    COPY,
-    CREW,
+    COPYING,
     EVENT,
     FIRST_LOAD,
     FIRST_PART,
-    FIRST_THREAD,
+    FIRST_SLOT,
     GOING_ON,
     HELPERS,
-    KERNEL,
-    LOAD_BYTES,
+    IN_QUEUE,
     MEMORY,
-    NUMBERS,
     PART_NUMBERS,
     PARTS,
-    PIECE_BYTES,
-    QUERY,
-    RECORD,
-    SET_CONTEXT,
-    THREAD_NUMBERS,
+    QUEUED,
+    SLOT_NUMBERS,
+    STATE,
 )
 from .crew import compiled, dismiss, kernel_address, shared_crew
 from .cuda_kernels import ROW_AXES, ROWS, THREADS, VALUES, VECTORS
 from .memory import address_of, aligned_empty, is_transposed, merged_axes, type_of
 from .threads import default_num_threads
 
-SLOT_BYTES: Final = 4 << 20
+SLOT_BYTES: Final = 2 << 20
 """Bytes that are copied to a device at a time, at most: the bus rests for some microseconds between copies."""
 
 LEAST_BYTES: Final = 256 << 10
@@ -185,21 +180,22 @@ class CUDABackend:
         """Decode from host memory: part by part, through two buffers on the device in turn."""
         indices = list(split(scales.shape, 1 + BYTES_PER_BLOCK, STAGED_BYTES, (ROWS, 1)))
         largest = max(scales[index].size for index in indices)
-        sizes = largest * BYTES_PER_BLOCK, largest
-        buffers = [[self.empty((size,), _UINT8) for size in sizes] for _ in indices[:2]]
+        buffers = [self.empty((largest * (BYTES_PER_BLOCK + 1),), _UINT8) for _ in indices[:2]]
 
-        def decode(index: Any, codes: Any, factors: Any) -> None:
-            span = index[-1]
+        def decode(index: Any, shape: tuple[int, ...], buffer: Any) -> None:
+            span, count = index[-1], math.prod(shape)
+            codes = buffer[: BYTES_PER_BLOCK * count].reshape(*shape, BYTES_PER_BLOCK)
+            factors = buffer[BYTES_PER_BLOCK * count :][:count].reshape(shape)
             begin, end = BLOCK_SIZE * span.start - start, BLOCK_SIZE * span.stop - start
             target = out[(*index[:-1], slice(max(0, begin), min(end, out.shape[-1])))]
             _decode(codes, factors, target, max(0, -begin), halves)
 
         def parts() -> Iterator[_Part]:
             for index, buffer in zip(indices, itertools.cycle(buffers), strict=False):
-                sources = blocks[index], scales[index]
-                targets = [b[: s.size].reshape(s.shape) for b, s in zip(buffer, sources, strict=True)]
-                copies = [_Copy.to(t.data.ptr, s, _UINT8) for s, t in zip(sources, targets, strict=True)]
-                yield _Part(copies, partial(decode, index, *targets))
+                codes, factors = blocks[index], scales[index]
+                address = buffer.data.ptr
+                copies = [_Copy.to(address, codes, _UINT8), _Copy.to(address + codes.nbytes, factors, _UINT8)]
+                yield _Part(copies, partial(decode, index, factors.shape, buffer))
 
         _Transfer(parts(), blocks.nbytes + scales.nbytes, threads).run()
 
@@ -594,17 +590,17 @@ class _Transfer:
     def _run(self, slots: list[_Slot]) -> None:
         import cupy
 
-        pairs = list(zip(slots[::2], slots[1::2], strict=False)) or [(slots[0], slots[0])]
-        loading = aligned_empty((FIRST_THREAD + THREAD_NUMBERS * len(pairs),), np.dtype(np.int64))
+        loading = aligned_empty((FIRST_SLOT + SLOT_NUMBERS * len(slots),), np.dtype(np.int64))
         loading[:] = 0
-        loading[[NUMBERS, KERNEL]] = loading.size, self._helper
-        loading[[CREW, HELPERS]] = shared_crew(len(pairs) - 1)
-        loading[[GOING_ON, LOAD_BYTES, PIECE_BYTES]] = 1, self._load_bytes, FILL_BYTES
-        loading[[COPY, RECORD, QUERY, SET_CONTEXT]] = _driver()
-        loading[CONTEXT] = cupy.cuda.driver.ctxGetCurrent()
-        threads = loading[FIRST_THREAD:].reshape(-1, THREAD_NUMBERS)
-        threads[:, MEMORY : MEMORY + 2] = [[slot.memory.ptr for slot in pair] for pair in pairs]
-        threads[:, EVENT : EVENT + 2] = [[slot.copied(self._device).ptr for slot in pair] for pair in pairs]
+        loading[: HELPERS + 1] = loading.size, self._helper, *shared_crew(max(0, len(slots) // 2 - 1))
+        context = cupy.cuda.driver.ctxGetCurrent()
+        loading[GOING_ON : CONTEXT + 1] = 1, self._load_bytes, FILL_BYTES, *_driver(), context
+        table = loading[FIRST_SLOT:].reshape(-1, SLOT_NUMBERS)
+        table[:, MEMORY] = [slot.memory.ptr for slot in slots]
+        table[:, EVENT] = [slot.copied(self._device).ptr for slot in slots]
+        table[:, STATE] = COPYING  # from the call before, perhaps
+        table[:, IN_QUEUE] = range(FIRST_SLOT, loading.size, SLOT_NUMBERS)
+        loading[QUEUED] = len(slots)
         try:
             compiled("call_crew")(loading)
             self._lead(loading)
@@ -621,7 +617,7 @@ class _Transfer:
 
         known: deque[tuple[_Part, int]] = deque()  # which keeps what they are read from; and the loads up to each
         done = [_event() for _ in self._copies]  # that the memory of every other part may be used again
-        ring = loading[FIRST_PART:FIRST_THREAD].reshape(PARTS, PART_NUMBERS)
+        ring = loading[FIRST_PART:FIRST_SLOT].reshape(PARTS, PART_NUMBERS)
         ring[:, FIRST_LOAD] = np.iinfo(np.int64).max
         loads = 0
 
