@@ -143,6 +143,7 @@ class Checkpoint(Mapping[str, Any]):
             _check_index(index, self._stored)
         self._evidence = Evidence(self._stored, self.metadata, self._beside, layout)
         self._tensors = find_tensors(self._evidence)
+        self._resolved: dict[str, Packed | StoredTensor] = {}
 
     def _add(self, file: TensorFile) -> None:
         for name in file.tensors.keys() & self._stored.keys():
@@ -435,7 +436,11 @@ class Checkpoint(Mapping[str, Any]):
                 raise TensorNotFoundError(self._not_found(name)) from None
             whole, rows = split
             tensor = self._tensors[whole]
-        return (tensor.resolve(self._evidence) if isinstance(tensor, PackedTensor) else tensor), rows
+        if not isinstance(tensor, PackedTensor):
+            return tensor, rows
+        if tensor.name not in self._resolved:
+            self._resolved[tensor.name] = tensor.resolve(self._evidence)
+        return self._resolved[tensor.name], rows
 
     def _split(self, name: object) -> tuple[str, slice] | None:
         """Return the whole tensor and the rows that the name of a half stands for."""

@@ -179,8 +179,8 @@ class CUDABackend:
     ) -> None:
         """Decode from host memory: part by part, through two buffers on the device in turn."""
         indices = list(split(scales.shape, 1 + BYTES_PER_BLOCK, STAGED_BYTES, (ROWS, 1)))
-        largest = max(scales[index].size for index in indices)
-        buffers = [self.empty((largest * (BYTES_PER_BLOCK + 1),), _UINT8) for _ in indices[:2]]
+        largest = scales[indices[0]].size * (BYTES_PER_BLOCK + 1)
+        buffers = [self.empty((largest,), _UINT8) for _ in indices[:2]]
 
         def decode(index: Any, shape: tuple[int, ...], buffer: Any) -> None:
             span, count = index[-1], math.prod(shape)
@@ -442,16 +442,17 @@ class _Slot:
     def __init__(self) -> None:
         import cupy
 
-        self.memory = cupy.cuda.PinnedMemory(SLOT_BYTES)
+        self._memory = cupy.cuda.PinnedMemory(SLOT_BYTES)
         self._copied: Any = None
-        self._device = -1
+        self._device, self._addresses = -1, (0, 0)
 
-    def copied(self, device: int) -> Any:
-        """Return the event that what was in it has been copied to a device, the current one."""
+    def addresses(self, device: int) -> tuple[int, int]:
+        """Return where it is, and the event that what was in it has been copied to a device, the current one."""
         if self._device != device:  # events belong to devices
             self.wait()
-            self._copied, self._device = _event(), device
-        return self._copied
+            self._copied = _event()
+            self._device, self._addresses = device, (self._memory.ptr, self._copied.ptr)
+        return self._addresses
 
     def wait(self) -> None:
         """Wait until what was in it has been copied."""
@@ -596,10 +597,9 @@ class _Transfer:
         context = cupy.cuda.driver.ctxGetCurrent()
         loading[GOING_ON : CONTEXT + 1] = 1, self._load_bytes, FILL_BYTES, *_driver(), context
         table = loading[FIRST_SLOT:].reshape(-1, SLOT_NUMBERS)
-        table[:, MEMORY] = [slot.memory.ptr for slot in slots]
-        table[:, EVENT] = [slot.copied(self._device).ptr for slot in slots]
+        table[:, MEMORY : EVENT + 1] = [slot.addresses(self._device) for slot in slots]
         table[:, STATE] = COPYING  # from the call before, perhaps
-        table[:, IN_QUEUE] = range(FIRST_SLOT, loading.size, SLOT_NUMBERS)
+        table[:, IN_QUEUE] = np.arange(FIRST_SLOT, loading.size, SLOT_NUMBERS)
         loading[QUEUED] = len(slots)
         try:
             compiled("call_crew")(loading)
@@ -616,7 +616,6 @@ class _Transfer:
         import cupy
 
         known: deque[tuple[_Part, int]] = deque()  # which keeps what they are read from; and the loads up to each
-        done = [_event() for _ in self._copies]  # that the memory of every other part may be used again
         ring = loading[FIRST_PART:FIRST_SLOT].reshape(PARTS, PART_NUMBERS)
         ring[:, FIRST_LOAD] = np.iinfo(np.int64).max
         loads = 0
@@ -640,12 +639,12 @@ class _Transfer:
             status = self._load(loading, number % PARTS)
             if status:
                 raise cupy.cuda.driver.CUDADriverError(status)
-            copies, event = self._copies[number % 2], done[number % 2]
+            copies, event = self._copies[number % 2], _event()
             event.record(copies)
             self._stream.wait_event(event)
             part, _ = known.popleft()
             part.then()
-            event.record(self._stream)
+            event.record(self._stream)  # the memory of every other part may be used again
             copies.wait_event(event)
             if known:
                 tell()  # that one more is open
