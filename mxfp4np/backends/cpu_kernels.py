@@ -1580,6 +1580,7 @@ GOING_ON, LOAD_BYTES, PIECE_BYTES, COPY, RECORD, QUERY, SET_CONTEXT, CONTEXT = 1
 # Then come parts, as in a ring: the loads that are not queued yet, the first load, the stream for their copies, and one
 # or two arrays: loads, bytes, where they are, in runs a step apart, and the address that they are for.
 FIRST_PART, PART_NUMBERS, PARTS = 24, 16, 4
+NO_LOAD = (1 << 63) - 1  # the first of a part that is not there yet
 MISSING, FIRST_LOAD, STREAM, ARRAYS, ARRAY_NUMBERS = 0, 1, 2, 3, 6
 ARRAY_LOADS, NBYTES, SOURCE, RUN_BYTES, RUN_STEP, DESTINATION = 0, 1, 2, 3, 4, 5
 # Then slots: their memory and event, what happens to them, and a place of the ring in which they were queued. If a slot

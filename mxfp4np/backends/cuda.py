@@ -37,6 +37,7 @@ from .cpu_kernels import (
     HELPERS,
     IN_QUEUE,
     MEMORY,
+    NO_LOAD,
     PART_NUMBERS,
     PARTS,
     QUEUED,
@@ -45,7 +46,7 @@ from .cpu_kernels import (
 )
 from .crew import compiled, dismiss, kernel_address, shared_crew
 from .cuda_kernels import ROW_AXES, ROWS, THREADS, VALUES, VECTORS
-from .memory import address_of, aligned_empty, is_transposed, merged_axes, type_of
+from .memory import address_of, is_transposed, merged_axes, type_of
 from .threads import default_num_threads
 
 SLOT_BYTES: Final = 2 << 20
@@ -411,6 +412,8 @@ class _Copy(NamedTuple):
     @classmethod
     def to(cls, address: int, source: NDArray[Any], dtype: np.dtype[Any]) -> Self:
         """Return how to copy an array of any strides, as a dtype, to an address."""
+        if source.flags.c_contiguous and source.dtype == dtype:
+            return cls(source, source.nbytes, 0, address)
         axes = merged_axes(source.shape, source.strides)
         if source.dtype != dtype or len(axes) > 2 or (axes and axes[-1][1] != source.itemsize):
             source = np.ascontiguousarray(source.astype(dtype))
@@ -559,12 +562,13 @@ class _Transfer:
     def __init__(self, parts: Iterable[_Part], nbytes: int, threads: int) -> None:
         import cupy
 
-        self._load, self._tell = compiled("load_part", "int64"), compiled("tell_loads", "int64", "int64")
-        self._helper = kernel_address("help_to_load", "int64")
-        if self._helper is None:
+        helper = kernel_address("help_to_load", "int64")
+        if helper is None:
             raise BackendUnavailableError(
                 "bytes of the host are brought to a device by compiled code: unset NUMBA_DISABLE_JIT"
             )
+        self._helper, self._load = helper, compiled("load_part", "int64")
+        self._tell = compiled("tell_loads", "int64", "int64")
         self._device, self._stream = cupy.cuda.Device().id, cupy.cuda.get_current_stream()
         self._copies = _copies(self._device)
         self._parts = iter(parts)
@@ -591,8 +595,7 @@ class _Transfer:
     def _run(self, slots: list[_Slot]) -> None:
         import cupy
 
-        loading = aligned_empty((FIRST_SLOT + SLOT_NUMBERS * len(slots),), np.dtype(np.int64))
-        loading[:] = 0
+        loading = np.zeros(FIRST_SLOT + SLOT_NUMBERS * len(slots), np.int64)
         loading[: HELPERS + 1] = loading.size, self._helper, *shared_crew(max(0, len(slots) // 2 - 1))
         context = cupy.cuda.driver.ctxGetCurrent()
         loading[GOING_ON : CONTEXT + 1] = 1, self._load_bytes, FILL_BYTES, *_driver(), context
@@ -617,7 +620,7 @@ class _Transfer:
 
         known: deque[tuple[_Part, int]] = deque()  # which keeps what they are read from; and the loads up to each
         ring = loading[FIRST_PART:FIRST_SLOT].reshape(PARTS, PART_NUMBERS)
-        ring[:, FIRST_LOAD] = np.iinfo(np.int64).max
+        ring[:, FIRST_LOAD] = NO_LOAD
         loads = 0
 
         def tell() -> None:

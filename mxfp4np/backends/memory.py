@@ -52,8 +52,7 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     """
     nbytes = dtype.itemsize * math.prod(shape)
     memory = np.empty(nbytes + ALIGNMENT, np.uint8)
-    skew = -ctypes.addressof(ctypes.c_char.from_buffer(memory.data)) % ALIGNMENT
-    return np.ndarray(shape, dtype, memory.data, skew)
+    return np.ndarray(shape, dtype, memory.data, -address_of(memory) % ALIGNMENT)
 
 
 def type_of(value: object) -> str:
