@@ -185,60 +185,49 @@ def test_after_an_interrupt_nothing_is_decoded_any_more():
 
 
 def test_a_busy_pool_is_not_waited_for():
-    """Nor does it keep what it was given meanwhile."""
-    release = threading.Event()
-    pool = threads._shared_pool()
-    for _ in range(pool._size):
-        pool.submit(release.wait)
+    release, done = threading.Event(), []
+    for _ in range(threads.most_threads()):
+        threads._shared_pool().submit(release.wait)
     try:
-        assert is_right(0)
-        assert not pool._calls
+        threads.parallel_for(lambda i, j: done.append((i, j)), 3, 1, 3)
+        assert done == [(0, 1), (1, 2), (2, 3)]
     finally:
         release.set()
-    assert is_right(1)
+    threads.parallel_for(lambda i, j: done.append((i, j)), 3, 1, 3)
+    assert len(done) == 6
 
 
 def test_an_interrupt_while_help_is_called_ends_what_has_begun(monkeypatch):
-    going_on, ended, told = True, threading.Event(), []
-    submit = threads._Pool.submit
+    begun, told, pieces = threading.Event(), [], []
+    submit = concurrent.futures.ThreadPoolExecutor.submit
 
-    def interrupted(pool, *arguments):
-        submit(pool, *arguments)
+    def interrupted(pool, call):
+        submit(pool, call)
         assert begun.wait(timeout=10)
         raise KeyboardInterrupt
 
-    def work():
+    def task(begin, _):
         begun.set()
-        while going_on:
-            time.sleep(0.001)
-        ended.set()
+        time.sleep(0.001)
+        pieces.append(begin)
 
-    def close():
-        nonlocal going_on
-        going_on = False
-
-    begun = threading.Event()
-    monkeypatch.setattr(threads._Pool, "submit", interrupted)
+    monkeypatch.setattr(concurrent.futures.ThreadPoolExecutor, "submit", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        threads.in_threads(work, 2, close, failed=told.append)
-    assert ended.is_set()
+        threads.parallel_for(task, 10**6, 1, 2, told.append)
+    count = len(pieces)
+    time.sleep(0.05)
+    assert len(pieces) == count < 10**6
     assert len(told) == 1
 
 
-def test_a_thread_that_was_chosen_and_not_woken_looks_again(monkeypatch):
-    monkeypatch.setattr(threads, "LOOK_AGAIN", 0.01)
-    pool = threads._Pool(1)
-    done = threading.Event()
-    pool.submit(done.set)
-    assert done.wait(timeout=10)
-    for _ in range(3):
-        while not pool._idle:
-            time.sleep(0.001)
-        pool._idle.pop()  # as if an interrupt had come just here
-        again = threading.Event()
-        pool._calls.append(again.set)
-        assert again.wait(timeout=10)
-    assert pool._count == 1
+def test_where_there_can_be_no_threads_the_caller_works_alone(monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+    monkeypatch.setattr(concurrent.futures.ThreadPoolExecutor, "submit", refuse)
+    done = []
+    threads.parallel_for(lambda i, j: done.append((i, j)), 5, 2, 3)
+    assert done == [(0, 2), (2, 4), (4, 5)]
 
 
 def test_pieces_cover_the_range_once():

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .memory import address_of, aligned_empty
-from .threads import default_num_threads, insist, usable_cpus
+from .threads import insist, most_threads
 
 # Positions in the vectors of a job and of a crew, as in `cpu_kernels`, which is not imported yet.
 UNITS, NEXT = 4, 5
@@ -91,7 +91,7 @@ def shared_crew(helpers: int) -> tuple[int, int]:
     if _crew is None:
         with _crew_lock:
             if _crew is None:
-                _crew = Crew(max(usable_cpus(), default_num_threads()))
+                _crew = Crew(most_threads())
     return _crew.address, min(helpers, _crew.enlist(helpers))
 
 
