@@ -316,6 +316,12 @@ def test_pages_of_maps_are_read_by_pieces_and_give_the_same_values(tmp_path, ord
         for transpose in (False, True):
             expected = whole[index].decode(transpose=transpose)
             assert_same_bits(mapped[index].decode(transpose=transpose, num_threads=3), expected)
+            with mock.patch.object(cpu, "PIECE_BLOCKS", (90, 1000)), mock.patch.object(cpu, "run") as run:
+                run.side_effect = crew.run
+                assert_same_bits(mapped[index].decode(transpose=transpose, num_threads=3), expected)
+            job = run.call_args.args[0]
+            assert 0 < job[cpu_kernels.READ] <= job[cpu_kernels.UNITS]  # ahead of what was decoded
+            assert job[cpu_kernels.READING] == 0
 
 
 def test_the_driver_and_the_kernels_number_alike():

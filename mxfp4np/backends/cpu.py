@@ -149,7 +149,7 @@ def _run(
     """Run a kernel over all units of so many blocks: in pieces, in several threads, where that pays."""
     blocks = units * unit_blocks
     if blocks <= THREAD_BLOCKS:
-        sharing = 0, 0, units, 0, units, units, 1
+        sharing = 0, 0, units, 0, units, units, 1, 0, 0
     else:
         threads = min(num_threads or default_num_threads(), -(-blocks // THREAD_BLOCKS))
         fewest, most = (piece // unit_blocks for piece in PIECE_BLOCKS)
@@ -157,11 +157,11 @@ def _run(
             fewest *= FRESH_FACTOR
         fewest = max(1 if unit_blocks == 1 else GROUPS_ABREAST, fewest)
         crew, helpers = shared_crew(min(threads, -(-units // fewest)) - 1)
-        sharing = crew, helpers, units, 0, fewest, max(fewest, most), 3 * threads
+        sharing = crew, helpers, units, 0, fewest, max(fewest, most), 3 * threads, 0, 0
     run(np.array([ARRAYS + len(arrays), kernel, *sharing, *arrays], np.int64))
 
 
-ARRAYS = 9  # numbers of a job before those that describe arrays, as in `cpu_kernels`
+ARRAYS = 11  # numbers of a job before those that describe arrays, as in `cpu_kernels`
 BLOCKS_PER_ROW = 7  # and of those
 
 _WORDS = {("pairs", 2): "uint16", ("pairs", 4): "uint32", ("halves", 2): "int16", ("halves", 4): "int32"}

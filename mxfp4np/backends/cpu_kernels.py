@@ -42,20 +42,24 @@ IS_AT, LOCK = 0, 1
 NOTHING, CHOSEN, WOKEN, BEGUN = 0, 1, 2, 3
 
 # For most kernels a job is a `geometry`. Next in it is how threads share the work: all units (blocks, or groups of 32
-# rows), and which one is claimed next; the fewest and most of a piece, and in between the share of what is left.
-UNITS, NEXT, FEWEST, MOST, SHARE = 4, 5, 6, 7, 8
+# rows), and which one is claimed next; the fewest and most of a piece, and in between the share of what is left. Of a
+# file that is mapped, up to where it has been read ahead, and whether a thread is about that.
+UNITS, NEXT, FEWEST, MOST, SHARE, READ, READING = 4, 5, 6, 7, 8, 9, 10
 # Then, where the arrays are. Rows are the leading axes, outermost first; after the fixed part come four numbers for
 # each: its size and the strides of blocks, scales and out along it. Strides are in bytes.
-BLOCKS_ADDRESS, SCALES_ADDRESS, OUT_ADDRESS, TABLE_ADDRESS = 9, 10, 11, 12
-BLOCKS_STEP, SCALES_STEP, OUT_STEP = 13, 14, 15  # strides from block to block, and from element to element of `out`
-BLOCKS_PER_ROW, START, LENGTH = 16, 17, 18  # elements of a row: `LENGTH`, beginning at `START` of its first block
-ITEMSIZE, STREAMING, MAPPED = 19, 20, 21  # bytes of an element of `out`; whether `out` is too large to stay in the
+BLOCKS_ADDRESS, SCALES_ADDRESS, OUT_ADDRESS, TABLE_ADDRESS = 11, 12, 13, 14
+BLOCKS_STEP, SCALES_STEP, OUT_STEP = 15, 16, 17  # strides from block to block, and from element to element of `out`
+BLOCKS_PER_ROW, START, LENGTH = 18, 19, 20  # elements of a row: `LENGTH`, beginning at `START` of its first block
+ITEMSIZE, STREAMING, MAPPED = 21, 22, 23  # bytes of an element of `out`; whether `out` is too large to stay in the
 # cache; whether the blocks are in a file that is mapped
-ROWS, BLOCKS_ROW, SCALES_ROW = 22, 23, 24  # for a transposed `out`: rows of a matrix, and strides from row to row
-ROW_AXES = 25
+ROWS, BLOCKS_ROW, SCALES_ROW = 24, 25, 26  # for a transposed `out`: rows of a matrix, and strides from row to row
+ROW_AXES = 27
 
 PIECES_AT_ONCE = 64
 """Pieces that a kernel does before it returns, so that the calling thread can be interrupted."""
+
+STEPS_AHEAD = 8
+"""Pieces of the largest size that are read ahead of what threads have claimed, at most."""
 
 MADV_POPULATE_READ = 22
 """As Linux numbers it, from 5.14 on; Python's `mmap` does not name it, nor let others work meanwhile."""
@@ -816,7 +820,7 @@ def populate(typingctx, address, count):
     return types.void(types.int64, types.int64), codegen
 
 
-@njit(nogil=True, inline="always")
+@njit(nogil=True)
 def _populate(first, last, count):
     """Have two arrays mapped from one pair of addresses to another, unless there is much more than ``count`` blocks."""
     if 0 <= last[0] - first[0] < 64 * count:
@@ -1027,13 +1031,52 @@ def _row_at(geometry, row):
     return block + row * geometry[BLOCKS_ROW], scale + row * geometry[SCALES_ROW]
 
 
+@njit(nogil=True)
+def _populate_units(geometry, begin, stop, transposed):
+    """Have the blocks and scales of a range of units mapped."""
+    per_row, rows = geometry[BLOCKS_PER_ROW], 32 * (stop - begin)
+    if transposed:
+        last = _row_at(geometry, 32 * stop - 1)
+        last = last[0] + (per_row - 1) * geometry[BLOCKS_STEP], last[1] + (per_row - 1) * geometry[SCALES_STEP]
+        _populate(_row_at(geometry, 32 * begin), last, per_row * rows)
+    else:
+        _populate(_block_at(geometry, begin), _block_at(geometry, stop - 1), stop - begin)
+
+
+@njit(nogil=True)
+def _read(geometry, begin, stop, transposed):
+    """Have the units of a piece mapped, unless they have been read ahead."""
+    if stop > load_shared(geometry.ctypes.data + 8 * READ):
+        _populate_units(geometry, begin, stop, transposed)
+
+
+@njit(nogil=True)
+def _read_ahead(geometry, transposed):
+    """Have units mapped that nobody has claimed, unless there are many, or another thread is about that.
+
+    While one thread waits for the disk, others decode; where all do both, the disk has to wait for them now and then.
+    """
+    shared = geometry.ctypes.data
+    for _ in range(STEPS_AHEAD):
+        next_ = load_shared(shared + 8 * NEXT)
+        begin = max(next_, load_shared(shared + 8 * READ))
+        if begin >= min(geometry[UNITS], next_ + STEPS_AHEAD * geometry[MOST]):
+            break
+        if replace_shared(shared + 8 * READING, 0, 1) != 0:
+            break
+        stop = min(geometry[UNITS], begin + geometry[MOST])
+        _populate_units(geometry, begin, stop, transposed)
+        add_shared(shared + 8 * READ, stop - geometry[READ])
+        replace_shared(shared + 8 * READING, 1, 0)
+
+
 def decode_pieces(job, word):
     """Decode blocks, counted over all rows in C order, to words of the type of ``word``."""
     geometry = numbers_at(job)
     ring = (reserve_ring() + RING - 1) & -RING  # a frame that the compiler aligned would cost the loops a register
     for begin, stop in pieces(geometry):
         if geometry[MAPPED]:
-            _populate(_block_at(geometry, begin), _block_at(geometry, stop - 1), stop - begin)
+            _read(geometry, begin, stop, False)
         start = begin
         while start < stop:
             # Geometry is read anew each time, so that it does not take registers from the loops inside.
@@ -1061,6 +1104,8 @@ def decode_pieces(job, word):
             start += count
         if geometry[STREAMING]:
             fence()
+        if geometry[MAPPED] and geometry[HELPERS]:
+            _read_ahead(geometry, False)
     return are_left(geometry)
 
 
@@ -1086,9 +1131,7 @@ def transpose_pieces(job, word):
         last, count = USUAL_FLOAT16
     for begin, stop in pieces(geometry):
         if geometry[MAPPED]:
-            end = _row_at(geometry, 32 * stop - 1)
-            end = end[0] + (per_row - 1) * block_step, end[1] + (per_row - 1) * scale_step
-            _populate(_row_at(geometry, 32 * begin), end, 32 * per_row * (stop - begin))
+            _read(geometry, begin, stop, True)
         start = begin
         while start < stop:
             matrix = start // groups
@@ -1140,6 +1183,8 @@ def transpose_pieces(job, word):
                             move_line(tile + 64 * i, target + i * step + row * size, word)
         if geometry[STREAMING]:
             fence()
+        if geometry[MAPPED] and geometry[HELPERS]:
+            _read_ahead(geometry, True)
     return are_left(geometry)
 
 
