@@ -1,11 +1,11 @@
 """Kernels: the loops that turn packed bytes into values on the CPU, and back, and the intrinsics they stand on.
 
-The last of them fills memory that a device copies from.
+The last of them fills memory that a device copies from. Here is also what threads wait in until there is work.
 
-No policy here: no validation, no allocation, no threads. A kernel works on raw addresses that its driver
-(`mxfp4np.backends.cpu`) has checked, so that one compiled form serves every stride, alignment and rank, releases the
-GIL, and can be called from any number of threads at once, which share the work among them. Importing this module
-imports Numba and compiles nothing.
+No policy here: no validation, no allocation, no choice of threads. A kernel works on raw addresses that its driver
+(`mxfp4np.backends.cpu`) has checked, so that one compiled form serves every stride, alignment and rank, needs no
+interpreter, and can be called from any number of threads at once, which share the work among them. Importing this
+module imports Numba and compiles nothing.
 
 The loops are plain Numba. What they do with one block is an intrinsic, whose machine code depends on the features that
 Numba's own code generator reports. A scale and a code have 256 * 16 possible values, which a table holds; 16 entries
@@ -56,7 +56,7 @@ ROWS, BLOCKS_ROW, SCALES_ROW = 24, 25, 26  # for a transposed `out`: rows of a m
 ROW_AXES = 27
 
 PIECES_AT_ONCE = 64
-"""Pieces that a kernel does before it returns, so that the calling thread can be interrupted."""
+"""Pieces that a kernel does before it returns, so that the calling thread can be interrupted. Reading ends it too."""
 
 STEPS_AHEAD = 8
 """Pieces of the largest size that are read ahead of what threads have claimed, at most."""
@@ -1052,11 +1052,11 @@ def _read(geometry, begin, stop, transposed):
 
 @njit(nogil=True)
 def _read_ahead(geometry, transposed):
-    """Have units mapped that nobody has claimed, unless there are many, or another thread is about that.
+    """Have units mapped that nobody has claimed, unless many are, or another thread is about that; return whether any.
 
     While one thread waits for the disk, others decode; where all do both, the disk has to wait for them now and then.
     """
-    shared = geometry.ctypes.data
+    shared, has_read = geometry.ctypes.data, False
     for _ in range(STEPS_AHEAD):
         next_ = load_shared(shared + 8 * NEXT)
         begin = max(next_, load_shared(shared + 8 * READ))
@@ -1068,6 +1068,8 @@ def _read_ahead(geometry, transposed):
         _populate_units(geometry, begin, stop, transposed)
         add_shared(shared + 8 * READ, stop - geometry[READ])
         replace_shared(shared + 8 * READING, 1, 0)
+        has_read = True
+    return has_read
 
 
 def decode_pieces(job, word):
@@ -1104,8 +1106,8 @@ def decode_pieces(job, word):
             start += count
         if geometry[STREAMING]:
             fence()
-        if geometry[MAPPED] and geometry[HELPERS]:
-            _read_ahead(geometry, False)
+        if geometry[MAPPED] and geometry[HELPERS] and _read_ahead(geometry, False):
+            break
     return are_left(geometry)
 
 
@@ -1183,8 +1185,8 @@ def transpose_pieces(job, word):
                             move_line(tile + 64 * i, target + i * step + row * size, word)
         if geometry[STREAMING]:
             fence()
-        if geometry[MAPPED] and geometry[HELPERS]:
-            _read_ahead(geometry, True)
+        if geometry[MAPPED] and geometry[HELPERS] and _read_ahead(geometry, True):
+            break
     return are_left(geometry)
 
 

@@ -1,8 +1,8 @@
 """Compiled functions, and the crew: threads that wait in compiled code for jobs to take part in.
 
 A job is what `mxfp4np.backends.cpu_kernels` describes. The calling thread does it too, so that a call finishes even
-when all others are at someone else's. To call others and to be done with them takes no interpreter: a hundred
-microseconds in which threads hand it to each other, for work of a few hundred. It knows nothing of MXFP4.
+when all others are at someone else's. Calling others and waiting for them takes no interpreter: threads would hand it
+to each other for longer than small jobs take. It knows nothing of MXFP4.
 """
 
 from __future__ import annotations
