@@ -327,7 +327,7 @@ def test_pages_of_maps_are_read_by_pieces_and_give_the_same_values(tmp_path, ord
 def test_the_driver_and_the_kernels_number_alike():
     positions = {name: value for name, value in vars(crew).items() if name.isupper()}
     assert positions.items() <= vars(cpu_kernels).items()
-    assert len(positions) == 9
+    assert len(positions) == 10
     assert cpu.ARRAYS == cpu_kernels.BLOCKS_ADDRESS
     assert cpu.BLOCKS_PER_ROW == cpu_kernels.BLOCKS_PER_ROW - cpu_kernels.BLOCKS_ADDRESS
     assert cpu.GROUPS_ABREAST == cpu_kernels.TILES_ABREAST

@@ -766,14 +766,17 @@ def serve(crew, thread):
             _moves_on(member, job + BEGUN, NOTHING)
 
 
+def work(job):
+    """Do a part of a job alone; return whether there may be more to do."""
+    return call(job[KERNEL], (job.ctypes.data, 0)) != 0
+
+
 def lead(job):
     """Do a part of a job, and have others help; return whether there may be more to do."""
-    if job[HELPERS] != 0:
-        call_crew(job)
+    call_crew(job)
     if call(job[KERNEL], (job.ctypes.data, 0)) != 0:
         return True
-    if job[HELPERS] != 0:
-        dismiss_crew(job)
+    dismiss_crew(job)
     return False
 
 
@@ -829,7 +832,7 @@ def _populate(first, last, count):
         populate(first[1], last[1] + 1 - first[1])
 
 
-@njit(nogil=True, inline="always")
+@njit(nogil=True)
 def _decode_part(geometry, word, first, last, block, scale, out):
     """Decode the elements that belong to the row of blocks ``first`` to ``last - 1``, one by one."""
     for g in range(first, last):
@@ -989,7 +992,7 @@ def _stream_rows(geometry, word, count, first, block, scale, out, ring):
             shift = _next_shift(shift, gap)
 
 
-@njit(nogil=True, inline="always")
+@njit(nogil=True)
 def _decode_ragged(geometry, word, count, first, block, scale, out):
     """Decode ``count`` blocks, from one of a row on, of any rows: what is not whole, or not dense, by elements."""
     while count > 0:
@@ -1012,7 +1015,7 @@ def _decode_ragged(geometry, word, count, first, block, scale, out):
             out += geometry[-1]
 
 
-@njit(nogil=True, inline="always")
+@njit(nogil=True)
 def _block_at(geometry, block):
     """Return the addresses of a block and of its scale."""
     row = block // geometry[BLOCKS_PER_ROW]
@@ -1021,7 +1024,7 @@ def _block_at(geometry, block):
     return block + step * geometry[BLOCKS_STEP], scale + step * geometry[SCALES_STEP]
 
 
-@njit(nogil=True, inline="always")
+@njit(nogil=True)
 def _row_at(geometry, row):
     """Return the addresses of a row and of its scales, of matrices whose rows are counted by full groups of 32."""
     rows = (geometry[ROWS] + 31) // 32 * 32
@@ -1032,44 +1035,46 @@ def _row_at(geometry, row):
 
 
 @njit(nogil=True)
-def _populate_units(geometry, begin, stop, transposed):
-    """Have the blocks and scales of a range of units mapped."""
-    per_row, rows = geometry[BLOCKS_PER_ROW], 32 * (stop - begin)
-    if transposed:
-        last = _row_at(geometry, 32 * stop - 1)
-        last = last[0] + (per_row - 1) * geometry[BLOCKS_STEP], last[1] + (per_row - 1) * geometry[SCALES_STEP]
-        _populate(_row_at(geometry, 32 * begin), last, per_row * rows)
-    else:
-        _populate(_block_at(geometry, begin), _block_at(geometry, stop - 1), stop - begin)
+def _populate_blocks(geometry, begin, stop):
+    """Have a range of blocks, counted over all rows, and their scales mapped."""
+    _populate(_block_at(geometry, begin), _block_at(geometry, stop - 1), stop - begin)
 
 
 @njit(nogil=True)
-def _read(geometry, begin, stop, transposed):
-    """Have the units of a piece mapped, unless they have been read ahead."""
-    if stop > load_shared(geometry.ctypes.data + 8 * READ):
-        _populate_units(geometry, begin, stop, transposed)
+def _populate_groups(geometry, begin, stop):
+    """Have a range of groups of 32 rows, counted over all matrices, and their scales mapped."""
+    last, per_row = _row_at(geometry, 32 * stop - 1), geometry[BLOCKS_PER_ROW]
+    last = last[0] + (per_row - 1) * geometry[BLOCKS_STEP], last[1] + (per_row - 1) * geometry[SCALES_STEP]
+    _populate(_row_at(geometry, 32 * begin), last, 32 * per_row * (stop - begin))
 
 
-@njit(nogil=True)
-def _read_ahead(geometry, transposed):
-    """Have units mapped that nobody has claimed, unless many are, or another thread is about that; return whether any.
+def _reader(populate_units):
+    @njit(nogil=True)
+    def read_ahead(geometry):
+        """Have units mapped that nobody has claimed, unless many are, or another thread is about that; return if any.
 
-    While one thread waits for the disk, others decode; where all do both, the disk has to wait for them now and then.
-    """
-    shared, has_read = geometry.ctypes.data, False
-    for _ in range(STEPS_AHEAD):
-        next_ = load_shared(shared + 8 * NEXT)
-        begin = max(next_, load_shared(shared + 8 * READ))
-        if begin >= min(geometry[UNITS], next_ + STEPS_AHEAD * geometry[MOST]):
-            break
-        if replace_shared(shared + 8 * READING, 0, 1) != 0:
-            break
-        stop = min(geometry[UNITS], begin + geometry[MOST])
-        _populate_units(geometry, begin, stop, transposed)
-        add_shared(shared + 8 * READ, stop - geometry[READ])
-        replace_shared(shared + 8 * READING, 1, 0)
-        has_read = True
-    return has_read
+        While one thread waits for the disk, others decode; where all do both, the disk waits for them now and then.
+        """
+        shared, has_read = geometry.ctypes.data, False
+        for _ in range(STEPS_AHEAD):
+            next_ = load_shared(shared + 8 * NEXT)
+            begin = max(next_, load_shared(shared + 8 * READ))
+            if begin >= min(geometry[UNITS], next_ + STEPS_AHEAD * geometry[MOST]):
+                break
+            if replace_shared(shared + 8 * READING, 0, 1) != 0:
+                break
+            stop = min(geometry[UNITS], begin + geometry[MOST])
+            populate_units(geometry, begin, stop)
+            add_shared(shared + 8 * READ, stop - geometry[READ])
+            replace_shared(shared + 8 * READING, 1, 0)
+            has_read = True
+        return has_read
+
+    return read_ahead
+
+
+_read_blocks_ahead = _reader(_populate_blocks)
+_read_groups_ahead = _reader(_populate_groups)
 
 
 def decode_pieces(job, word):
@@ -1077,8 +1082,8 @@ def decode_pieces(job, word):
     geometry = numbers_at(job)
     ring = (reserve_ring() + RING - 1) & -RING  # a frame that the compiler aligned would cost the loops a register
     for begin, stop in pieces(geometry):
-        if geometry[MAPPED]:
-            _read(geometry, begin, stop, False)
+        if geometry[MAPPED] and stop > load_shared(job + 8 * READ):
+            _populate_blocks(geometry, begin, stop)
         start = begin
         while start < stop:
             # Geometry is read anew each time, so that it does not take registers from the loops inside.
@@ -1106,7 +1111,7 @@ def decode_pieces(job, word):
             start += count
         if geometry[STREAMING]:
             fence()
-        if geometry[MAPPED] and geometry[HELPERS] and _read_ahead(geometry, False):
+        if geometry[MAPPED] and geometry[HELPERS] and _read_blocks_ahead(geometry):
             break
     return are_left(geometry)
 
@@ -1132,8 +1137,8 @@ def transpose_pieces(job, word):
     if load_word(table + TABLE_LINE * SCALE_OF_1 + 2 * CODE_OF_1) == FLOAT16_1:
         last, count = USUAL_FLOAT16
     for begin, stop in pieces(geometry):
-        if geometry[MAPPED]:
-            _read(geometry, begin, stop, True)
+        if geometry[MAPPED] and stop > load_shared(job + 8 * READ):
+            _populate_groups(geometry, begin, stop)
         start = begin
         while start < stop:
             matrix = start // groups
@@ -1185,7 +1190,7 @@ def transpose_pieces(job, word):
                             move_line(tile + 64 * i, target + i * step + row * size, word)
         if geometry[STREAMING]:
             fence()
-        if geometry[MAPPED] and geometry[HELPERS] and _read_ahead(geometry, True):
+        if geometry[MAPPED] and geometry[HELPERS] and _read_groups_ahead(geometry):
             break
     return are_left(geometry)
 

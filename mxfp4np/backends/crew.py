@@ -20,7 +20,7 @@ from .memory import address_of, aligned_empty
 from .threads import insist, most_threads
 
 # Positions in the vectors of a job and of a crew, as in `cpu_kernels`, which is not imported yet.
-UNITS, NEXT = 4, 5
+HELPERS, UNITS, NEXT = 3, 4, 5
 MEMBERS, ACQUIRE, RELEASE, REST_LOCK = 0, 1, 2, 3
 FIRST_MEMBER, MEMBER_NUMBERS, LOCK = 8, 2, 1
 
@@ -97,9 +97,9 @@ def shared_crew(helpers: int) -> tuple[int, int]:
 
 def run(job: NDArray[np.int64]) -> None:
     """Do a job of pieces, with others; return, or raise what interrupts it, when nobody is at a piece any more."""
-    lead = compiled("lead")
+    do = compiled("lead" if job[HELPERS] else "work")  # which compiles sooner
     try:
-        while lead(job):
+        while do(job):
             pass
     except BaseException:
         job[NEXT] = job[UNITS]
