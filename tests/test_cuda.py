@@ -600,6 +600,8 @@ def test_two_devices_from_two_threads(model):
 class HostCupy(types.ModuleType):
     """What `_Transfer` needs of CuPy, with the host in the place of a device."""
 
+    batches = True
+
     class Queue:
         ptr = 0
         id = 0
@@ -634,19 +636,27 @@ class HostCupy(types.ModuleType):
         self.cuda.PinnedMemory = self.PinnedMemory
         self.cuda.get_current_stream = self.Queue
         self.cuda.driver = types.SimpleNamespace(CUDADriverError=DriverError, ctxGetCurrent=lambda: 0)
-        integers = [ctypes.c_longlong] * 4
-        self.functions = [
-            ctypes.CFUNCTYPE(ctypes.c_int, *integers[:count])(function)
-            for count, function in ((4, self.copy), (2, self.record), (1, self.query), (1, self.set_context))
-        ]
+        names = {"copy": 4, "copy_batch": 9, "record": 2, "query": 1, "set_context": 1}
+        self.functions = {
+            name: ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_longlong] * count)(getattr(self, name))
+            for name, count in names.items()
+        }
 
     def driver(self):
         """Return the addresses of functions in the place of the driver's."""
-        return [ctypes.cast(function, ctypes.c_void_p).value for function in self.functions]
+        functions = [ctypes.cast(function, ctypes.c_void_p).value for function in self.functions.values()]
+        functions[1] *= self.batches
+        return functions
 
     def copy(self, to, source, nbytes, _):
         ctypes.memmove(to, source, nbytes)
         return 0
+
+    def copy_batch(self, targets, sources, sizes, count, attributes, first, number, _, stream):
+        assert (ctypes.c_int * 6).from_address(attributes)[:] == [1, 0, 0, 0, 0, 0]
+        assert (ctypes.c_longlong.from_address(first).value, number) == (0, 1)
+        copies = zip(*((ctypes.c_longlong * count).from_address(a) for a in (targets, sources, sizes)), strict=True)
+        return max(self.copy(*copy, stream) for copy in reversed(list(copies)))  # in whatever order
 
     def record(self, *_):
         return 0
@@ -752,9 +762,10 @@ def test_streams_wait_for_each_other_where_they_have_to(host_cupy, monkeypatch, 
     host_cupy._pinned.release()
 
 
-@pytest.fixture
-def host_cupy(monkeypatch):
-    """Put the host in the place of a device, with small slots."""
+@pytest.fixture(params=["batches", "copies"])
+def host_cupy(monkeypatch, request):
+    """Put the host in the place of a device, with small slots, and drivers that know batches and not."""
+    monkeypatch.setattr(HostCupy, "batches", request.param == "batches")
     fake = HostCupy()
     monkeypatch.setitem(sys.modules, "cupy", fake)
     monkeypatch.setitem(sys.modules, "cupy.cuda", fake.cuda)

@@ -1621,17 +1621,25 @@ def encode_columns_pieces(job, word):
 # when all of a part have been queued.
 #
 # The driver does one thing at a time, and threads that wait for each other there wait for long. So one calls it for
-# all, whichever comes first.
+# all, whichever comes first. The bus rests behind each copy, but less so within a batch: what is full meanwhile waits
+# until the batch before the last one is done, and is queued as one.
 #
 # The job is called `loading`. Next in it is how many loads are claimed, are known, and may be copied (the memory that
 # later ones are for is still in use); whether a thread is calling the driver, and what that said when it failed; how
-# many slots were queued, and how many of them are free again; how many threads there are but the leading one; whether
-# all goes on; bytes of a load and of a piece; the driver's functions, and the context of the device.
-CLAIMED, KNOWN, OPEN, CALLING, STATUS, QUEUED, FREED, FOLLOWING = 4, 5, 6, 7, 8, 9, 10, 11
-GOING_ON, LOAD_BYTES, PIECE_BYTES, COPY, RECORD, QUERY, SET_CONTEXT, CONTEXT = 12, 13, 14, 15, 16, 17, 18, 19
+# many slots were queued, how many of them are free again, and how many had been queued before the last batch; how many
+# threads there are but the leading one; whether all goes on; bytes of a load and of a piece; the driver's functions,
+# that for batches 0 if it has none, and the context of the device.
+CLAIMED, KNOWN, OPEN, CALLING, STATUS, QUEUED, FREED, LAST_BATCH, FOLLOWING = 4, 5, 6, 7, 8, 9, 10, 11, 12
+GOING_ON, LOAD_BYTES, PIECE_BYTES, COPY, COPY_BATCH, RECORD, QUERY, SET_CONTEXT, CONTEXT = range(13, 22)
+# Then what the driver is told of a batch: attributes (that sources are read in the order of the stream), which copy
+# they begin with, room for an error's place; and for each copy its slot, target, source and bytes.
+ATTRIBUTES, FIRST_COPY, WRONG_COPY, BATCH = 22, 25, 26, 27
+IN_ORDER = 1
+MOST_COPIES = 8
+TARGETS, SOURCES, SIZES = (BATCH + i * MOST_COPIES for i in range(1, 4))
 # Then come parts, as in a ring: the loads that are not queued yet, the first load, the stream for their copies, and one
 # or two arrays: loads, bytes, where they are, in runs a step apart, and the address that they are for.
-FIRST_PART, PART_NUMBERS, PARTS = 24, 16, 4
+FIRST_PART, PART_NUMBERS, PARTS = BATCH + 4 * MOST_COPIES, 16, 4
 NO_LOAD = (1 << 63) - 1  # the first of a part that is not there yet
 MISSING, FIRST_LOAD, STREAM, ARRAYS, ARRAY_NUMBERS = 0, 1, 2, 3, 6
 ARRAY_LOADS, NBYTES, SOURCE, RUN_BYTES, RUN_STEP, DESTINATION = 0, 1, 2, 3, 4, 5
@@ -1705,18 +1713,47 @@ def _fill_piece(loading, slot):
 
 
 @njit(nogil=True)
-def _queue_copy(loading, slot):
-    """Have the driver copy a slot that is full; return what it says."""
-    shared, part = loading.ctypes.data, loading[slot + PART]
-    target = loading[loading[slot + ARRAY] + DESTINATION] + loading[slot + FIRST_BYTE]
+def _batch(loading):
+    """List slots that can be copied and are of one part, the oldest there is; return how many."""
+    shared, part, oldest = loading.ctypes.data, 0, load_shared(loading.ctypes.data + 8 * OPEN)
+    for slot in range(FIRST_SLOT, len(loading), SLOT_NUMBERS):
+        if load_shared(shared + 8 * (slot + STATE)) == FULL and loading[slot + LOAD] < oldest:
+            part, oldest = loading[slot + PART], loading[slot + LOAD]
+    count = 0
+    for slot in range(FIRST_SLOT, len(loading), SLOT_NUMBERS):
+        if count < MOST_COPIES and load_shared(shared + 8 * (slot + STATE)) == FULL and loading[slot + PART] == part:
+            loading[BATCH + count] = slot
+            count += 1
+    return count
+
+
+@njit(nogil=True)
+def _queue_batch(loading, count):
+    """Have the driver copy the slots that are listed; return what it says."""
+    shared, part, status = loading.ctypes.data, loading[loading[BATCH] + PART], CUDA_SUCCESS
     stream = loading[part + STREAM]
-    status = call(loading[COPY], (target, loading[slot + MEMORY], loading[slot + LOADED_BYTES], stream))
-    if status == CUDA_SUCCESS:
-        status = call(loading[RECORD], (loading[slot + EVENT], stream))
-    replace_shared(shared + 8 * (slot + STATE), FULL, COPYING)
-    loading[_in_queue(loading, loading[QUEUED])] = slot
-    loading[QUEUED] += 1
-    add_shared(shared + 8 * (part + MISSING), -1)
+    for i in range(count):
+        slot = loading[BATCH + i]
+        loading[TARGETS + i] = loading[loading[slot + ARRAY] + DESTINATION] + loading[slot + FIRST_BYTE]
+        loading[SOURCES + i] = loading[slot + MEMORY]
+        loading[SIZES + i] = loading[slot + LOADED_BYTES]
+    if count > 1 and loading[COPY_BATCH] != 0:
+        copies = shared + 8 * TARGETS, shared + 8 * SOURCES, shared + 8 * SIZES, count
+        attributes = shared + 8 * ATTRIBUTES, shared + 8 * FIRST_COPY, 1
+        status = call(loading[COPY_BATCH], (*copies, *attributes, shared + 8 * WRONG_COPY, stream))
+    else:
+        for i in range(count):
+            if status == CUDA_SUCCESS:
+                status = call(loading[COPY], (loading[TARGETS + i], loading[SOURCES + i], loading[SIZES + i], stream))
+    loading[LAST_BATCH] = loading[QUEUED]
+    for i in range(count):
+        slot = loading[BATCH + i]
+        if status == CUDA_SUCCESS:
+            status = call(loading[RECORD], (loading[slot + EVENT], stream))
+        replace_shared(shared + 8 * (slot + STATE), FULL, COPYING)
+        loading[_in_queue(loading, loading[QUEUED])] = slot
+        loading[QUEUED] += 1
+    add_shared(shared + 8 * (part + MISSING), -count)
     return status
 
 
@@ -1727,26 +1764,32 @@ def _in_queue(loading, place):
 
 
 @njit(nogil=True)
-def _call_driver(loading):
-    """Have the driver copy what is there, and see what it has copied, unless another thread is about that."""
-    shared, status = loading.ctypes.data, CUDA_SUCCESS
-    if load_shared(shared + 8 * CALLING) != 0 or replace_shared(shared + 8 * CALLING, 0, 1) != 0:
-        return
-    open_ = load_shared(shared + 8 * OPEN)
-    for slot in range(FIRST_SLOT, len(loading), SLOT_NUMBERS):
-        if load_shared(shared + 8 * (slot + STATE)) == FULL and loading[slot + LOAD] < open_:
-            status = _queue_copy(loading, slot)
-            if status != CUDA_SUCCESS:
-                loading[STATUS] = status
+def _free_copied(loading):
+    """Free the slots that the driver has copied; return what it says, if that is an error."""
+    shared = loading.ctypes.data
     while loading[FREED] < loading[QUEUED]:
         slot = loading[_in_queue(loading, loading[FREED])]
         status = call(loading[QUERY], (loading[slot + EVENT],))
         if status != CUDA_SUCCESS:
-            if status != CUDA_ERROR_NOT_READY:
-                loading[STATUS] = status
-            break
+            return CUDA_SUCCESS if status == CUDA_ERROR_NOT_READY else status
         loading[FREED] += 1
         replace_shared(shared + 8 * (slot + STATE), COPYING, FREE)
+    return CUDA_SUCCESS
+
+
+@njit(nogil=True)
+def _call_driver(loading):
+    """Have the driver copy what is there, and see what it has copied, unless another thread is about that."""
+    shared = loading.ctypes.data
+    if load_shared(shared + 8 * CALLING) != 0 or replace_shared(shared + 8 * CALLING, 0, 1) != 0:
+        return
+    status = _free_copied(loading)
+    if status == CUDA_SUCCESS and loading[FREED] >= loading[LAST_BATCH]:
+        count = _batch(loading)
+        if count > 0:
+            status = _queue_batch(loading, count)
+    if status != CUDA_SUCCESS:
+        loading[STATUS] = status
     replace_shared(shared + 8 * CALLING, 1, 0)
 
 

@@ -27,6 +27,7 @@ from ..errors import BackendUnavailableError, DeviceMemoryError
 from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, name_of, split
 from . import cuda_kernels
 from .cpu_kernels import (
+    ATTRIBUTES,
     CONTEXT,
     COPYING,
     EVENT,
@@ -35,6 +36,7 @@ from .cpu_kernels import (
     FIRST_SLOT,
     GOING_ON,
     HELPERS,
+    IN_ORDER,
     IN_QUEUE,
     MEMORY,
     NO_LOAD,
@@ -548,8 +550,9 @@ def _driver() -> tuple[int, ...]:
     CuPy works, so it is there; its streams and events are CuPy's too.
     """
     library = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
-    names = "cuMemcpyHtoDAsync_v2", "cuEventRecord", "cuEventQuery", "cuCtxSetCurrent"
-    return tuple(ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0 for name in names)
+    names = "cuMemcpyHtoDAsync_v2", "cuMemcpyBatchAsync", "cuEventRecord", "cuEventQuery", "cuCtxSetCurrent"
+    functions = (getattr(library, name, None) for name in names)  # batches came with CUDA 12.8
+    return tuple(ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions)
 
 
 class _Transfer:
@@ -599,6 +602,7 @@ class _Transfer:
         loading[: HELPERS + 1] = loading.size, self._helper, *shared_crew(max(0, len(slots) // 2 - 1))
         context = cupy.cuda.driver.ctxGetCurrent()
         loading[GOING_ON : CONTEXT + 1] = 1, self._load_bytes, FILL_BYTES, *_driver(), context
+        loading[ATTRIBUTES] = IN_ORDER
         table = loading[FIRST_SLOT:].reshape(-1, SLOT_NUMBERS)
         table[:, MEMORY : EVENT + 1] = [slot.addresses(self._device) for slot in slots]
         table[:, STATE] = COPYING  # from the call before, perhaps
