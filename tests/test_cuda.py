@@ -197,7 +197,7 @@ def test_an_array_beyond_32_bit_addresses(dtype):
 def test_from_the_host_in_many_pieces(monkeypatch, dtype):
     monkeypatch.setattr(cuda_backend, "STAGED_BYTES", 5000)
     monkeypatch.setattr(cuda_backend, "SLOT_BYTES", 1000)
-    monkeypatch.setattr(cuda_backend, "LEAST_BYTES", 250)
+    monkeypatch.setattr(cuda_backend, "PIECE_BYTES", 250)
     get_backend("cuda").release()  # slots of the usual size
     blocks, scales = random_pair(3, 70, 9)
     expected = oracle(blocks, scales, dtype)
@@ -772,9 +772,8 @@ def host_cupy(monkeypatch, request):
     monkeypatch.setattr(cuda_backend, "_driver", fake.driver)
     monkeypatch.setattr(cuda_backend, "_pinned", cuda_backend._Pinned())
     monkeypatch.setattr(cuda_backend, "SLOT_BYTES", 1000)
-    monkeypatch.setattr(cuda_backend, "LEAST_BYTES", 250)
     monkeypatch.setattr(cuda_backend, "STAGED_BYTES", 10000)
-    monkeypatch.setattr(cuda_backend, "FILL_BYTES", 96)
+    monkeypatch.setattr(cuda_backend, "PIECE_BYTES", 96)
     cuda_backend._copies.cache_clear()
     yield cuda_backend
     cuda_backend._copies.cache_clear()

@@ -1615,39 +1615,40 @@ def encode_columns_pieces(job, word):
     return are_left(geometry)
 
 
-# Memory that a device copies from is filled by several threads, each of which has two slots of it in turn: it claims a
-# load and fills one slot with its bytes, piece by piece, while the other is copied by CUDA's driver. Loads are claimed
-# in order, and copied as soon as they are there. Those that belong together are a part; the thread that leads is told
-# when all of a part have been queued.
+# Memory that a device copies from is filled by several threads, each of which has two slots of it in turn: it claims
+# some pieces, a load, and fills one slot with their bytes, while the other is copied by CUDA's driver. Pieces are
+# claimed in order, and loads copied as soon as they are there: small ones first, for the bus to have something to do.
+# Pieces that belong together are a part; the thread that leads is told when all of a part have been queued.
 #
 # The driver does one thing at a time, and threads that wait for each other there wait for long. So one calls it for
 # all, whichever comes first. The bus rests behind each copy, but less so within a batch: what is full meanwhile waits
-# until the batch before the last one is done, and is queued as one.
+# until the batch before the last one is done, or nothing more is to come, and is queued as one.
 #
-# The job is called `loading`. Next in it is how many loads are claimed, are known, and may be copied (the memory that
+# The job is called `loading`. Next in it is how many pieces are claimed, are known, and may be copied (the memory that
 # later ones are for is still in use); whether a thread is calling the driver, and what that said when it failed; how
 # many slots were queued, how many of them are free again, and how many had been queued before the last batch; how many
-# threads there are but the leading one; whether all goes on; bytes of a load and of a piece; the driver's functions,
-# that for batches 0 if it has none, and the context of the device.
+# threads there are but the leading one; whether all goes on; bytes of a piece, and pieces that a slot has room for; the
+# driver's functions, that for batches 0 if it has none, and the context of the device.
 CLAIMED, KNOWN, OPEN, CALLING, STATUS, QUEUED, FREED, LAST_BATCH, FOLLOWING = 4, 5, 6, 7, 8, 9, 10, 11, 12
-GOING_ON, LOAD_BYTES, PIECE_BYTES, COPY, COPY_BATCH, RECORD, QUERY, SET_CONTEXT, CONTEXT = range(13, 22)
+GOING_ON, PIECE_BYTES, SLOT_PIECES, COPY, COPY_BATCH, RECORD, QUERY, SET_CONTEXT, CONTEXT = range(13, 22)
 # Then what the driver is told of a batch: attributes (that sources are read in the order of the stream), which copy
 # they begin with, room for an error's place; and for each copy its slot, target, source and bytes.
 ATTRIBUTES, FIRST_COPY, WRONG_COPY, BATCH = 22, 25, 26, 27
 IN_ORDER = 1
 MOST_COPIES = 8
 TARGETS, SOURCES, SIZES = (BATCH + i * MOST_COPIES for i in range(1, 4))
-# Then come parts, as in a ring: the loads that are not queued yet, the first load, the stream for their copies, and one
-# or two arrays: loads, bytes, where they are, in runs a step apart, and the address that they are for.
+# Then come parts, as in a ring: the pieces that are not queued yet, the first piece, the stream for their copies, and
+# one or two arrays: pieces, bytes, where they are, in runs a step apart, and the address that they are for.
 FIRST_PART, PART_NUMBERS, PARTS = BATCH + 4 * MOST_COPIES, 16, 4
-NO_LOAD = (1 << 63) - 1  # the first of a part that is not there yet
-MISSING, FIRST_LOAD, STREAM, ARRAYS, ARRAY_NUMBERS = 0, 1, 2, 3, 6
-ARRAY_LOADS, NBYTES, SOURCE, RUN_BYTES, RUN_STEP, DESTINATION = 0, 1, 2, 3, 4, 5
+NO_PIECE = (1 << 63) - 1  # the first of a part that is not there yet
+MISSING, FIRST_PIECE, STREAM, ARRAYS, ARRAY_NUMBERS = 0, 1, 2, 3, 6
+ARRAY_PIECES, NBYTES, SOURCE, RUN_BYTES, RUN_STEP, DESTINATION = 0, 1, 2, 3, 4, 5
 # Then slots: their memory and event, what happens to them, and a place of the ring in which they were queued. If a slot
-# has a load: its number, part and array, its first byte there, how many bytes it has, and how many have been filled in.
+# has a load: its first piece and how many it has, part and array, its first byte there, how many bytes it has, and how
+# many have been filled in.
 FIRST_SLOT, SLOT_NUMBERS = FIRST_PART + PARTS * PART_NUMBERS, 16
 MEMORY, EVENT, STATE, IN_QUEUE = 0, 1, 2, 3
-LOAD, PART, ARRAY, FIRST_BYTE, LOADED_BYTES, FILLED = 4, 5, 6, 7, 8, 9
+PIECE, PIECES, PART, ARRAY, FIRST_BYTE, LOADED_BYTES, FILLED = 4, 5, 6, 7, 8, 9, 10
 FREE, FILLING, FULL, COPYING = 0, 1, 2, 3
 
 CUDA_SUCCESS, CUDA_ERROR_NOT_READY = 0, 600
@@ -1659,10 +1660,14 @@ copy_64 = _copier(64, 1, streaming=False)
 
 @njit(nogil=True, inline="always")
 def _copy_run(source, target, count):
-    """Copy so many bytes, a line at a time while there is one."""
+    """Copy so many bytes past the caches: a device that reads what is there waits for them."""
+    if count >= 64 and target % 64 != 0:
+        copy_64(source, target)
+        done = 64 - target % 64
+        source, target, count = source + done, target + done, count - done
     for _ in range(count // 64):
         prefetch(source + PREFETCH_BYTES)
-        copy_64(source, target)
+        stream_64(source, target)
         source += 64
         target += 64
     for i in range(count % 64):
@@ -1671,27 +1676,30 @@ def _copy_run(source, target, count):
 
 @njit(nogil=True)
 def _claim_load(loading, slot):
-    """Claim the next load for a slot, if there is one."""
+    """Claim the next pieces for a slot, if there are any: as many for each slot as have been claimed, and one more."""
     shared = loading.ctypes.data
     number = load_shared(shared + 8 * CLAIMED)
     if number >= load_shared(shared + 8 * KNOWN):
         return
-    if replace_shared(shared + 8 * CLAIMED, number, number + 1) != number:
-        return
-    # Meanwhile a part that is done may be overwritten by one that comes later; only one number of each is looked at.
+    # Meanwhile others may claim it, and a part that is done may be overwritten by one that comes later: then what is
+    # found here is wrong, and is not claimed either.
     part, first = 0, -1
     for other in range(FIRST_PART, FIRST_SLOT, PART_NUMBERS):
-        begin = load_shared(shared + 8 * (other + FIRST_LOAD))
+        begin = load_shared(shared + 8 * (other + FIRST_PIECE))
         if first < begin <= number:
             part, first = other, begin
     array, before = part + ARRAYS, number - first
-    if before >= loading[array + ARRAY_LOADS]:
-        before -= loading[array + ARRAY_LOADS]
+    if before >= loading[array + ARRAY_PIECES]:
+        before -= loading[array + ARRAY_PIECES]
         array += ARRAY_NUMBERS
-    begin = before * loading[LOAD_BYTES]
-    loading[slot + LOAD], loading[slot + PART], loading[slot + ARRAY] = number, part, array
+    most = min(loading[SLOT_PIECES], 1 + number * SLOT_NUMBERS // (len(loading) - FIRST_SLOT))
+    count = min(most, loading[array + ARRAY_PIECES] - before)
+    if replace_shared(shared + 8 * CLAIMED, number, number + count) != number:
+        return
+    begin = before * loading[PIECE_BYTES]
+    loading[slot + PIECE], loading[slot + PIECES], loading[slot + PART], loading[slot + ARRAY] = number, count, part, array
     loading[slot + FIRST_BYTE], loading[slot + FILLED] = begin, 0
-    loading[slot + LOADED_BYTES] = min(loading[LOAD_BYTES], loading[array + NBYTES] - begin)
+    loading[slot + LOADED_BYTES] = min(count * loading[PIECE_BYTES], loading[array + NBYTES] - begin)
     replace_shared(shared + 8 * (slot + STATE), FREE, FILLING)
 
 
@@ -1709,6 +1717,7 @@ def _fill_piece(loading, slot):
         filled += count
     loading[slot + FILLED] = filled
     if filled == loading[slot + LOADED_BYTES]:
+        fence()
         replace_shared(loading.ctypes.data + 8 * (slot + STATE), FILLING, FULL)
 
 
@@ -1717,8 +1726,8 @@ def _batch(loading):
     """List slots that can be copied and are of one part, the oldest there is; return how many."""
     shared, part, oldest = loading.ctypes.data, 0, load_shared(loading.ctypes.data + 8 * OPEN)
     for slot in range(FIRST_SLOT, len(loading), SLOT_NUMBERS):
-        if load_shared(shared + 8 * (slot + STATE)) == FULL and loading[slot + LOAD] < oldest:
-            part, oldest = loading[slot + PART], loading[slot + LOAD]
+        if load_shared(shared + 8 * (slot + STATE)) == FULL and loading[slot + PIECE] < oldest:
+            part, oldest = loading[slot + PART], loading[slot + PIECE]
     count = 0
     for slot in range(FIRST_SLOT, len(loading), SLOT_NUMBERS):
         if count < MOST_COPIES and load_shared(shared + 8 * (slot + STATE)) == FULL and loading[slot + PART] == part:
@@ -1746,14 +1755,16 @@ def _queue_batch(loading, count):
             if status == CUDA_SUCCESS:
                 status = call(loading[COPY], (loading[TARGETS + i], loading[SOURCES + i], loading[SIZES + i], stream))
     loading[LAST_BATCH] = loading[QUEUED]
+    queued = 0
     for i in range(count):
         slot = loading[BATCH + i]
+        queued += loading[slot + PIECES]
         if status == CUDA_SUCCESS:
             status = call(loading[RECORD], (loading[slot + EVENT], stream))
         replace_shared(shared + 8 * (slot + STATE), FULL, COPYING)
         loading[_in_queue(loading, loading[QUEUED])] = slot
         loading[QUEUED] += 1
-    add_shared(shared + 8 * (part + MISSING), -count)
+    add_shared(shared + 8 * (part + MISSING), -queued)
     return status
 
 
@@ -1784,7 +1795,8 @@ def _call_driver(loading):
     if load_shared(shared + 8 * CALLING) != 0 or replace_shared(shared + 8 * CALLING, 0, 1) != 0:
         return
     status = _free_copied(loading)
-    if status == CUDA_SUCCESS and loading[FREED] >= loading[LAST_BATCH]:
+    all_claimed = load_shared(shared + 8 * CLAIMED) == load_shared(shared + 8 * KNOWN)
+    if status == CUDA_SUCCESS and (all_claimed or loading[FREED] >= loading[LAST_BATCH]):
         count = _batch(loading)
         if count > 0:
             status = _queue_batch(loading, count)
@@ -1815,8 +1827,8 @@ def _slots_of(loading, thread):
     return (second, first) if loading[second + STATE] == FILLING else (first, second)
 
 
-def tell_loads(loading, known, open_):
-    """Tell other threads how many loads are known, and how many may be copied."""
+def tell_pieces(loading, known, open_):
+    """Tell other threads how many pieces are known, and how many may be copied."""
     add_shared(loading.ctypes.data + 8 * KNOWN, known - loading[KNOWN])
     add_shared(loading.ctypes.data + 8 * OPEN, open_ - loading[OPEN])
 

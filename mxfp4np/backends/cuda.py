@@ -31,7 +31,7 @@ from .cpu_kernels import (
     CONTEXT,
     COPYING,
     EVENT,
-    FIRST_LOAD,
+    FIRST_PIECE,
     FIRST_PART,
     FIRST_SLOT,
     GOING_ON,
@@ -39,7 +39,7 @@ from .cpu_kernels import (
     IN_ORDER,
     IN_QUEUE,
     MEMORY,
-    NO_LOAD,
+    NO_PIECE,
     PART_NUMBERS,
     PARTS,
     QUEUED,
@@ -54,17 +54,14 @@ from .threads import default_num_threads
 SLOT_BYTES: Final = 2 << 20
 """Bytes that are copied to a device at a time, at most: the bus rests for some microseconds between copies."""
 
-LEAST_BYTES: Final = 256 << 10
-"""And at least, where that lets more threads take part."""
+PIECE_BYTES: Final = 256 << 10
+"""And at least. So many a thread puts into a slot before it looks whether something else is to be done."""
 
 SLOTS: Final = 24
 """Slots that are in use at a time, two by each thread: one waits for the bus while the other is filled.
 
 No other thread writes to them, so that they stay in its cache until then.
 """
-
-FILL_BYTES: Final = 256 << 10
-"""Bytes that a thread puts into a slot before it looks whether something else is to be done."""
 
 STAGED_BYTES: Final = 64 << 20
 """Packed bytes that are decoded at a time, where they come from the host; a device keeps memory for two times that."""
@@ -571,13 +568,11 @@ class _Transfer:
                 "bytes of the host are brought to a device by compiled code: unset NUMBA_DISABLE_JIT"
             )
         self._helper, self._load = helper, compiled("load_part", "int64")
-        self._tell = compiled("tell_loads", "int64", "int64")
+        self._tell = compiled("tell_pieces", "int64", "int64")
         self._device, self._stream = cupy.cuda.Device().id, cupy.cuda.get_current_stream()
         self._copies = _copies(self._device)
         self._parts = iter(parts)
-        self._threads = min(threads, SLOTS // 2, -(-nbytes // LEAST_BYTES))
-        shares = -(-nbytes // (2 * self._threads * LEAST_BYTES))  # of a load of each slot
-        self._load_bytes = min(SLOT_BYTES, LEAST_BYTES * shares)
+        self._threads = min(threads, SLOTS // 2, -(-nbytes // PIECE_BYTES))
 
     def run(self) -> None:
         """Return when nothing is left to read from the host; what comes later on the current stream comes after it."""
@@ -601,7 +596,7 @@ class _Transfer:
         loading = np.zeros(FIRST_SLOT + SLOT_NUMBERS * len(slots), np.int64)
         loading[: HELPERS + 1] = loading.size, self._helper, *shared_crew(max(0, len(slots) // 2 - 1))
         context = cupy.cuda.driver.ctxGetCurrent()
-        loading[GOING_ON : CONTEXT + 1] = 1, self._load_bytes, FILL_BYTES, *_driver(), context
+        loading[GOING_ON : CONTEXT + 1] = 1, PIECE_BYTES, SLOT_BYTES // PIECE_BYTES, *_driver(), context
         loading[ATTRIBUTES] = IN_ORDER
         table = loading[FIRST_SLOT:].reshape(-1, SLOT_NUMBERS)
         table[:, MEMORY : EVENT + 1] = [slot.addresses(self._device) for slot in slots]
@@ -618,28 +613,28 @@ class _Transfer:
     def _lead(self, loading: NDArray[np.int64]) -> None:
         """Tell compiled code of parts, and queue what comes behind each when it has been queued itself.
 
-        Two parts are open at a time, and threads know of one more: its loads are filled but not yet copied.
+        Two parts are open at a time, and threads know of one more: its pieces are loaded but not yet copied.
         """
         import cupy
 
-        known: deque[tuple[_Part, int]] = deque()  # which keeps what they are read from; and the loads up to each
+        known: deque[tuple[_Part, int]] = deque()  # which keeps what they are read from; and the pieces up to each
         ring = loading[FIRST_PART:FIRST_SLOT].reshape(PARTS, PART_NUMBERS)
-        ring[:, FIRST_LOAD] = NO_LOAD
-        loads = 0
+        ring[:, FIRST_PIECE] = NO_PIECE
+        pieces = 0
 
         def tell() -> None:
-            self._tell(loading, loads, known[min(len(known), 2) - 1][1])
+            self._tell(loading, pieces, known[min(len(known), 2) - 1][1])
 
         for number in itertools.count():
             for part in itertools.islice(self._parts, 3 - len(known)):
                 place = number + len(known)
-                counts = [-(-copy.source.nbytes // self._load_bytes) for copy in part.copies]
-                described = [sum(counts), loads, self._copies[place % 2].ptr]
+                counts = [-(-copy.source.nbytes // PIECE_BYTES) for copy in part.copies]
+                described = [sum(counts), pieces, self._copies[place % 2].ptr]
                 for count, (source, run, step, address) in zip(counts, part.copies, strict=True):
                     described += count, source.nbytes, address_of(source), run, step, address
                 ring[place % PARTS, : len(described)] = described
-                loads += sum(counts)
-                known.append((part, loads))
+                pieces += sum(counts)
+                known.append((part, pieces))
                 tell()
             if not known:
                 break
