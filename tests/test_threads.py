@@ -1,6 +1,7 @@
 """Parallel decoding as a guest in other people's processes: threads, forks, pools, quotas, odd Numba settings."""
 
 import concurrent.futures
+import ctypes
 import math
 import multiprocessing
 import os
@@ -170,7 +171,7 @@ def test_after_an_interrupt_nothing_is_decoded_any_more():
     def interrupting(*key):
         def lead(job):
             compiled("call_crew")(job)
-            while job[crew.NEXT] == 0:
+            while ctypes.c_int64.from_address(job + 8 * crew.NEXT).value == 0:
                 time.sleep(0.0001)
             raise KeyboardInterrupt
 

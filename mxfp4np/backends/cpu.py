@@ -188,7 +188,7 @@ def _arrays(
         What the kernel counts, blocks, or groups of 32 rows if it transposes, and how many blocks that is.
     """
     units, unit_blocks, matrix = scales.size, 1, (1, 0, 0)
-    rows: list[int] = []
+    rows = [1, 0, 0, 0]
     per_row, length = scales.shape[-1], out.shape[-1]
     whole = start == 0 and length == BLOCK_SIZE * per_row
     if whole and blocks.flags.c_contiguous and scales.flags.c_contiguous and out.flags.c_contiguous:
@@ -206,7 +206,7 @@ def _arrays(
         if whole and not transposed and axes and axes[-1][1:] == in_turn:
             per_row *= axes.pop()[0]
             length = BLOCK_SIZE * per_row
-        rows = [number for axis in axes for number in axis]
+        rows = [number for axis in reversed(axes) for number in axis] or rows
     mapped = units * unit_blocks > THREAD_BLOCKS and is_mapped(blocks)
     addresses = address_of(blocks), address_of(scales), address_of(out)
     arrays = [*addresses, table, *steps, per_row, start, length, out.itemsize, streaming, mapped, *matrix, *rows]

@@ -25,7 +25,7 @@ import sys
 from mmap import PAGESIZE
 
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -45,15 +45,16 @@ NOTHING, CHOSEN, WOKEN, BEGUN = 0, 1, 2, 3
 # rows), and which one is claimed next; the fewest and most of a piece, and in between the share of what is left. Of a
 # file that is mapped, up to where it has been read ahead, and whether a thread is about that.
 UNITS, NEXT, FEWEST, MOST, SHARE, READ, READING = 4, 5, 6, 7, 8, 9, 10
-# Then, where the arrays are. Rows are the leading axes, outermost first; after the fixed part come four numbers for
-# each: its size and the strides of blocks, scales and out along it. Strides are in bytes.
+# Then, where the arrays are. Rows are the leading axes, one at least, innermost first; after the fixed part come four
+# numbers for each: its size and the strides of blocks, scales and out along it. Strides are in bytes.
 BLOCKS_ADDRESS, SCALES_ADDRESS, OUT_ADDRESS, TABLE_ADDRESS = 11, 12, 13, 14
 BLOCKS_STEP, SCALES_STEP, OUT_STEP = 15, 16, 17  # strides from block to block, and from element to element of `out`
 BLOCKS_PER_ROW, START, LENGTH = 18, 19, 20  # elements of a row: `LENGTH`, beginning at `START` of its first block
 ITEMSIZE, STREAMING, MAPPED = 21, 22, 23  # bytes of an element of `out`; whether `out` is too large to stay in the
 # cache; whether the blocks are in a file that is mapped
 ROWS, BLOCKS_ROW, SCALES_ROW = 24, 25, 26  # for a transposed `out`: rows of a matrix, and strides from row to row
-ROW_AXES = 27
+ROW_AXES = ROW_AXIS = 27
+ROW_AXIS_BLOCKS, ROW_AXIS_SCALES, ROW_AXIS_OUT, AXIS_NUMBERS = 28, 29, 30, 4
 
 PIECES_AT_ONCE = 64
 """Pieces that a kernel does before it returns, so that the calling thread can be interrupted. Reading ends it too."""
@@ -620,36 +621,61 @@ def fence(typingctx):
     return types.void(), codegen
 
 
+def _number_address(builder, vector, index):
+    pointer = builder.inttoptr(vector, vector.type.as_pointer())
+    return builder.gep(pointer, [index])
+
+
 @intrinsic
-def add_shared(typingctx, address, value):
-    """Add to the int64 at an address that other threads change too, and return what it was."""
+def number(typingctx, vector, index):
+    """Read a number of the vector of int64 at an address."""
 
     def codegen(context, builder, signature, args):
-        pointer = builder.inttoptr(args[0], args[1].type.as_pointer())
-        return builder.atomic_rmw("add", pointer, args[1], "seq_cst")
+        return builder.load(_number_address(builder, *args))
 
     return types.int64(types.int64, types.int64), codegen
 
 
 @intrinsic
-def replace_shared(typingctx, address, old, new):
-    """Replace the int64 at an address if it is ``old``, and return what it was."""
+def set_number(typingctx, vector, index, value):
+    """Write a number of a vector."""
 
     def codegen(context, builder, signature, args):
-        pointer = builder.inttoptr(args[0], args[1].type.as_pointer())
-        return builder.extract_value(builder.cmpxchg(pointer, args[1], args[2], "seq_cst", "seq_cst"), 0)
+        builder.store(args[2], _number_address(builder, *args[:2]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def shared(typingctx, vector, index):
+    """Read a number that other threads change, as the last of them left it."""
+
+    def codegen(context, builder, signature, args):
+        return builder.load_atomic(_number_address(builder, *args), "acquire", 8)
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def add_shared(typingctx, vector, index, value):
+    """Add to a number that other threads change too, and return what it was."""
+
+    def codegen(context, builder, signature, args):
+        return builder.atomic_rmw("add", _number_address(builder, *args[:2]), args[2], "seq_cst")
 
     return types.int64(types.int64, types.int64, types.int64), codegen
 
 
 @intrinsic
-def load_shared(typingctx, address):
-    """Read the int64 at an address, as the last thread left it."""
+def replace_shared(typingctx, vector, index, old, new):
+    """Replace a number if it is ``old``, and return what it was."""
 
     def codegen(context, builder, signature, args):
-        return builder.load_atomic(builder.inttoptr(args[0], args[0].type.as_pointer()), "acquire", 8)
+        address = _number_address(builder, *args[:2])
+        return builder.extract_value(builder.cmpxchg(address, args[2], args[3], "seq_cst", "seq_cst"), 0)
 
-    return types.int64(types.int64), codegen
+    return types.int64(types.int64, types.int64, types.int64, types.int64), codegen
 
 
 @intrinsic
@@ -678,31 +704,17 @@ def call(typingctx, function, arguments):
     return types.int64(types.int64, arguments), codegen
 
 
-@intrinsic
-def _pointer(typingctx, address):
-    def codegen(context, builder, signature, args):
-        return builder.inttoptr(args[0], args[0].type.as_pointer())
-
-    return types.CPointer(types.int64)(types.int64), codegen
-
-
-@njit(nogil=True, inline="always")
-def numbers_at(job):
-    """Return the vector at an address that begins with how many numbers it has."""
-    return carray(_pointer(job), (load_shared(job + 8 * NUMBERS),))
-
-
 @njit(nogil=True)
 def _members(crew):
     """Return where it stands what each thread of a crew is at."""
     first, size = crew + 8 * FIRST_MEMBER, 8 * MEMBER_NUMBERS
-    return range(first, first + size * load_shared(crew + 8 * MEMBERS), size)
+    return range(first, first + size * shared(crew, MEMBERS), size)
 
 
 @njit(nogil=True)
 def _moves_on(member, before, after):
     """Change what a thread is at, if it is what it was before."""
-    return load_shared(member) == before and replace_shared(member, before, after) == before
+    return shared(member, IS_AT) == before and replace_shared(member, IS_AT, before, after) == before
 
 
 @njit(nogil=True)
@@ -711,7 +723,7 @@ def _wake_two(crew, job):
     woken = 0
     for member in _members(crew):
         if _moves_on(member, job + CHOSEN, job + WOKEN):
-            call(load_shared(crew + 8 * RELEASE), (load_shared(member + 8 * LOCK),))
+            call(number(crew, RELEASE), (number(member, LOCK),))
             woken += 1
             if woken == 2:
                 break
@@ -720,77 +732,74 @@ def _wake_two(crew, job):
 @njit(nogil=True)
 def call_crew(job):
     """Have as many threads of the crew as a job wants take part in it, of those that are at nothing."""
-    crew, job_address, wanted = job[CREW], job.ctypes.data, job[HELPERS]
+    crew, wanted = number(job, CREW), number(job, HELPERS)
     for member in _members(crew):
-        if load_shared(member) & -8 == job_address:
+        if shared(member, IS_AT) & -8 == job:
             wanted -= 1
     for member in _members(crew):
-        if wanted > 0 and _moves_on(member, NOTHING, job_address + CHOSEN):
+        if wanted > 0 and _moves_on(member, NOTHING, job + CHOSEN):
             wanted -= 1
-    _wake_two(crew, job_address)
+    _wake_two(crew, job)
 
 
 @njit(nogil=True)
 def dismiss_crew(job):
     """Wait until no other thread is at a job any more. Those that have not begun need not."""
-    crew, job_address, looks = job[CREW], job.ctypes.data, 0
+    crew, looks = number(job, CREW), 0
     for member in _members(crew):
-        at = load_shared(member)
-        while at & -8 == job_address:
-            if at != job_address + BEGUN:
+        at = shared(member, IS_AT)
+        while at & -8 == job:
+            if at != job + BEGUN:
                 _moves_on(member, at, NOTHING)
             elif looks < SPINS:
                 looks += 1
                 pause()
             else:
-                call(load_shared(crew + 8 * ACQUIRE), (load_shared(crew + 8 * REST_LOCK), REST, 0))
-            at = load_shared(member)
+                call(number(crew, ACQUIRE), (number(crew, REST_LOCK), REST, 0))
+            at = shared(member, IS_AT)
 
 
 def serve(crew, thread):
     """Take part in one job after the other, as one of a crew, and sleep in between. It does not return."""
-    crew = crew.ctypes.data
     member = crew + 8 * (FIRST_MEMBER + MEMBER_NUMBERS * thread)
     while True:
         for _ in range(AWAKE):
-            if load_shared(member) != NOTHING:
+            if shared(member, IS_AT) != NOTHING:
                 break
             pause()
-        call(load_shared(crew + 8 * ACQUIRE), (load_shared(member + 8 * LOCK), -1, 0))
-        at = load_shared(member)
+        call(number(crew, ACQUIRE), (number(member, LOCK), -1, 0))
+        at = shared(member, IS_AT)
         job = at & -8
         if job != NOTHING and _moves_on(member, at, job + BEGUN):
             _wake_two(crew, job)
-            while call(load_shared(job + 8 * KERNEL), (job, 0)) != 0:
+            while call(number(job, KERNEL), (job, 0)) != 0:
                 pass
             _moves_on(member, job + BEGUN, NOTHING)
 
 
 def work(job):
     """Do a part of a job alone; return whether there may be more to do."""
-    return call(job[KERNEL], (job.ctypes.data, 0)) != 0
+    return call(number(job, KERNEL), (job, 0)) != 0
 
 
 def lead(job):
     """Do a part of a job, and have others help; return whether there may be more to do."""
     call_crew(job)
-    if call(job[KERNEL], (job.ctypes.data, 0)) != 0:
+    if call(number(job, KERNEL), (job, 0)) != 0:
         return True
     dismiss_crew(job)
     return False
 
 
 @njit(nogil=True)
-def pieces(geometry):
+def pieces(job):
     """Yield ranges of units that this thread is to do."""
-    shared = geometry.ctypes.data
     for _ in range(PIECES_AT_ONCE):
-        start = load_shared(shared + 8 * NEXT)
+        start = shared(job, NEXT)
         while True:
-            left = geometry[UNITS] - start
-            fewest = geometry[FEWEST]
-            piece = min(left, max(fewest, min(geometry[MOST], left // geometry[SHARE]) // fewest * fewest))
-            found = replace_shared(shared + 8 * NEXT, start, start + piece)
+            left, fewest = number(job, UNITS) - start, number(job, FEWEST)
+            piece = min(left, max(fewest, min(number(job, MOST), left // number(job, SHARE)) // fewest * fewest))
+            found = replace_shared(job, NEXT, start, start + piece)
             if found == start:
                 break
             start = found
@@ -800,9 +809,9 @@ def pieces(geometry):
 
 
 @njit(nogil=True)
-def are_left(geometry):
+def are_left(job):
     """Tell whether there are pieces that nobody has claimed."""
-    return load_shared(geometry.ctypes.data + 8 * NEXT) < geometry[UNITS]
+    return shared(job, NEXT) < number(job, UNITS)
 
 
 @intrinsic
@@ -836,22 +845,25 @@ def _populate(first, last, count):
 def _decode_part(geometry, word, first, last, block, scale, out):
     """Decode the elements that belong to the row of blocks ``first`` to ``last - 1``, one by one."""
     for g in range(first, last):
-        offset = 32 * g - geometry[START]  # of the block's first element in the row of `out`
-        line = geometry[TABLE_ADDRESS] + TABLE_LINE * load_byte(scale + g * geometry[SCALES_STEP])
-        for i in range(max(0, offset), min(geometry[LENGTH], offset + 32)):
-            code = load_code(block + g * geometry[BLOCKS_STEP], i - offset, word)
-            store_element(line, code, out + i * geometry[OUT_STEP], word)
+        offset = 32 * g - number(geometry, START)  # of the block's first element in the row of `out`
+        line = number(geometry, TABLE_ADDRESS) + TABLE_LINE * load_byte(scale + g * number(geometry, SCALES_STEP))
+        for i in range(max(0, offset), min(number(geometry, LENGTH), offset + 32)):
+            code = load_code(block + g * number(geometry, BLOCKS_STEP), i - offset, word)
+            store_element(line, code, out + i * number(geometry, OUT_STEP), word)
 
 
 @njit(nogil=True, inline="always")
 def _along_axes(geometry, row, block, scale, out):
     """Return three addresses moved to a row, counted over the row axes in C order."""
-    for axis in range(len(geometry) - 4, ROW_AXES - 1, -4):
-        index = row % geometry[axis]
-        row //= geometry[axis]
-        block += index * geometry[axis + 1]
-        scale += index * geometry[axis + 2]
-        out += index * geometry[axis + 3]
+    axis, end = geometry, geometry + 8 * (number(geometry, NUMBERS) - ROW_AXES)
+    while axis < end:  # numbers of an axis are where those of the innermost one would be
+        size = number(axis, ROW_AXIS)
+        index = row % size
+        row //= size
+        block += index * number(axis, ROW_AXIS_BLOCKS)
+        scale += index * number(axis, ROW_AXIS_SCALES)
+        out += index * number(axis, ROW_AXIS_OUT)
+        axis += 8 * AXIS_NUMBERS
     return block, scale, out
 
 
@@ -862,11 +874,10 @@ def _decode_rows(geometry, word, streaming, count, first, block, scale, out):
     All rows in one loop, which needs no memory for its own: between streaming stores, even a variable that has been put
     on the stack can be slow to come back, since the processor tells addresses apart by their lowest bits.
     """
-    table, size = geometry[TABLE_ADDRESS], itemsize(word)
-    block_step, scale_step, per_row = geometry[BLOCKS_STEP], geometry[SCALES_STEP], geometry[BLOCKS_PER_ROW]
-    block_row, scale_row, out_row = 0, 0, 0
-    if len(geometry) > ROW_AXES:
-        block_row, scale_row, out_row = geometry[-3], geometry[-2], geometry[-1]
+    table, size = number(geometry, TABLE_ADDRESS), itemsize(word)
+    block_step, scale_step, per_row = number(geometry, BLOCKS_STEP), number(geometry, SCALES_STEP), number(geometry, BLOCKS_PER_ROW)
+    block_row, scale_row = number(geometry, ROW_AXIS_BLOCKS), number(geometry, ROW_AXIS_SCALES)
+    out_row = number(geometry, ROW_AXIS_OUT)
     # What the processor reads ahead by itself ends where a row does, and is too little where the system clears pages.
     block_ahead, scale_ahead = PREFETCH_ROWS * block_row, PREFETCH_ROWS * scale_row
     if block_row == 0:
@@ -924,13 +935,11 @@ def _stream_rows(geometry, word, count, first, block, scale, out, ring):
     - Nor does it have the lowest bits of a line just streamed in its address, since the processor tells addresses apart
       by them. How the two differ follows from the shift, which grows with every row.
     """
-    table, size = geometry[TABLE_ADDRESS], itemsize(word)
-    block_step, scale_step, per_row = geometry[BLOCKS_STEP], geometry[SCALES_STEP], geometry[BLOCKS_PER_ROW]
-    start, row_bytes, block_bytes = geometry[START] * size, geometry[LENGTH] * size, 32 * size
+    table, size = number(geometry, TABLE_ADDRESS), itemsize(word)
+    block_step, scale_step, per_row = number(geometry, BLOCKS_STEP), number(geometry, SCALES_STEP), number(geometry, BLOCKS_PER_ROW)
+    start, row_bytes, block_bytes = number(geometry, START) * size, number(geometry, LENGTH) * size, 32 * size
     gap = per_row * block_bytes - row_bytes
-    block_row, scale_row = 0, 0
-    if len(geometry) > ROW_AXES:
-        block_row, scale_row = geometry[-3], geometry[-2]
+    block_row, scale_row = number(geometry, ROW_AXIS_BLOCKS), number(geometry, ROW_AXIS_SCALES)
     ahead, scale_ahead = PREFETCH_ROWS * block_row, PREFETCH_ROWS * scale_row
     begin = out + max(0, first * block_bytes - start)
     rows, rest = (first + count) // per_row, (first + count) % per_row
@@ -996,42 +1005,41 @@ def _stream_rows(geometry, word, count, first, block, scale, out, ring):
 def _decode_ragged(geometry, word, count, first, block, scale, out):
     """Decode ``count`` blocks, from one of a row on, of any rows: what is not whole, or not dense, by elements."""
     while count > 0:
-        last = min(geometry[BLOCKS_PER_ROW], first + count)
+        last = min(number(geometry, BLOCKS_PER_ROW), first + count)
         whole, end = last, last
-        if geometry[OUT_STEP] == itemsize(word):
-            whole = min(last, max(first, (geometry[START] + 31) // 32))
-            end = max(whole, min(last, (geometry[START] + geometry[LENGTH]) // 32))
+        if number(geometry, OUT_STEP) == itemsize(word):
+            whole = min(last, max(first, (number(geometry, START) + 31) // 32))
+            end = max(whole, min(last, (number(geometry, START) + number(geometry, LENGTH)) // 32))
         _decode_part(geometry, word, first, whole, block, scale, out)
         for g in range(whole, end):
-            line = geometry[TABLE_ADDRESS] + TABLE_LINE * load_byte(scale + g * geometry[SCALES_STEP])
-            target = out + (32 * g - geometry[START]) * itemsize(word)
-            decode_block(block + g * geometry[BLOCKS_STEP], line, target, word)
+            line = number(geometry, TABLE_ADDRESS) + TABLE_LINE * load_byte(scale + g * number(geometry, SCALES_STEP))
+            target = out + (32 * g - number(geometry, START)) * itemsize(word)
+            decode_block(block + g * number(geometry, BLOCKS_STEP), line, target, word)
         _decode_part(geometry, word, end, last, block, scale, out)
         count -= last - first
         first = 0
-        if len(geometry) > ROW_AXES:
-            block += geometry[-3]
-            scale += geometry[-2]
-            out += geometry[-1]
+        block += number(geometry, ROW_AXIS_BLOCKS)
+        scale += number(geometry, ROW_AXIS_SCALES)
+        out += number(geometry, ROW_AXIS_OUT)
 
 
 @njit(nogil=True)
 def _block_at(geometry, block):
     """Return the addresses of a block and of its scale."""
-    row = block // geometry[BLOCKS_PER_ROW]
-    step = block - row * geometry[BLOCKS_PER_ROW]
-    block, scale, _ = _along_axes(geometry, row, geometry[BLOCKS_ADDRESS], geometry[SCALES_ADDRESS], 0)
-    return block + step * geometry[BLOCKS_STEP], scale + step * geometry[SCALES_STEP]
+    row = block // number(geometry, BLOCKS_PER_ROW)
+    step = block - row * number(geometry, BLOCKS_PER_ROW)
+    block, scale, _ = _along_axes(geometry, row, number(geometry, BLOCKS_ADDRESS), number(geometry, SCALES_ADDRESS), 0)
+    return block + step * number(geometry, BLOCKS_STEP), scale + step * number(geometry, SCALES_STEP)
 
 
 @njit(nogil=True)
 def _row_at(geometry, row):
     """Return the addresses of a row and of its scales, of matrices whose rows are counted by full groups of 32."""
-    rows = (geometry[ROWS] + 31) // 32 * 32
+    rows = (number(geometry, ROWS) + 31) // 32 * 32
     matrix = row // rows
-    row = min(row - matrix * rows, geometry[ROWS] - 1)
-    block, scale, _ = _along_axes(geometry, matrix, geometry[BLOCKS_ADDRESS], geometry[SCALES_ADDRESS], 0)
-    return block + row * geometry[BLOCKS_ROW], scale + row * geometry[SCALES_ROW]
+    row = min(row - matrix * rows, number(geometry, ROWS) - 1)
+    block, scale, _ = _along_axes(geometry, matrix, number(geometry, BLOCKS_ADDRESS), number(geometry, SCALES_ADDRESS), 0)
+    return block + row * number(geometry, BLOCKS_ROW), scale + row * number(geometry, SCALES_ROW)
 
 
 @njit(nogil=True)
@@ -1043,8 +1051,8 @@ def _populate_blocks(geometry, begin, stop):
 @njit(nogil=True)
 def _populate_groups(geometry, begin, stop):
     """Have a range of groups of 32 rows, counted over all matrices, and their scales mapped."""
-    last, per_row = _row_at(geometry, 32 * stop - 1), geometry[BLOCKS_PER_ROW]
-    last = last[0] + (per_row - 1) * geometry[BLOCKS_STEP], last[1] + (per_row - 1) * geometry[SCALES_STEP]
+    last, per_row = _row_at(geometry, 32 * stop - 1), number(geometry, BLOCKS_PER_ROW)
+    last = last[0] + (per_row - 1) * number(geometry, BLOCKS_STEP), last[1] + (per_row - 1) * number(geometry, SCALES_STEP)
     _populate(_row_at(geometry, 32 * begin), last, 32 * per_row * (stop - begin))
 
 
@@ -1055,18 +1063,18 @@ def _reader(populate_units):
 
         While one thread waits for the disk, others decode; where all do both, the disk waits for them now and then.
         """
-        shared, has_read = geometry.ctypes.data, False
+        has_read = False
         for _ in range(STEPS_AHEAD):
-            next_ = load_shared(shared + 8 * NEXT)
-            begin = max(next_, load_shared(shared + 8 * READ))
-            if begin >= min(geometry[UNITS], next_ + STEPS_AHEAD * geometry[MOST]):
+            next_ = shared(geometry, NEXT)
+            begin = max(next_, shared(geometry, READ))
+            if begin >= min(number(geometry, UNITS), next_ + STEPS_AHEAD * number(geometry, MOST)):
                 break
-            if replace_shared(shared + 8 * READING, 0, 1) != 0:
+            if replace_shared(geometry, READING, 0, 1) != 0:
                 break
-            stop = min(geometry[UNITS], begin + geometry[MOST])
+            stop = min(number(geometry, UNITS), begin + number(geometry, MOST))
             populate_units(geometry, begin, stop)
-            add_shared(shared + 8 * READ, stop - geometry[READ])
-            replace_shared(shared + 8 * READING, 1, 0)
+            add_shared(geometry, READ, stop - number(geometry, READ))
+            replace_shared(geometry, READING, 1, 0)
             has_read = True
         return has_read
 
@@ -1077,84 +1085,80 @@ _read_blocks_ahead = _reader(_populate_blocks)
 _read_groups_ahead = _reader(_populate_groups)
 
 
-def decode_pieces(job, word):
+def decode_pieces(geometry, word):
     """Decode blocks, counted over all rows in C order, to words of the type of ``word``."""
-    geometry = numbers_at(job)
     ring = (reserve_ring() + RING - 1) & -RING  # a frame that the compiler aligned would cost the loops a register
     for begin, stop in pieces(geometry):
-        if geometry[MAPPED] and stop > load_shared(job + 8 * READ):
+        if number(geometry, MAPPED) and stop > shared(geometry, READ):
             _populate_blocks(geometry, begin, stop)
         start = begin
         while start < stop:
             # Geometry is read anew each time, so that it does not take registers from the loops inside.
-            per_row, row_bytes = geometry[BLOCKS_PER_ROW], geometry[LENGTH] * itemsize(word)
-            rows, out_row = 1, row_bytes  # along the innermost row axis
-            if len(geometry) > ROW_AXES:
-                rows, out_row = geometry[-4], geometry[-1]
+            per_row, row_bytes = number(geometry, BLOCKS_PER_ROW), number(geometry, LENGTH) * itemsize(word)
+            rows, out_row = number(geometry, ROW_AXIS), number(geometry, ROW_AXIS_OUT)
             row = start // per_row
             first = start - row * per_row
             count = min(stop - start, (rows - row % rows) * per_row - first)
-            block, scale, out = geometry[BLOCKS_ADDRESS], geometry[SCALES_ADDRESS], geometry[OUT_ADDRESS]
+            block, scale, out = number(geometry, BLOCKS_ADDRESS), number(geometry, SCALES_ADDRESS), number(geometry, OUT_ADDRESS)
             block, scale, out = _along_axes(geometry, row, block, scale, out)
-            dense = geometry[OUT_STEP] == itemsize(word)
-            whole = dense and geometry[START] == 0 and geometry[LENGTH] == 32 * per_row
-            if whole and geometry[STREAMING] and (out | out_row) % 64 == 0:
+            dense = number(geometry, OUT_STEP) == itemsize(word)
+            whole = dense and number(geometry, START) == 0 and number(geometry, LENGTH) == 32 * per_row
+            if whole and number(geometry, STREAMING) and (out | out_row) % 64 == 0:
                 _decode_rows(geometry, word, True, count, first, block, scale, out)
-            elif whole and not geometry[STREAMING]:
+            elif whole and not number(geometry, STREAMING):
                 _decode_rows(geometry, word, False, count, first, block, scale, out)
-            elif dense and geometry[STREAMING] and row_bytes >= 64:
+            elif dense and number(geometry, STREAMING) and row_bytes >= 64:
                 if out_row != row_bytes:
                     count = min(count, per_row - first)
                 _stream_rows(geometry, word, count, first, block, scale, out, ring)
             else:
                 _decode_ragged(geometry, word, count, first, block, scale, out)
             start += count
-        if geometry[STREAMING]:
+        if number(geometry, STREAMING):
             fence()
-        if geometry[MAPPED] and geometry[HELPERS] and _read_blocks_ahead(geometry):
+        if number(geometry, MAPPED) and number(geometry, HELPERS) and _read_blocks_ahead(geometry):
             break
     return are_left(geometry)
 
 
-def transpose_pieces(job, word):
+def transpose_pieces(geometry, word):
     """Decode matrices whose rows are the columns of ``out``, 32 rows at a time.
 
     Groups of rows are counted over all matrices in C order, the last of a matrix being what is left of it. Elements of
     a column of ``out`` are next to each other.
     """
-    geometry = numbers_at(job)
-    table = geometry[TABLE_ADDRESS]
-    size = geometry[ITEMSIZE]
-    step = geometry[OUT_STEP]
-    block_step = geometry[BLOCKS_STEP]
-    block_row = geometry[BLOCKS_ROW]
-    scale_row = geometry[SCALES_ROW]
-    per_row = geometry[BLOCKS_PER_ROW]
-    scale_step = geometry[SCALES_STEP]
-    groups = (geometry[ROWS] + 31) // 32
+    table = number(geometry, TABLE_ADDRESS)
+    size = number(geometry, ITEMSIZE)
+    step = number(geometry, OUT_STEP)
+    block_step = number(geometry, BLOCKS_STEP)
+    block_row = number(geometry, BLOCKS_ROW)
+    scale_row = number(geometry, SCALES_ROW)
+    per_row = number(geometry, BLOCKS_PER_ROW)
+    scale_step = number(geometry, SCALES_STEP)
+    groups = (number(geometry, ROWS) + 31) // 32
     tile, codes, scales = reserve_tile(), reserve_turned(), reserve_turned()
     last, count = USUAL_BFLOAT16
     if load_word(table + TABLE_LINE * SCALE_OF_1 + 2 * CODE_OF_1) == FLOAT16_1:
         last, count = USUAL_FLOAT16
     for begin, stop in pieces(geometry):
-        if geometry[MAPPED] and stop > load_shared(job + 8 * READ):
+        if number(geometry, MAPPED) and stop > shared(geometry, READ):
             _populate_groups(geometry, begin, stop)
         start = begin
         while start < stop:
             matrix = start // groups
             top = 32 * (start - matrix * groups)
-            block, scale, out = geometry[BLOCKS_ADDRESS], geometry[SCALES_ADDRESS], geometry[OUT_ADDRESS]
+            block, scale, out = number(geometry, BLOCKS_ADDRESS), number(geometry, SCALES_ADDRESS), number(geometry, OUT_ADDRESS)
             block, scale, out = _along_axes(geometry, matrix, block, scale, out)
             block += top * block_row
             scale += top * scale_row
             out += top * size
             # Blocks that are inside as a whole, where there are 32 rows, go by tiles; all else goes by elements.
-            rows = min(geometry[ROWS] - top, 32)
+            rows = min(number(geometry, ROWS) - top, 32)
             whole = end = per_row
             if rows == 32:
-                rows = min(32 * min(stop - start, TILES_ABREAST), (geometry[ROWS] - top) & -32)
-                whole = min(per_row, (geometry[START] + 31) // 32)
-                end = max(whole, min(per_row, (geometry[START] + geometry[LENGTH]) // 32))
+                rows = min(32 * min(stop - start, TILES_ABREAST), (number(geometry, ROWS) - top) & -32)
+                whole = min(per_row, (number(geometry, START) + 31) // 32)
+                end = max(whole, min(per_row, (number(geometry, START) + number(geometry, LENGTH)) // 32))
             start += (rows + 31) // 32
             for row in range(rows):
                 source = block + row * block_row, scale + row * scale_row
@@ -1165,8 +1169,8 @@ def transpose_pieces(job, word):
                 # Rows lie too far apart for the processor to see what comes next: a line of four blocks.
                 for row in range(rows + g % 4, 2 * rows, 4):
                     prefetch(block + row * block_row + g * block_step)
-                target = out + (32 * g - geometry[START]) * step
-                aligned = geometry[STREAMING] and (target | step) % 64 == 0
+                target = out + (32 * g - number(geometry, START)) * step
+                aligned = number(geometry, STREAMING) and (target | step) % 64 == 0
                 if by_codes() and rows == 32 * TILES_ABREAST and scale_step == 1 and per_row >= 16:
                     if g >= turned + 16:
                         turned = min(g, per_row - 16)
@@ -1188,18 +1192,17 @@ def transpose_pieces(job, word):
                             stream_line(tile + 64 * i, target + i * step + row * size, word)
                         else:  # parts of lines, far apart, are not for streaming
                             move_line(tile + 64 * i, target + i * step + row * size, word)
-        if geometry[STREAMING]:
+        if number(geometry, STREAMING):
             fence()
-        if geometry[MAPPED] and geometry[HELPERS] and _read_groups_ahead(geometry):
+        if number(geometry, MAPPED) and number(geometry, HELPERS) and _read_groups_ahead(geometry):
             break
     return are_left(geometry)
 
 
-def stream_pieces(job, word):
+def stream_pieces(geometry, word):
     """Do to memory what decoding the blocks of a single row does, and decode nothing."""
-    geometry = numbers_at(job)
-    block, scale, out = geometry[BLOCKS_ADDRESS], geometry[SCALES_ADDRESS], geometry[OUT_ADDRESS]
-    block_step, scale_step, size = geometry[BLOCKS_STEP], geometry[SCALES_STEP], geometry[ITEMSIZE]
+    block, scale, out = number(geometry, BLOCKS_ADDRESS), number(geometry, SCALES_ADDRESS), number(geometry, OUT_ADDRESS)
+    block_step, scale_step, size = number(geometry, BLOCKS_STEP), number(geometry, SCALES_STEP), number(geometry, ITEMSIZE)
     for start, stop in pieces(geometry):
         for g in range(start, stop):
             move_block(block + g * block_step, scale + g * scale_step, out + 32 * g * size, word)
@@ -1540,21 +1543,20 @@ def _encode_blocks(table, x, word, count, codes, scales):
         _encode_any(table, x, word, count, codes, scales)
 
 
-def encode_pieces(job, word):
+def encode_pieces(geometry, word):
     """Encode blocks, counted over all rows in C order, from words of the type of ``word``.
 
     The geometry is that of decoding, ``out`` being what is encoded.
     """
-    geometry = numbers_at(job)
-    step, size = geometry[OUT_STEP], itemsize(word)
-    per_row, block_step, scale_step = geometry[BLOCKS_PER_ROW], geometry[BLOCKS_STEP], geometry[SCALES_STEP]
+    step, size = number(geometry, OUT_STEP), itemsize(word)
+    per_row, block_step, scale_step = number(geometry, BLOCKS_PER_ROW), number(geometry, BLOCKS_STEP), number(geometry, SCALES_STEP)
     values, codes, bytes_ = reserve_values(), reserve_codes(), reserve_scales()
     for begin, stop in pieces(geometry):
         start = begin
         while start < stop:
             row = start // per_row
             first = start - row * per_row
-            out, scales, x = geometry[BLOCKS_ADDRESS], geometry[SCALES_ADDRESS], geometry[OUT_ADDRESS]
+            out, scales, x = number(geometry, BLOCKS_ADDRESS), number(geometry, SCALES_ADDRESS), number(geometry, OUT_ADDRESS)
             out, scales, x = _along_axes(geometry, row, out, scales, x)
             out += first * block_step
             scales += first * scale_step
@@ -1566,7 +1568,7 @@ def encode_pieces(job, word):
                 x = values
             dense = block_step == 16 and scale_step == 1
             _encode_blocks(
-                geometry[TABLE_ADDRESS], x, word, count, out if dense else codes, scales if dense else bytes_
+                number(geometry, TABLE_ADDRESS), x, word, count, out if dense else codes, scales if dense else bytes_
             )
             if not dense:
                 for k in range(count):
@@ -1579,13 +1581,12 @@ GROUPS_ABREAST = 8
 """Groups of 32 rows that are encoded together, so that it is several cache lines in a row that are read."""
 
 
-def encode_columns_pieces(job, word):
+def encode_columns_pieces(geometry, word):
     """Encode matrices whose rows are columns in memory, 32 rows at a time.
 
     Groups of rows, of 32 or more, are counted as `transpose_pieces` does.
     """
-    geometry = numbers_at(job)
-    step, rows = geometry[OUT_STEP], geometry[ROWS]
+    step, rows = number(geometry, OUT_STEP), number(geometry, ROWS)
     groups = (rows + 31) // 32
     tile, codes, bytes_ = reserve_tile(), reserve_codes(), reserve_scales()
     for begin, stop in pieces(geometry):
@@ -1595,9 +1596,9 @@ def encode_columns_pieces(job, word):
             group = start - matrix * groups
             abreast = min(stop - start, groups - group, GROUPS_ABREAST)
             start += abreast
-            out, scales, x = geometry[BLOCKS_ADDRESS], geometry[SCALES_ADDRESS], geometry[OUT_ADDRESS]
+            out, scales, x = number(geometry, BLOCKS_ADDRESS), number(geometry, SCALES_ADDRESS), number(geometry, OUT_ADDRESS)
             out, scales, x = _along_axes(geometry, matrix, out, scales, x)
-            for _ in range(geometry[BLOCKS_PER_ROW]):
+            for _ in range(number(geometry, BLOCKS_PER_ROW)):
                 for top in range(32 * group, 32 * (group + abreast), 32):
                     first = min(top, rows - 32)  # the last group may read rows of the one before
                     source = x + first * itemsize(word)
@@ -1605,12 +1606,12 @@ def encode_columns_pieces(job, word):
                         for line in range(0, 32 * itemsize(word), 64):
                             prefetch(source + i * step + line)
                     turn_tile(source, step, tile, word)
-                    _encode_blocks(geometry[TABLE_ADDRESS], tile, squeezed(word), 32, codes, bytes_)
+                    _encode_blocks(number(geometry, TABLE_ADDRESS), tile, squeezed(word), 32, codes, bytes_)
                     for i in range(top, min(top + 32, rows)):
-                        copy_16(codes + 16 * (i - first), out + i * geometry[BLOCKS_ROW])
-                        copy_1(bytes_ + i - first, scales + i * geometry[SCALES_ROW])
-                out += geometry[BLOCKS_STEP]
-                scales += geometry[SCALES_STEP]
+                        copy_16(codes + 16 * (i - first), out + i * number(geometry, BLOCKS_ROW))
+                        copy_1(bytes_ + i - first, scales + i * number(geometry, SCALES_ROW))
+                out += number(geometry, BLOCKS_STEP)
+                scales += number(geometry, SCALES_STEP)
                 x += 32 * step
     return are_left(geometry)
 
@@ -1627,13 +1628,13 @@ def encode_columns_pieces(job, word):
 # The job is called `loading`. Next in it is how many pieces are claimed, are known, and may be copied (the memory that
 # later ones are for is still in use); whether a thread is calling the driver, and what that said when it failed; how
 # many slots were queued, how many of them are free again, and how many had been queued before the last batch; how many
-# threads there are but the leading one; whether all goes on; bytes of a piece, and pieces that a slot has room for; the
-# driver's functions, that for batches 0 if it has none, and the context of the device.
+# threads there are but the leading one; whether all goes on; bytes of a piece, pieces that a slot has room for, and how
+# many slots there are; the driver's functions, that for batches 0 if it has none, and the context of the device.
 CLAIMED, KNOWN, OPEN, CALLING, STATUS, QUEUED, FREED, LAST_BATCH, FOLLOWING = 4, 5, 6, 7, 8, 9, 10, 11, 12
-GOING_ON, PIECE_BYTES, SLOT_PIECES, COPY, COPY_BATCH, RECORD, QUERY, SET_CONTEXT, CONTEXT = range(13, 22)
+GOING_ON, PIECE_BYTES, SLOT_PIECES, SLOTS, COPY, COPY_BATCH, RECORD, QUERY, SET_CONTEXT, CONTEXT = range(13, 23)
 # Then what the driver is told of a batch: attributes (that sources are read in the order of the stream), which copy
 # they begin with, room for an error's place; and for each copy its slot, target, source and bytes.
-ATTRIBUTES, FIRST_COPY, WRONG_COPY, BATCH = 22, 25, 26, 27
+ATTRIBUTES, FIRST_COPY, WRONG_COPY, BATCH = 23, 26, 27, 28
 IN_ORDER = 1
 MOST_COPIES = 8
 TARGETS, SOURCES, SIZES = (BATCH + i * MOST_COPIES for i in range(1, 4))
@@ -1645,7 +1646,7 @@ MISSING, FIRST_PIECE, STREAM, ARRAYS, ARRAY_NUMBERS = 0, 1, 2, 3, 6
 ARRAY_PIECES, NBYTES, SOURCE, RUN_BYTES, RUN_STEP, DESTINATION = 0, 1, 2, 3, 4, 5
 # Then slots: their memory and event, what happens to them, and a place of the ring in which they were queued. If a slot
 # has a load: its first piece and how many it has, part and array, its first byte there, how many bytes it has, and how
-# many have been filled in.
+# many have been filled in. Which array, part or slot it is, is said by where its numbers are.
 FIRST_SLOT, SLOT_NUMBERS = FIRST_PART + PARTS * PART_NUMBERS, 16
 MEMORY, EVENT, STATE, IN_QUEUE = 0, 1, 2, 3
 PIECE, PIECES, PART, ARRAY, FIRST_BYTE, LOADED_BYTES, FILLED = 4, 5, 6, 7, 8, 9, 10
@@ -1677,61 +1678,73 @@ def _copy_run(source, target, count):
 @njit(nogil=True)
 def _claim_load(loading, slot):
     """Claim the next pieces for a slot, if there are any: as many for each slot as have been claimed, and one more."""
-    shared = loading.ctypes.data
-    number = load_shared(shared + 8 * CLAIMED)
-    if number >= load_shared(shared + 8 * KNOWN):
+    piece = shared(loading, CLAIMED)
+    if piece >= shared(loading, KNOWN):
         return
     # Meanwhile others may claim it, and a part that is done may be overwritten by one that comes later: then what is
     # found here is wrong, and is not claimed either.
-    part, first = 0, -1
-    for other in range(FIRST_PART, FIRST_SLOT, PART_NUMBERS):
-        begin = load_shared(shared + 8 * (other + FIRST_PIECE))
-        if first < begin <= number:
+    part, first = loading, -1
+    for i in range(PARTS):
+        other = loading + 8 * (FIRST_PART + PART_NUMBERS * i)
+        begin = shared(other, FIRST_PIECE)
+        if first < begin <= piece:
             part, first = other, begin
-    array, before = part + ARRAYS, number - first
-    if before >= loading[array + ARRAY_PIECES]:
-        before -= loading[array + ARRAY_PIECES]
-        array += ARRAY_NUMBERS
-    most = min(loading[SLOT_PIECES], 1 + number * SLOT_NUMBERS // (len(loading) - FIRST_SLOT))
-    count = min(most, loading[array + ARRAY_PIECES] - before)
-    if replace_shared(shared + 8 * CLAIMED, number, number + count) != number:
+    array, before = part + 8 * ARRAYS, piece - first
+    if before >= number(array, ARRAY_PIECES):
+        before -= number(array, ARRAY_PIECES)
+        array += 8 * ARRAY_NUMBERS
+    most = min(number(loading, SLOT_PIECES), 1 + piece // number(loading, SLOTS))
+    count = min(most, number(array, ARRAY_PIECES) - before)
+    if replace_shared(loading, CLAIMED, piece, piece + count) != piece:
         return
-    begin = before * loading[PIECE_BYTES]
-    loading[slot + PIECE], loading[slot + PIECES], loading[slot + PART], loading[slot + ARRAY] = number, count, part, array
-    loading[slot + FIRST_BYTE], loading[slot + FILLED] = begin, 0
-    loading[slot + LOADED_BYTES] = min(count * loading[PIECE_BYTES], loading[array + NBYTES] - begin)
-    replace_shared(shared + 8 * (slot + STATE), FREE, FILLING)
+    begin = before * number(loading, PIECE_BYTES)
+    set_number(slot, PIECE, piece)
+    set_number(slot, PIECES, count)
+    set_number(slot, PART, part)
+    set_number(slot, ARRAY, array)
+    set_number(slot, FIRST_BYTE, begin)
+    set_number(slot, LOADED_BYTES, min(count * number(loading, PIECE_BYTES), number(array, NBYTES) - begin))
+    set_number(slot, FILLED, 0)
+    replace_shared(slot, STATE, FREE, FILLING)
 
 
 @njit(nogil=True)
 def _fill_piece(loading, slot):
     """Put a piece of its load into a slot."""
-    array, begin, filled = loading[slot + ARRAY], loading[slot + FIRST_BYTE], loading[slot + FILLED]
-    stop = min(filled + loading[PIECE_BYTES], loading[slot + LOADED_BYTES])
+    array, begin, filled = number(slot, ARRAY), number(slot, FIRST_BYTE), number(slot, FILLED)
+    run_bytes, end = number(array, RUN_BYTES), number(slot, LOADED_BYTES)
+    stop = min(filled + number(loading, PIECE_BYTES), end)
     while filled < stop:
-        run = (begin + filled) // loading[array + RUN_BYTES]
-        offset = begin + filled - run * loading[array + RUN_BYTES]
-        count = min(stop - filled, loading[array + RUN_BYTES] - offset)
-        source = loading[array + SOURCE] + run * loading[array + RUN_STEP] + offset
-        _copy_run(source, loading[slot + MEMORY] + filled, count)
+        run = (begin + filled) // run_bytes
+        offset = begin + filled - run * run_bytes
+        count = min(stop - filled, run_bytes - offset)
+        source = number(array, SOURCE) + run * number(array, RUN_STEP) + offset
+        _copy_run(source, number(slot, MEMORY) + filled, count)
         filled += count
-    loading[slot + FILLED] = filled
-    if filled == loading[slot + LOADED_BYTES]:
+    set_number(slot, FILLED, filled)
+    if filled == end:
         fence()
-        replace_shared(loading.ctypes.data + 8 * (slot + STATE), FILLING, FULL)
+        replace_shared(slot, STATE, FILLING, FULL)
+
+
+@njit(nogil=True)
+def _slots(loading):
+    """Return where all slots are."""
+    first = loading + 8 * FIRST_SLOT
+    return range(first, first + 8 * SLOT_NUMBERS * number(loading, SLOTS), 8 * SLOT_NUMBERS)
 
 
 @njit(nogil=True)
 def _batch(loading):
     """List slots that can be copied and are of one part, the oldest there is; return how many."""
-    shared, part, oldest = loading.ctypes.data, 0, load_shared(loading.ctypes.data + 8 * OPEN)
-    for slot in range(FIRST_SLOT, len(loading), SLOT_NUMBERS):
-        if load_shared(shared + 8 * (slot + STATE)) == FULL and loading[slot + PIECE] < oldest:
-            part, oldest = loading[slot + PART], loading[slot + PIECE]
+    part, oldest = 0, shared(loading, OPEN)
+    for slot in _slots(loading):
+        if shared(slot, STATE) == FULL and number(slot, PIECE) < oldest:
+            part, oldest = number(slot, PART), number(slot, PIECE)
     count = 0
-    for slot in range(FIRST_SLOT, len(loading), SLOT_NUMBERS):
-        if count < MOST_COPIES and load_shared(shared + 8 * (slot + STATE)) == FULL and loading[slot + PART] == part:
-            loading[BATCH + count] = slot
+    for slot in _slots(loading):
+        if count < MOST_COPIES and shared(slot, STATE) == FULL and number(slot, PART) == part:
+            set_number(loading, BATCH + count, slot)
             count += 1
     return count
 
@@ -1739,80 +1752,78 @@ def _batch(loading):
 @njit(nogil=True)
 def _queue_batch(loading, count):
     """Have the driver copy the slots that are listed; return what it says."""
-    shared, part, status = loading.ctypes.data, loading[loading[BATCH] + PART], CUDA_SUCCESS
-    stream = loading[part + STREAM]
+    part, status = number(number(loading, BATCH), PART), CUDA_SUCCESS
+    stream = number(part, STREAM)
     for i in range(count):
-        slot = loading[BATCH + i]
-        loading[TARGETS + i] = loading[loading[slot + ARRAY] + DESTINATION] + loading[slot + FIRST_BYTE]
-        loading[SOURCES + i] = loading[slot + MEMORY]
-        loading[SIZES + i] = loading[slot + LOADED_BYTES]
-    if count > 1 and loading[COPY_BATCH] != 0:
-        copies = shared + 8 * TARGETS, shared + 8 * SOURCES, shared + 8 * SIZES, count
-        attributes = shared + 8 * ATTRIBUTES, shared + 8 * FIRST_COPY, 1
-        status = call(loading[COPY_BATCH], (*copies, *attributes, shared + 8 * WRONG_COPY, stream))
+        slot = number(loading, BATCH + i)
+        set_number(loading, TARGETS + i, number(number(slot, ARRAY), DESTINATION) + number(slot, FIRST_BYTE))
+        set_number(loading, SOURCES + i, number(slot, MEMORY))
+        set_number(loading, SIZES + i, number(slot, LOADED_BYTES))
+    if count > 1 and number(loading, COPY_BATCH) != 0:
+        copies = loading + 8 * TARGETS, loading + 8 * SOURCES, loading + 8 * SIZES, count
+        attributes = loading + 8 * ATTRIBUTES, loading + 8 * FIRST_COPY, 1
+        status = call(number(loading, COPY_BATCH), (*copies, *attributes, loading + 8 * WRONG_COPY, stream))
     else:
         for i in range(count):
             if status == CUDA_SUCCESS:
-                status = call(loading[COPY], (loading[TARGETS + i], loading[SOURCES + i], loading[SIZES + i], stream))
-    loading[LAST_BATCH] = loading[QUEUED]
-    queued = 0
+                target, source = number(loading, TARGETS + i), number(loading, SOURCES + i)
+                status = call(number(loading, COPY), (target, source, number(loading, SIZES + i), stream))
+    place, queued = number(loading, QUEUED), 0
+    set_number(loading, LAST_BATCH, place)
     for i in range(count):
-        slot = loading[BATCH + i]
-        queued += loading[slot + PIECES]
+        slot = number(loading, BATCH + i)
         if status == CUDA_SUCCESS:
-            status = call(loading[RECORD], (loading[slot + EVENT], stream))
-        replace_shared(shared + 8 * (slot + STATE), FULL, COPYING)
-        loading[_in_queue(loading, loading[QUEUED])] = slot
-        loading[QUEUED] += 1
-    add_shared(shared + 8 * (part + MISSING), -queued)
+            status = call(number(loading, RECORD), (number(slot, EVENT), stream))
+        set_number(_queue_place(loading, place + i), IN_QUEUE, slot)
+        queued += number(slot, PIECES)
+        replace_shared(slot, STATE, FULL, COPYING)
+    set_number(loading, QUEUED, place + count)
+    add_shared(part, MISSING, -queued)
     return status
 
 
 @njit(nogil=True)
-def _in_queue(loading, place):
-    """Return where it stands which slot was queued at a place."""
-    return FIRST_SLOT + place * SLOT_NUMBERS % (len(loading) - FIRST_SLOT) + IN_QUEUE
+def _queue_place(loading, place):
+    """Return the slot that keeps which one was queued at a place."""
+    return loading + 8 * (FIRST_SLOT + SLOT_NUMBERS * (place % number(loading, SLOTS)))
 
 
 @njit(nogil=True)
 def _free_copied(loading):
     """Free the slots that the driver has copied; return what it says, if that is an error."""
-    shared = loading.ctypes.data
-    while loading[FREED] < loading[QUEUED]:
-        slot = loading[_in_queue(loading, loading[FREED])]
-        status = call(loading[QUERY], (loading[slot + EVENT],))
+    while number(loading, FREED) < number(loading, QUEUED):
+        slot = number(_queue_place(loading, number(loading, FREED)), IN_QUEUE)
+        status = call(number(loading, QUERY), (number(slot, EVENT),))
         if status != CUDA_SUCCESS:
             return CUDA_SUCCESS if status == CUDA_ERROR_NOT_READY else status
-        loading[FREED] += 1
-        replace_shared(shared + 8 * (slot + STATE), COPYING, FREE)
+        set_number(loading, FREED, number(loading, FREED) + 1)
+        replace_shared(slot, STATE, COPYING, FREE)
     return CUDA_SUCCESS
 
 
 @njit(nogil=True)
 def _call_driver(loading):
     """Have the driver copy what is there, and see what it has copied, unless another thread is about that."""
-    shared = loading.ctypes.data
-    if load_shared(shared + 8 * CALLING) != 0 or replace_shared(shared + 8 * CALLING, 0, 1) != 0:
+    if shared(loading, CALLING) != 0 or replace_shared(loading, CALLING, 0, 1) != 0:
         return
     status = _free_copied(loading)
-    all_claimed = load_shared(shared + 8 * CLAIMED) == load_shared(shared + 8 * KNOWN)
-    if status == CUDA_SUCCESS and (all_claimed or loading[FREED] >= loading[LAST_BATCH]):
+    all_claimed = shared(loading, CLAIMED) == shared(loading, KNOWN)
+    if status == CUDA_SUCCESS and (all_claimed or number(loading, FREED) >= number(loading, LAST_BATCH)):
         count = _batch(loading)
         if count > 0:
             status = _queue_batch(loading, count)
     if status != CUDA_SUCCESS:
-        loading[STATUS] = status
-    replace_shared(shared + 8 * CALLING, 1, 0)
+        replace_shared(loading, STATUS, CUDA_SUCCESS, status)
+    replace_shared(loading, CALLING, 1, 0)
 
 
 @njit(nogil=True)
 def _load_more(loading, slots):
     """Do the next thing for a device, as the thread that has some slots; return the slots, the next one first."""
     _call_driver(loading)
-    state = loading.ctypes.data + 8 * (slots[0] + STATE)
-    if load_shared(state) == FREE:
+    if shared(slots[0], STATE) == FREE:
         _claim_load(loading, slots[0])
-    if load_shared(state) == FILLING:
+    if shared(slots[0], STATE) == FILLING:
         _fill_piece(loading, slots[0])
         return slots
     pause()
@@ -1822,15 +1833,16 @@ def _load_more(loading, slots):
 @njit(nogil=True)
 def _slots_of(loading, thread):
     """Return the two slots of a thread, which are one if there are no more; first the one that it is filling."""
-    first = FIRST_SLOT + 2 * thread * SLOT_NUMBERS
-    second = min(first + SLOT_NUMBERS, len(loading) - SLOT_NUMBERS)
-    return (second, first) if loading[second + STATE] == FILLING else (first, second)
+    size = 8 * SLOT_NUMBERS
+    first = loading + 8 * FIRST_SLOT + 2 * thread * size
+    second = min(first + size, loading + 8 * FIRST_SLOT + (number(loading, SLOTS) - 1) * size)
+    return (second, first) if shared(second, STATE) == FILLING else (first, second)
 
 
 def tell_pieces(loading, known, open_):
     """Tell other threads how many pieces are known, and how many may be copied."""
-    add_shared(loading.ctypes.data + 8 * KNOWN, known - loading[KNOWN])
-    add_shared(loading.ctypes.data + 8 * OPEN, open_ - loading[OPEN])
+    add_shared(loading, KNOWN, known - number(loading, KNOWN))
+    add_shared(loading, OPEN, open_ - number(loading, OPEN))
 
 
 def load_part(loading, part):
@@ -1838,21 +1850,20 @@ def load_part(loading, part):
 
     Returns what the driver says: 0, or its number of an error.
     """
-    missing = loading.ctypes.data + 8 * (FIRST_PART + PART_NUMBERS * part + MISSING)
+    part = loading + 8 * (FIRST_PART + PART_NUMBERS * part)
     slots = _slots_of(loading, 0)
-    while loading[STATUS] == CUDA_SUCCESS and load_shared(missing) != 0:
+    while shared(loading, STATUS) == CUDA_SUCCESS and shared(part, MISSING) != 0:
         slots = _load_more(loading, slots)
-    return loading[STATUS]
+    return shared(loading, STATUS)
 
 
-def help_to_load(job, word):
+def help_to_load(loading, word):
     """Fill slots and have them copied, until all has ended."""
-    loading = numbers_at(job)
-    slots = _slots_of(loading, add_shared(job + 8 * FOLLOWING, 1) + 1)
-    status = call(loading[SET_CONTEXT], (loading[CONTEXT],))
+    slots = _slots_of(loading, add_shared(loading, FOLLOWING, 1) + 1)
+    status = call(number(loading, SET_CONTEXT), (number(loading, CONTEXT),))
     if status != CUDA_SUCCESS:
-        loading[STATUS] = status
+        replace_shared(loading, STATUS, CUDA_SUCCESS, status)
         return False
-    while load_shared(job + 8 * GOING_ON) != 0:
+    while shared(loading, GOING_ON) != 0:
         slots = _load_more(loading, slots)
     return False

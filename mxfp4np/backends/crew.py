@@ -54,14 +54,18 @@ class Crew:
 
     def _start(self) -> bool:
         self._vector[FIRST_MEMBER + MEMBER_NUMBERS * self._count + LOCK] = self._held_lock()
-        serve, name = compiled("serve", "int64"), f"mxfp4np_{self._count}"
+        compiled("serve", 2)
+        name = f"mxfp4np_{self._count}"
         try:
-            threading.Thread(target=serve, args=(self._vector, self._count), name=name, daemon=True).start()
+            threading.Thread(target=self._serve, args=(self._count,), name=name, daemon=True).start()
         except RuntimeError:  # the interpreter is shutting down, or there can be no more threads
             return False
         self._count += 1
         self._vector[MEMBERS] = self._count
         return True
+
+    def _serve(self, thread: int) -> None:
+        compiled("serve", 2)(self.address, thread)
 
     def _held_lock(self) -> int:
         lock: int | None = self._allocate()
@@ -98,8 +102,9 @@ def shared_crew(helpers: int) -> tuple[int, int]:
 def run(job: NDArray[np.int64]) -> None:
     """Do a job of pieces, with others; return, or raise what interrupts it, when nobody is at a piece any more."""
     do = compiled("lead" if job[HELPERS] else "work")  # which compiles sooner
+    address = address_of(job)
     try:
-        while do(job):
+        while do(address):
             pass
     except BaseException:
         job[NEXT] = job[UNITS]
@@ -112,7 +117,7 @@ def dismiss(job: NDArray[np.int64]) -> None:
     interrupts: list[BaseException] = []
 
     def is_left_alone() -> bool:
-        compiled("dismiss_crew")(job)
+        compiled("dismiss_crew")(address_of(job))
         return True
 
     insist(is_left_alone, interrupts.append)
@@ -120,16 +125,13 @@ def dismiss(job: NDArray[np.int64]) -> None:
         raise interrupts.pop()
 
 
-_functions: dict[tuple[str, ...], Any] = {}
+_functions: dict[tuple[str, str | int], Any] = {}
 _compiling = threading.Lock()
 
 
-def compiled(name: str, *types: str) -> Any:
-    """Return a function of `cpu_kernels` compiled for a vector of int64 and numbers of the given types, or None.
-
-    None is for where Numba's compiler is switched off.
-    """
-    return _once(_compile, name, *types)
+def compiled(name: str, count: int = 1) -> Any:
+    """Return a function of `cpu_kernels` compiled for so many int64, or None where Numba's compiler is switched off."""
+    return _once(_compile, name, count)
 
 
 def kernel_address(name: str, word: str) -> int | None:
@@ -138,17 +140,17 @@ def kernel_address(name: str, word: str) -> int | None:
     return None if kernel is None else kernel.address
 
 
-def _once(compile_: Callable[..., Any], *key: str) -> Any:
+def _once(compile_: Callable[..., Any], name: str, how: str | int) -> Any:
     try:
-        return _functions[key]
+        return _functions[name, how]
     except KeyError:
         with _compiling:
-            if key not in _functions:
-                _functions[key] = _with_cache(compile_, *key)
-        return _functions[key]
+            if (name, how) not in _functions:
+                _functions[name, how] = _with_cache(compile_, name, how)
+        return _functions[name, how]
 
 
-def _with_cache(compile_: Callable[..., Any], name: str, *types: str) -> Any:
+def _with_cache(compile_: Callable[..., Any], name: str, how: str | int) -> Any:
     import numba
 
     if numba.config.DISABLE_JIT:
@@ -156,23 +158,23 @@ def _with_cache(compile_: Callable[..., Any], name: str, *types: str) -> Any:
     from . import cpu_kernels
 
     function = getattr(cpu_kernels, name)
-    numbers = [getattr(numba.types, number) for number in types]
+    function = getattr(function, "py_func", function)
     try:
-        return compile_(getattr(function, "py_func", function), numbers, cache=True)
+        return compile_(function, how, cache=True)
     except Exception:  # noqa: BLE001 - no place for a cache, or a broken one, is no reason to fail; anything else fails again
-        return compile_(getattr(function, "py_func", function), numbers, cache=False)
+        return compile_(function, how, cache=False)
 
 
-def _compile(function: Callable[..., Any], numbers: list[Any], *, cache: bool) -> Any:
+def _compile(function: Callable[..., Any], count: int, *, cache: bool) -> Any:
     import numba
 
     made = numba.njit(nogil=True, cache=cache)(function)
-    made.compile((numba.types.int64[::1], *numbers))
+    made.compile((numba.types.int64,) * count)
     made.disable_compile()
     return made
 
 
-def _compile_kernel(function: Callable[..., Any], numbers: list[Any], *, cache: bool) -> Any:
+def _compile_kernel(function: Callable[..., Any], word: str, *, cache: bool) -> Any:
     import numba
 
-    return numba.cfunc(numba.types.int32(numba.types.int64, *numbers), cache=cache)(function)
+    return numba.cfunc(numba.types.int32(numba.types.int64, getattr(numba.types, word)), cache=cache)(function)

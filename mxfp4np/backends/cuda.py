@@ -567,8 +567,7 @@ class _Transfer:
             raise BackendUnavailableError(
                 "bytes of the host are brought to a device by compiled code: unset NUMBA_DISABLE_JIT"
             )
-        self._helper, self._load = helper, compiled("load_part", "int64")
-        self._tell = compiled("tell_pieces", "int64", "int64")
+        self._helper, self._load, self._tell = helper, compiled("load_part", 2), compiled("tell_pieces", 3)
         self._device, self._stream = cupy.cuda.Device().id, cupy.cuda.get_current_stream()
         self._copies = _copies(self._device)
         self._parts = iter(parts)
@@ -596,15 +595,16 @@ class _Transfer:
         loading = np.zeros(FIRST_SLOT + SLOT_NUMBERS * len(slots), np.int64)
         loading[: HELPERS + 1] = loading.size, self._helper, *shared_crew(max(0, len(slots) // 2 - 1))
         context = cupy.cuda.driver.ctxGetCurrent()
-        loading[GOING_ON : CONTEXT + 1] = 1, PIECE_BYTES, SLOT_BYTES // PIECE_BYTES, *_driver(), context
+        loading[GOING_ON : CONTEXT + 1] = 1, PIECE_BYTES, SLOT_BYTES // PIECE_BYTES, len(slots), *_driver(), context
         loading[ATTRIBUTES] = IN_ORDER
         table = loading[FIRST_SLOT:].reshape(-1, SLOT_NUMBERS)
         table[:, MEMORY : EVENT + 1] = [slot.addresses(self._device) for slot in slots]
         table[:, STATE] = COPYING  # from the call before, perhaps
-        table[:, IN_QUEUE] = np.arange(FIRST_SLOT, loading.size, SLOT_NUMBERS)
+        address = address_of(loading)
+        table[:, IN_QUEUE] = np.arange(address + 8 * FIRST_SLOT, address + loading.nbytes, 8 * SLOT_NUMBERS)
         loading[QUEUED] = len(slots)
         try:
-            compiled("call_crew")(loading)
+            compiled("call_crew")(address)
             self._lead(loading)
         finally:
             loading[GOING_ON] = 0
@@ -623,7 +623,7 @@ class _Transfer:
         pieces = 0
 
         def tell() -> None:
-            self._tell(loading, pieces, known[min(len(known), 2) - 1][1])
+            self._tell(address_of(loading), pieces, known[min(len(known), 2) - 1][1])
 
         for number in itertools.count():
             for part in itertools.islice(self._parts, 3 - len(known)):
@@ -638,7 +638,7 @@ class _Transfer:
                 tell()
             if not known:
                 break
-            status = self._load(loading, number % PARTS)
+            status = self._load(address_of(loading), number % PARTS)
             if status:
                 raise cupy.cuda.driver.CUDADriverError(status)
             copies, event = self._copies[number % 2], _event()
