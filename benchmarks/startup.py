@@ -13,11 +13,12 @@ import tempfile
 
 DECODE = """
 import time, numpy as np, mxfp4np
-blocks, scales = np.zeros((1000, 16), np.uint8), np.zeros(1000, np.uint8)
+blocks, scales = np.zeros(({count}, 16), np.uint8), np.zeros({count}, np.uint8)
 begin = time.perf_counter()
-mxfp4np.decode(blocks, scales)
+mxfp4np.decode(blocks, scales, num_threads=2)
 print(time.perf_counter() - begin)
 """
+COUNTS = {"alone": 1000, "with another thread": 200_000}
 IMPORT = "import time, numpy; begin = time.perf_counter(); import mxfp4np; print(time.perf_counter() - begin)"
 
 
@@ -31,13 +32,15 @@ def seconds(script: str, cache: str) -> float:
 
 def main() -> None:
     """Measure and print."""
-    cold = []
+    found: dict[str, list[float]] = {}
     for _ in range(5):
-        with tempfile.TemporaryDirectory() as cache:
-            cold.append(seconds(DECODE, cache))
-            warm = [seconds(DECODE, cache) for _ in range(5)]
-            imports = [seconds(IMPORT, cache) for _ in range(5)]
-    for what, values in (("first decode, empty cache", cold), ("first decode, warm cache", warm), ("import", imports)):
+        for who, count in COUNTS.items():
+            script = DECODE.format(count=count)
+            with tempfile.TemporaryDirectory() as cache:
+                found.setdefault(f"first decode {who}, empty cache", []).append(seconds(script, cache))
+                found.setdefault(f"first decode {who}, warm cache", []).append(seconds(script, cache))
+        found.setdefault("import", []).append(seconds(IMPORT, ""))
+    for what, values in found.items():
         print(f"{what}: {statistics.median(values):.4f} s ({min(values):.4f} to {max(values):.4f})")
 
 

@@ -853,8 +853,10 @@ def _decode_part(geometry, word, first, last, block, scale, out):
 
 
 @njit(nogil=True, inline="always")
-def _along_axes(geometry, row, block, scale, out):
-    """Return three addresses moved to a row, counted over the row axes in C order."""
+def _addresses(geometry, row):
+    """Return where blocks, scales and elements of a row are, counted over the row axes in C order."""
+    block, scale = number(geometry, BLOCKS_ADDRESS), number(geometry, SCALES_ADDRESS)
+    out = number(geometry, OUT_ADDRESS)
     axis, end = geometry, geometry + 8 * (number(geometry, NUMBERS) - ROW_AXES)
     while axis < end:  # numbers of an axis are where those of the innermost one would be
         size = number(axis, ROW_AXIS)
@@ -875,7 +877,8 @@ def _decode_rows(geometry, word, streaming, count, first, block, scale, out):
     on the stack can be slow to come back, since the processor tells addresses apart by their lowest bits.
     """
     table, size = number(geometry, TABLE_ADDRESS), itemsize(word)
-    block_step, scale_step, per_row = number(geometry, BLOCKS_STEP), number(geometry, SCALES_STEP), number(geometry, BLOCKS_PER_ROW)
+    block_step, scale_step = number(geometry, BLOCKS_STEP), number(geometry, SCALES_STEP)
+    per_row = number(geometry, BLOCKS_PER_ROW)
     block_row, scale_row = number(geometry, ROW_AXIS_BLOCKS), number(geometry, ROW_AXIS_SCALES)
     out_row = number(geometry, ROW_AXIS_OUT)
     # What the processor reads ahead by itself ends where a row does, and is too little where the system clears pages.
@@ -936,7 +939,8 @@ def _stream_rows(geometry, word, count, first, block, scale, out, ring):
       by them. How the two differ follows from the shift, which grows with every row.
     """
     table, size = number(geometry, TABLE_ADDRESS), itemsize(word)
-    block_step, scale_step, per_row = number(geometry, BLOCKS_STEP), number(geometry, SCALES_STEP), number(geometry, BLOCKS_PER_ROW)
+    block_step, scale_step = number(geometry, BLOCKS_STEP), number(geometry, SCALES_STEP)
+    per_row = number(geometry, BLOCKS_PER_ROW)
     start, row_bytes, block_bytes = number(geometry, START) * size, number(geometry, LENGTH) * size, 32 * size
     gap = per_row * block_bytes - row_bytes
     block_row, scale_row = number(geometry, ROW_AXIS_BLOCKS), number(geometry, ROW_AXIS_SCALES)
@@ -1028,7 +1032,7 @@ def _block_at(geometry, block):
     """Return the addresses of a block and of its scale."""
     row = block // number(geometry, BLOCKS_PER_ROW)
     step = block - row * number(geometry, BLOCKS_PER_ROW)
-    block, scale, _ = _along_axes(geometry, row, number(geometry, BLOCKS_ADDRESS), number(geometry, SCALES_ADDRESS), 0)
+    block, scale, _ = _addresses(geometry, row)
     return block + step * number(geometry, BLOCKS_STEP), scale + step * number(geometry, SCALES_STEP)
 
 
@@ -1038,7 +1042,7 @@ def _row_at(geometry, row):
     rows = (number(geometry, ROWS) + 31) // 32 * 32
     matrix = row // rows
     row = min(row - matrix * rows, number(geometry, ROWS) - 1)
-    block, scale, _ = _along_axes(geometry, matrix, number(geometry, BLOCKS_ADDRESS), number(geometry, SCALES_ADDRESS), 0)
+    block, scale, _ = _addresses(geometry, matrix)
     return block + row * number(geometry, BLOCKS_ROW), scale + row * number(geometry, SCALES_ROW)
 
 
@@ -1051,9 +1055,10 @@ def _populate_blocks(geometry, begin, stop):
 @njit(nogil=True)
 def _populate_groups(geometry, begin, stop):
     """Have a range of groups of 32 rows, counted over all matrices, and their scales mapped."""
-    last, per_row = _row_at(geometry, 32 * stop - 1), number(geometry, BLOCKS_PER_ROW)
-    last = last[0] + (per_row - 1) * number(geometry, BLOCKS_STEP), last[1] + (per_row - 1) * number(geometry, SCALES_STEP)
-    _populate(_row_at(geometry, 32 * begin), last, 32 * per_row * (stop - begin))
+    per_row, (block, scale) = number(geometry, BLOCKS_PER_ROW), _row_at(geometry, 32 * stop - 1)
+    block += (per_row - 1) * number(geometry, BLOCKS_STEP)
+    scale += (per_row - 1) * number(geometry, SCALES_STEP)
+    _populate(_row_at(geometry, 32 * begin), (block, scale), 32 * per_row * (stop - begin))
 
 
 def _reader(populate_units):
@@ -1099,8 +1104,7 @@ def decode_pieces(geometry, word):
             row = start // per_row
             first = start - row * per_row
             count = min(stop - start, (rows - row % rows) * per_row - first)
-            block, scale, out = number(geometry, BLOCKS_ADDRESS), number(geometry, SCALES_ADDRESS), number(geometry, OUT_ADDRESS)
-            block, scale, out = _along_axes(geometry, row, block, scale, out)
+            block, scale, out = _addresses(geometry, row)
             dense = number(geometry, OUT_STEP) == itemsize(word)
             whole = dense and number(geometry, START) == 0 and number(geometry, LENGTH) == 32 * per_row
             if whole and number(geometry, STREAMING) and (out | out_row) % 64 == 0:
@@ -1147,8 +1151,7 @@ def transpose_pieces(geometry, word):
         while start < stop:
             matrix = start // groups
             top = 32 * (start - matrix * groups)
-            block, scale, out = number(geometry, BLOCKS_ADDRESS), number(geometry, SCALES_ADDRESS), number(geometry, OUT_ADDRESS)
-            block, scale, out = _along_axes(geometry, matrix, block, scale, out)
+            block, scale, out = _addresses(geometry, matrix)
             block += top * block_row
             scale += top * scale_row
             out += top * size
@@ -1201,8 +1204,9 @@ def transpose_pieces(geometry, word):
 
 def stream_pieces(geometry, word):
     """Do to memory what decoding the blocks of a single row does, and decode nothing."""
-    block, scale, out = number(geometry, BLOCKS_ADDRESS), number(geometry, SCALES_ADDRESS), number(geometry, OUT_ADDRESS)
-    block_step, scale_step, size = number(geometry, BLOCKS_STEP), number(geometry, SCALES_STEP), number(geometry, ITEMSIZE)
+    block, scale, out = _addresses(geometry, 0)
+    block_step, scale_step = number(geometry, BLOCKS_STEP), number(geometry, SCALES_STEP)
+    size = number(geometry, ITEMSIZE)
     for start, stop in pieces(geometry):
         for g in range(start, stop):
             move_block(block + g * block_step, scale + g * scale_step, out + 32 * g * size, word)
@@ -1549,15 +1553,15 @@ def encode_pieces(geometry, word):
     The geometry is that of decoding, ``out`` being what is encoded.
     """
     step, size = number(geometry, OUT_STEP), itemsize(word)
-    per_row, block_step, scale_step = number(geometry, BLOCKS_PER_ROW), number(geometry, BLOCKS_STEP), number(geometry, SCALES_STEP)
+    block_step, scale_step = number(geometry, BLOCKS_STEP), number(geometry, SCALES_STEP)
+    per_row = number(geometry, BLOCKS_PER_ROW)
     values, codes, bytes_ = reserve_values(), reserve_codes(), reserve_scales()
     for begin, stop in pieces(geometry):
         start = begin
         while start < stop:
             row = start // per_row
             first = start - row * per_row
-            out, scales, x = number(geometry, BLOCKS_ADDRESS), number(geometry, SCALES_ADDRESS), number(geometry, OUT_ADDRESS)
-            out, scales, x = _along_axes(geometry, row, out, scales, x)
+            out, scales, x = _addresses(geometry, row)
             out += first * block_step
             scales += first * scale_step
             x += 32 * first * step
@@ -1596,8 +1600,7 @@ def encode_columns_pieces(geometry, word):
             group = start - matrix * groups
             abreast = min(stop - start, groups - group, GROUPS_ABREAST)
             start += abreast
-            out, scales, x = number(geometry, BLOCKS_ADDRESS), number(geometry, SCALES_ADDRESS), number(geometry, OUT_ADDRESS)
-            out, scales, x = _along_axes(geometry, matrix, out, scales, x)
+            out, scales, x = _addresses(geometry, matrix)
             for _ in range(number(geometry, BLOCKS_PER_ROW)):
                 for top in range(32 * group, 32 * (group + abreast), 32):
                     first = min(top, rows - 32)  # the last group may read rows of the one before

@@ -31,8 +31,8 @@ from .cpu_kernels import (
     CONTEXT,
     COPYING,
     EVENT,
-    FIRST_PIECE,
     FIRST_PART,
+    FIRST_PIECE,
     FIRST_SLOT,
     GOING_ON,
     HELPERS,
@@ -548,7 +548,7 @@ def _driver() -> tuple[int, ...]:
     """
     library = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
     names = "cuMemcpyHtoDAsync_v2", "cuMemcpyBatchAsync", "cuEventRecord", "cuEventQuery", "cuCtxSetCurrent"
-    functions = (getattr(library, name, None) for name in names)  # batches came with CUDA 12.8
+    functions: list[Any] = [getattr(library, name, None) for name in names]  # batches came with CUDA 12.8
     return tuple(ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions)
 
 
