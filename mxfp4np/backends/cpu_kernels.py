@@ -357,7 +357,7 @@ def stream_joined(typingctx, first, second, count, out):
     return types.void(types.int64, types.int64, types.int64, types.int64), codegen
 
 
-PREFETCH_ROWS, PREFETCH_BLOCKS = 3, 512
+PREFETCH_ROWS, PREFETCH_BLOCKS = 4, 512
 # Bytes of the ring in which lines are made: as many as addresses have different lowest bits; how far decoding is ahead
 # of streaming at least, and at most; and how far behind a line that is streamed nothing may be loaded.
 RING, RING_LAG, RING_LEAD, RING_GAP = 4096, 2048, 3072, 512
