@@ -1664,14 +1664,10 @@ copy_64 = _copier(64, 1, streaming=False)
 
 @njit(nogil=True, inline="always")
 def _copy_run(source, target, count):
-    """Copy so many bytes past the caches: a device that reads what is there waits for them."""
-    if count >= 64 and target % 64 != 0:
-        copy_64(source, target)
-        done = 64 - target % 64
-        source, target, count = source + done, target + done, count - done
+    """Copy so many bytes, a line at a time while there is one."""
     for _ in range(count // 64):
         prefetch(source + PREFETCH_BYTES)
-        stream_64(source, target)
+        copy_64(source, target)
         source += 64
         target += 64
     for i in range(count % 64):
@@ -1726,7 +1722,6 @@ def _fill_piece(loading, slot):
         filled += count
     set_number(slot, FILLED, filled)
     if filled == end:
-        fence()
         replace_shared(slot, STATE, FILLING, FULL)
 
 
