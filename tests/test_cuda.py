@@ -874,6 +874,40 @@ def test_an_error_of_the_driver_ends_all_with_its_number(host_cupy, monkeypatch,
     assert len(host_cupy._pinned._free) == host_cupy._pinned._count == 2 * threads
 
 
+def slow_copy(*copy):
+    """Give other threads the time to fill all of their slots."""
+    time.sleep(0.002)
+    return HostCupy.copy(None, *copy)
+
+
+@pytest.mark.parametrize("slots", [6, 24])
+def test_what_is_full_while_the_driver_is_busy_is_queued_as_one(host_cupy, monkeypatch, slots):
+    counts = []
+
+    def copy_batch(self, *batch):
+        counts.append(batch[3])
+        return HostCupy.copy_batch(self, *batch)
+
+    fake = type("Slow", (HostCupy,), {"copy": staticmethod(slow_copy), "copy_batch": copy_batch})()
+    monkeypatch.setattr(cuda_backend, "_driver", fake.driver)
+    monkeypatch.setattr(crew, "_crew", crew.Crew(slots // 2 - 1))
+    source, target = np.random.default_rng(0).integers(0, 256, (30, 7000), np.uint8), OnHost((30, 7000), np.uint8)
+    host_cupy._Transfer(host_cupy._parts(source, target), source.nbytes, slots // 2).run()
+    assert np.array_equal(target.array, source)
+    assert max(counts, default=0) in (range(3, 9) if HostCupy.batches else [0])
+
+
+@pytest.mark.parametrize("host_cupy", ["batches"], indirect=True)
+def test_an_error_of_a_batch_ends_all_with_its_number(host_cupy, monkeypatch):
+    failing = {"copy": staticmethod(slow_copy), "copy_batch": staticmethod(lambda *_: 719)}
+    fake = type("Failing", (HostCupy,), failing)()
+    monkeypatch.setattr(cuda_backend, "_driver", fake.driver)
+    source, target = np.zeros((30, 7000), np.uint8), OnHost((30, 7000), np.uint8)
+    with pytest.raises(DriverError, match="719"):
+        host_cupy._Transfer(host_cupy._parts(source, target), source.nbytes, 3).run()
+    assert len(host_cupy._pinned._free) == host_cupy._pinned._count == 6
+
+
 def test_one_thread_at_a_time_calls_the_driver(host_cupy, monkeypatch):
     """Where several do, they wait for each other, and much longer than a call takes."""
     busy, callers, overlaps = threading.Lock(), set(), []
