@@ -134,6 +134,8 @@ def test_an_interrupted_caller_waits_for_those_that_are_at_a_piece(own_crew, mon
     caller, begun, ended = threading.current_thread(), threading.Semaphore(0), []
 
     def kernel(*_):
+        if threading.current_thread() is caller:
+            return 0
         begun.release()
         while job[crew.NEXT] < job[crew.UNITS]:
             time.sleep(0.001)
@@ -143,14 +145,17 @@ def test_an_interrupted_caller_waits_for_those_that_are_at_a_piece(own_crew, mon
         ended.append(threading.current_thread())
         return 0
 
-    def interrupted(job):
-        compiled("call_crew")(job)
+    def interrupted(address):
+        if job[crew.NEXT] == job[crew.UNITS]:
+            return do(address)
+        compiled("call_crew")(address)
         for _ in range(helpers):
             assert begun.acquire(timeout=10)
         raise KeyboardInterrupt
 
-    compiled, doing = crew.compiled, ("lead", "work")
-    monkeypatch.setattr(crew, "compiled", lambda *key: compiled(*key) if key[0] not in doing else interrupted)
+    compiled, doing = crew.compiled, "lead" if helpers else "work"
+    do = compiled(doing)
+    monkeypatch.setattr(crew, "compiled", lambda *key: interrupted if key[0] == doing else compiled(*key))
     job = own_crew(kernel, helpers)
     job[crew.UNITS] = 1
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -160,6 +165,52 @@ def test_an_interrupted_caller_waits_for_those_that_are_at_a_piece(own_crew, mon
     finally:
         signal.signal(signal.SIGINT, before)
     assert len(ended) == helpers
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="the system has no such timer")
+@pytest.mark.parametrize("count", [1, 60_000, 300_000])
+def test_a_decode_of_any_size_can_be_interrupted(count):
+    """Also one that has no crew."""
+    blocks, scales = np.zeros((count, 16), np.uint8), np.full(count, 127, np.uint8)
+    mxfp4np.decode(blocks, scales, num_threads=2)
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        for _ in range(30):
+            with pytest.raises(KeyboardInterrupt):  # noqa: PT012
+                signal.setitimer(signal.ITIMER_REAL, 0.003)
+                while True:
+                    mxfp4np.decode(blocks, scales, num_threads=2)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_thread_that_does_not_start_costs_one_lock(own_crew, monkeypatch):
+    def refuse(_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    held_lock, locks = own_crew.members._held_lock, []
+    monkeypatch.setattr(own_crew.members, "_held_lock", lambda: locks.append(held_lock()) or locks[-1])
+    for _ in range(3):
+        assert own_crew.members.enlist(HELPERS) == 0
+    assert len(locks) == 1
+
+
+def test_a_thread_whose_start_is_interrupted_is_counted(own_crew, monkeypatch):
+    start = threading.Thread.start
+
+    def interrupted(thread):
+        start(thread)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        own_crew.members.enlist(HELPERS)
+    monkeypatch.undo()
+    together = threading.Barrier(HELPERS + 1)
+    crew.run(own_crew(lambda *_: together.wait(timeout=10) and 0))
+    assert own_crew.members._count == HELPERS
 
 
 def test_where_there_can_be_no_threads_the_caller_works_alone(own_crew, monkeypatch):

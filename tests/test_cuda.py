@@ -9,12 +9,14 @@ import itertools
 import json
 import random
 import re
+import signal
 import sys
 import threading
 import time
 import types
 from functools import partial
 
+import numba
 import numpy as np
 import pytest
 from contract import (
@@ -871,6 +873,37 @@ def test_an_error_of_the_driver_ends_all_with_its_number(host_cupy, monkeypatch,
     source, target = np.zeros((30, 7000), np.uint8), OnHost((30, 7000), np.uint8)
     with pytest.raises(DriverError, match="719"):
         host_cupy._Transfer(host_cupy._parts(source, target), source.nbytes, threads).run()
+    assert len(host_cupy._pinned._free) == host_cupy._pinned._count == 2 * threads
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_an_error_of_the_last_copy_is_not_lost(host_cupy, monkeypatch, threads):
+    source, target = np.zeros((30, 700), np.uint8), OnHost((30, 700), np.uint8)
+    end = target.data.ptr + target.array.nbytes
+    fake = type("Failing", (HostCupy,), {"copy": lambda _, to, __, nbytes, ___: 719 * (to + nbytes == end)})()
+    monkeypatch.setattr(cuda_backend, "_driver", fake.driver)
+    for _ in range(100):
+        with pytest.raises(DriverError, match="719"):
+            host_cupy._Transfer(host_cupy._parts(source, target), source.nbytes, threads).run()
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="the system has no such timer")
+@pytest.mark.parametrize("threads", [1, 3])
+def test_waiting_for_a_device_that_is_busy_can_be_interrupted(host_cupy, monkeypatch, threads):
+    not_ready = numba.cfunc("int32(int64)")(lambda _: 600)  # not Python, which would be interrupted itself
+    fake = HostCupy()
+    copy, copy_batch, record, _, set_context = fake.driver()
+    functions = copy, copy_batch, record, not_ready.address, set_context
+    monkeypatch.setattr(cuda_backend, "_driver", lambda: functions)
+    source, target = np.zeros((30, 7000), np.uint8), OnHost((30, 7000), np.uint8)
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):  # noqa: PT012
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            host_cupy._Transfer(host_cupy._parts(source, target), source.nbytes, threads).run()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
     assert len(host_cupy._pinned._free) == host_cupy._pinned._count == 2 * threads
 
 

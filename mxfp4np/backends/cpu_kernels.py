@@ -730,6 +730,15 @@ def _wake_two(crew, job):
 
 
 @njit(nogil=True)
+def _wait(crew, looks):
+    """Wait a moment, a longer one after many looks."""
+    if looks < SPINS:
+        pause()
+    else:
+        call(number(crew, ACQUIRE), (number(crew, REST_LOCK), REST, 0))
+
+
+@njit(nogil=True)
 def call_crew(job):
     """Have as many threads of the crew as a job wants take part in it, of those that are at nothing."""
     crew, wanted = number(job, CREW), number(job, HELPERS)
@@ -751,11 +760,9 @@ def dismiss_crew(job):
         while at & -8 == job:
             if at != job + BEGUN:
                 _moves_on(member, at, NOTHING)
-            elif looks < SPINS:
-                looks += 1
-                pause()
             else:
-                call(number(crew, ACQUIRE), (number(crew, REST_LOCK), REST, 0))
+                _wait(crew, looks)
+                looks += 1
             at = shared(member, IS_AT)
 
 
@@ -1070,17 +1077,19 @@ def _reader(populate_units):
         """
         has_read = False
         for _ in range(STEPS_AHEAD):
-            next_ = shared(geometry, NEXT)
-            begin = max(next_, shared(geometry, READ))
-            if begin >= min(number(geometry, UNITS), next_ + STEPS_AHEAD * number(geometry, MOST)):
-                break
             if replace_shared(geometry, READING, 0, 1) != 0:
                 break
-            stop = min(number(geometry, UNITS), begin + number(geometry, MOST))
-            populate_units(geometry, begin, stop)
-            add_shared(geometry, READ, stop - number(geometry, READ))
+            next_ = shared(geometry, NEXT)
+            begin = max(next_, number(geometry, READ))
+            is_near = begin < min(number(geometry, UNITS), next_ + STEPS_AHEAD * number(geometry, MOST))
+            if is_near:
+                stop = min(number(geometry, UNITS), begin + number(geometry, MOST))
+                populate_units(geometry, begin, stop)
+                add_shared(geometry, READ, stop - number(geometry, READ))
+                has_read = True
             replace_shared(geometry, READING, 1, 0)
-            has_read = True
+            if not is_near:
+                break
         return has_read
 
     return read_ahead
@@ -1657,6 +1666,12 @@ FREE, FILLING, FULL, COPYING = 0, 1, 2, 3
 
 CUDA_SUCCESS, CUDA_ERROR_NOT_READY = 0, 600
 
+PATIENCE = 16
+"""How many times as often as `SPINS` a thread looks for something to do, some milliseconds, before it rests in between.
+
+The leading thread does not, but can be interrupted then.
+"""
+
 PREFETCH_BYTES = 2048
 
 copy_64 = _copier(64, 1, streaming=False)
@@ -1776,7 +1791,8 @@ def _queue_batch(loading, count):
         queued += number(slot, PIECES)
         replace_shared(slot, STATE, FULL, COPYING)
     set_number(loading, QUEUED, place + count)
-    add_shared(part, MISSING, -queued)
+    if status == CUDA_SUCCESS:
+        add_shared(part, MISSING, -queued)
     return status
 
 
@@ -1816,16 +1832,24 @@ def _call_driver(loading):
 
 
 @njit(nogil=True)
-def _load_more(loading, slots):
-    """Do the next thing for a device, as the thread that has some slots; return the slots, the next one first."""
-    _call_driver(loading)
-    if shared(slots[0], STATE) == FREE:
-        _claim_load(loading, slots[0])
-    if shared(slots[0], STATE) == FILLING:
-        _fill_piece(loading, slots[0])
-        return slots
-    pause()
-    return slots[1], slots[0]
+def _load_while(vector, index, loading, thread, most):
+    """Fill a thread's slots and have them copied while a number is not 0 and no error is known.
+
+    It ends when there has been nothing to do so many times in a row.
+    """
+    first, second = _slots_of(loading, thread)
+    looks = 0
+    while looks < most and shared(vector, index) != 0 and shared(loading, STATUS) == CUDA_SUCCESS:
+        _call_driver(loading)
+        if shared(first, STATE) == FREE:
+            _claim_load(loading, first)
+        if shared(first, STATE) == FILLING:
+            _fill_piece(loading, first)
+            looks = 0
+        else:
+            first, second = second, first
+            _wait(number(loading, CREW), looks // PATIENCE)
+            looks += 1
 
 
 @njit(nogil=True)
@@ -1846,22 +1870,20 @@ def tell_pieces(loading, known, open_):
 def load_part(loading, part):
     """Fill slots and have them copied, as the thread that leads, until a part has been queued.
 
-    Returns what the driver says: 0, or its number of an error.
+    Returns what the driver says: 0, its number of an error, or the one that means that it is to be called again.
     """
     part = loading + 8 * (FIRST_PART + PART_NUMBERS * part)
-    slots = _slots_of(loading, 0)
-    while shared(loading, STATUS) == CUDA_SUCCESS and shared(part, MISSING) != 0:
-        slots = _load_more(loading, slots)
-    return shared(loading, STATUS)
+    _load_while(part, MISSING, loading, 0, SPINS * PATIENCE)
+    status = shared(loading, STATUS)
+    return CUDA_ERROR_NOT_READY if status == CUDA_SUCCESS and shared(part, MISSING) != 0 else status
 
 
 def help_to_load(loading, word):
     """Fill slots and have them copied, until all has ended."""
-    slots = _slots_of(loading, add_shared(loading, FOLLOWING, 1) + 1)
+    thread = add_shared(loading, FOLLOWING, 1) + 1
     status = call(number(loading, SET_CONTEXT), (number(loading, CONTEXT),))
     if status != CUDA_SUCCESS:
         replace_shared(loading, STATUS, CUDA_SUCCESS, status)
         return False
-    while shared(loading, GOING_ON) != 0:
-        slots = _load_more(loading, slots)
+    _load_while(loading, GOING_ON, loading, thread, 1 << 62)
     return False

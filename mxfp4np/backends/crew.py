@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .memory import address_of, aligned_empty
-from .threads import insist, most_threads
+from .threads import most_threads
 
 # Positions in the vectors of a job and of a crew, as in `cpu_kernels`, which is not imported yet.
 HELPERS, UNITS, NEXT = 3, 4, 5
@@ -53,16 +53,20 @@ class Crew:
         return self._count
 
     def _start(self) -> bool:
-        self._vector[FIRST_MEMBER + MEMBER_NUMBERS * self._count + LOCK] = self._held_lock()
+        place = FIRST_MEMBER + MEMBER_NUMBERS * self._count + LOCK
+        if not self._vector[place]:
+            self._vector[place] = self._held_lock()
         compiled("serve", 2)
-        name = f"mxfp4np_{self._count}"
+        started = True  # also if what waits for that is interrupted
         try:
+            name = f"mxfp4np_{self._count}"
             threading.Thread(target=self._serve, args=(self._count,), name=name, daemon=True).start()
         except RuntimeError:  # the interpreter is shutting down, or there can be no more threads
-            return False
-        self._count += 1
-        self._vector[MEMBERS] = self._count
-        return True
+            started = False
+        finally:
+            self._count += started
+            self._vector[MEMBERS] = self._count
+        return started
 
     def _serve(self, thread: int) -> None:
         compiled("serve", 2)(self.address, thread)
@@ -100,29 +104,19 @@ def shared_crew(helpers: int) -> tuple[int, int]:
 
 
 def run(job: NDArray[np.int64]) -> None:
-    """Do a job of pieces, with others; return, or raise what interrupts it, when nobody is at a piece any more."""
+    """Do a job of pieces, with others; return, or raise what interrupts it, when nobody is at a piece any more.
+
+    More interrupts change nothing: Python looks for them when a call of compiled code has returned, not before it.
+    """
     do = compiled("lead" if job[HELPERS] else "work")  # which compiles sooner
     address = address_of(job)
     try:
         while do(address):
             pass
     except BaseException:
-        job[NEXT] = job[UNITS]
-        dismiss(job)
+        job[HELPERS], job[NEXT] = 0, job[UNITS]
+        do(address)  # which calls nobody and finds nothing to do, but waits for others
         raise
-
-
-def dismiss(job: NDArray[np.int64]) -> None:
-    """Wait until no other thread is at a job any more, and raise what interrupts that afterwards."""
-    interrupts: list[BaseException] = []
-
-    def is_left_alone() -> bool:
-        compiled("dismiss_crew")(address_of(job))
-        return True
-
-    insist(is_left_alone, interrupts.append)
-    if interrupts:
-        raise interrupts.pop()
 
 
 _functions: dict[tuple[str, str | int], Any] = {}

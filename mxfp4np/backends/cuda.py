@@ -9,6 +9,7 @@ are gathered by several threads in pinned memory, and copied on streams of their
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import itertools
@@ -30,6 +31,7 @@ from .cpu_kernels import (
     ATTRIBUTES,
     CONTEXT,
     COPYING,
+    CUDA_ERROR_NOT_READY,
     EVENT,
     FIRST_PART,
     FIRST_PIECE,
@@ -46,7 +48,7 @@ from .cpu_kernels import (
     SLOT_NUMBERS,
     STATE,
 )
-from .crew import compiled, dismiss, kernel_address, shared_crew
+from .crew import compiled, kernel_address, shared_crew
 from .cuda_kernels import ROW_AXES, ROWS, THREADS, VALUES, VECTORS
 from .memory import address_of, is_transposed, merged_axes, type_of
 from .threads import default_num_threads
@@ -583,8 +585,9 @@ class _Transfer:
         try:
             self._run(slots)
         except BaseException:
-            for copies in self._copies:
-                copies.synchronize()  # the memory that is copied to may be let go of
+            with contextlib.ExitStack() as stack:
+                for copies in self._copies:
+                    stack.callback(copies.synchronize)  # the memory that is copied to may be let go of
             raise
         finally:
             _pinned.give_back(slots)
@@ -603,12 +606,13 @@ class _Transfer:
         address = address_of(loading)
         table[:, IN_QUEUE] = np.arange(address + 8 * FIRST_SLOT, address + loading.nbytes, 8 * SLOT_NUMBERS)
         loading[QUEUED] = len(slots)
+        call_crew, dismiss_crew = compiled("call_crew"), compiled("dismiss_crew")
         try:
-            compiled("call_crew")(address)
+            call_crew(address)
             self._lead(loading)
         finally:
             loading[GOING_ON] = 0
-            dismiss(loading)
+            dismiss_crew(address)  # at once: what interrupts it has to wait until it returns
 
     def _lead(self, loading: NDArray[np.int64]) -> None:
         """Tell compiled code of parts, and queue what comes behind each when it has been queued itself.
@@ -638,7 +642,8 @@ class _Transfer:
                 tell()
             if not known:
                 break
-            status = self._load(address_of(loading), number % PARTS)
+            while (status := self._load(address_of(loading), number % PARTS)) == CUDA_ERROR_NOT_READY:
+                pass  # but be interrupted
             if status:
                 raise cupy.cuda.driver.CUDADriverError(status)
             copies, event = self._copies[number % 2], _event()
