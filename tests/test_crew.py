@@ -197,20 +197,32 @@ def test_a_thread_that_does_not_start_costs_one_lock(own_crew, monkeypatch):
     assert len(locks) == 1
 
 
-def test_a_thread_whose_start_is_interrupted_is_counted(own_crew, monkeypatch):
+@pytest.mark.parametrize("begins", [False, True])
+def test_when_the_start_of_a_thread_is_interrupted_another_takes_its_place(own_crew, monkeypatch, begins):
     start = threading.Thread.start
 
     def interrupted(thread):
-        start(thread)
+        if begins:
+            start(thread)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(threading.Thread, "start", interrupted)
     with pytest.raises(KeyboardInterrupt):
         own_crew.members.enlist(HELPERS)
     monkeypatch.undo()
-    together = threading.Barrier(HELPERS + 1)
-    crew.run(own_crew(lambda *_: together.wait(timeout=10) and 0))
-    assert own_crew.members._count == HELPERS
+    found = set()
+
+    def kernel(*_):
+        found.add(threading.get_ident())
+        together.wait(timeout=10)
+        return 0
+
+    for _ in range(20):
+        together = threading.Barrier(HELPERS + 1)
+        crew.run(own_crew(kernel))
+        assert len(found) == HELPERS + 1
+        found.clear()
+    assert not states(own_crew.members).any()
 
 
 def test_where_there_can_be_no_threads_the_caller_works_alone(own_crew, monkeypatch):

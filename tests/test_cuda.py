@@ -423,10 +423,10 @@ def test_threads_and_memory_at_once():
     for thread in threads:
         thread.join()
     assert failures == [0] * 32
-    assert cuda_backend._pinned._count * cuda_backend.SLOT_BYTES <= 256 << 20
-    assert len(cuda_backend._pinned._free) == cuda_backend._pinned._count > 0
+    assert len(cuda_backend._pinned._all) * cuda_backend.SLOT_BYTES <= 256 << 20
+    assert len(cuda_backend._pinned._free) == len(cuda_backend._pinned._all) > 0
     get_backend("cuda").release()
-    assert not cuda_backend._pinned._count
+    assert not len(cuda_backend._pinned._all)
 
 
 @marked
@@ -435,8 +435,8 @@ def test_closing_returns_pinned_memory_and_its_bound_can_be_set(model, monkeypat
     get_backend("cuda").release()
     with mxfp4np.Checkpoint(model, "cuda") as ckpt:
         assert_same_bits(ckpt["w"].get(), ckpt.packed("w").decode())
-        assert cuda_backend._pinned._count == 1
-    assert not cuda_backend._pinned._count
+        assert len(cuda_backend._pinned._all) == 1
+    assert not len(cuda_backend._pinned._all)
     monkeypatch.setenv("MXFP4NP_PINNED_BYTES", "much")
     with mxfp4np.Checkpoint(model, "cuda") as ckpt, pytest.raises(ValueError, match="number of bytes, found 'much'"):
         ckpt["w"]
@@ -812,7 +812,7 @@ def test_bytes_of_all_strides_and_dtypes_arrive(host_cupy, monkeypatch, threads,
             target = OnHost(source.shape, dtype or source.dtype)
             host_cupy._Transfer(host_cupy._parts(source, target), target.array.nbytes, threads).run()
             assert np.array_equal(target.array, source.astype(target.dtype))
-    assert host_cupy._pinned._count <= slots
+    assert len(host_cupy._pinned._all) <= slots
 
 
 @pytest.mark.parametrize("threads", [1, 4])
@@ -845,9 +845,9 @@ def test_an_error_on_the_way_ends_all_and_gives_back_the_memory(host_cupy, threa
         parts = (host_cupy._Part([copy], fail if i == 3 else lambda: None) for i in range(30))
         with pytest.raises(MemoryError, match="enough"):
             host_cupy._Transfer(parts, source.nbytes, threads).run()
-    assert len(host_cupy._pinned._free) == host_cupy._pinned._count == 2 * threads
+    assert len(host_cupy._pinned._free) == len(host_cupy._pinned._all) == 2 * threads
     host_cupy._pinned.release()
-    assert not host_cupy._pinned._count
+    assert not len(host_cupy._pinned._all)
 
 
 @pytest.mark.parametrize(
@@ -873,7 +873,7 @@ def test_an_error_of_the_driver_ends_all_with_its_number(host_cupy, monkeypatch,
     source, target = np.zeros((30, 7000), np.uint8), OnHost((30, 7000), np.uint8)
     with pytest.raises(DriverError, match="719"):
         host_cupy._Transfer(host_cupy._parts(source, target), source.nbytes, threads).run()
-    assert len(host_cupy._pinned._free) == host_cupy._pinned._count == 2 * threads
+    assert len(host_cupy._pinned._free) == len(host_cupy._pinned._all) == 2 * threads
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -904,7 +904,7 @@ def test_waiting_for_a_device_that_is_busy_can_be_interrupted(host_cupy, monkeyp
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-    assert len(host_cupy._pinned._free) == host_cupy._pinned._count == 2 * threads
+    assert len(host_cupy._pinned._free) == len(host_cupy._pinned._all) == 2 * threads
 
 
 def slow_copy(*copy):
@@ -938,7 +938,7 @@ def test_an_error_of_a_batch_ends_all_with_its_number(host_cupy, monkeypatch):
     source, target = np.zeros((30, 7000), np.uint8), OnHost((30, 7000), np.uint8)
     with pytest.raises(DriverError, match="719"):
         host_cupy._Transfer(host_cupy._parts(source, target), source.nbytes, 3).run()
-    assert len(host_cupy._pinned._free) == host_cupy._pinned._count == 6
+    assert len(host_cupy._pinned._free) == len(host_cupy._pinned._all) == 6
 
 
 def test_one_thread_at_a_time_calls_the_driver(host_cupy, monkeypatch):
@@ -1012,9 +1012,15 @@ def test_an_interrupt_loses_no_pinned_memory(host_cupy, monkeypatch):
     monkeypatch.setattr(host_cupy, "_Slot", interrupted)
     with pytest.raises(KeyboardInterrupt):
         host_cupy._pinned.take(5)
-    assert host_cupy._pinned._count == len(host_cupy._pinned._free) == 2
+    assert len(host_cupy._pinned._all) == len(host_cupy._pinned._free) == 2
     host_cupy._pinned.release()
-    assert host_cupy._pinned._count == 0
+    assert len(host_cupy._pinned._all) == 0
+
+
+def test_pinned_memory_that_an_interrupt_has_lost_is_not_waited_for(host_cupy, monkeypatch):
+    monkeypatch.setenv("MXFP4NP_PINNED_BYTES", "1000")
+    host_cupy._pinned.take(1)  # which nobody keeps
+    assert len(host_cupy._pinned.take(1)) == 1
 
 
 def test_a_device_does_what_is_timed_as_often_as_counts():

@@ -777,7 +777,7 @@ def serve(crew, thread):
         call(number(crew, ACQUIRE), (number(member, LOCK), -1, 0))
         at = shared(member, IS_AT)
         job = at & -8
-        if job != NOTHING and _moves_on(member, at, job + BEGUN):
+        if at in (job + CHOSEN, job + WOKEN) and _moves_on(member, at, job + BEGUN):
             _wake_two(crew, job)
             while call(number(job, KERNEL), (job, 0)) != 0:
                 pass
@@ -1667,10 +1667,10 @@ FREE, FILLING, FULL, COPYING = 0, 1, 2, 3
 CUDA_SUCCESS, CUDA_ERROR_NOT_READY = 0, 600
 
 PATIENCE = 16
-"""How many times as often as `SPINS` a thread looks for something to do, some milliseconds, before it rests in between.
+"""How many times as often as `SPINS` a thread looks for something to do, for some milliseconds, before it rests."""
 
-The leading thread does not, but can be interrupted then.
-"""
+RESTS = 1000
+"""How often the leading thread rests, for a tenth of a second, before it can be interrupted."""
 
 PREFETCH_BYTES = 2048
 
@@ -1873,7 +1873,7 @@ def load_part(loading, part):
     Returns what the driver says: 0, its number of an error, or the one that means that it is to be called again.
     """
     part = loading + 8 * (FIRST_PART + PART_NUMBERS * part)
-    _load_while(part, MISSING, loading, 0, SPINS * PATIENCE)
+    _load_while(part, MISSING, loading, 0, SPINS * PATIENCE + RESTS)
     status = shared(loading, STATUS)
     return CUDA_ERROR_NOT_READY if status == CUDA_SUCCESS and shared(part, MISSING) != 0 else status
 

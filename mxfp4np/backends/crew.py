@@ -57,16 +57,15 @@ class Crew:
         if not self._vector[place]:
             self._vector[place] = self._held_lock()
         compiled("serve", 2)
-        started = True  # also if what waits for that is interrupted
+        name = f"mxfp4np_{self._count}"
         try:
-            name = f"mxfp4np_{self._count}"
+            # If it is interrupted when the thread is there, the next one shares its place: either of them does.
             threading.Thread(target=self._serve, args=(self._count,), name=name, daemon=True).start()
         except RuntimeError:  # the interpreter is shutting down, or there can be no more threads
-            started = False
-        finally:
-            self._count += started
-            self._vector[MEMBERS] = self._count
-        return started
+            return False
+        self._count += 1
+        self._vector[MEMBERS] = self._count
+        return True
 
     def _serve(self, thread: int) -> None:
         compiled("serve", 2)(self.address, thread)

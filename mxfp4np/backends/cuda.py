@@ -9,13 +9,13 @@ are gathered by several threads in pinned memory, and copied on streams of their
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import itertools
 import math
 import os
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -470,33 +470,28 @@ class _Pinned:
     def __init__(self) -> None:
         self._condition = threading.Condition()
         self._free: deque[_Slot] = deque()
-        self._count = 0
+        self._all: weakref.WeakSet[_Slot] = weakref.WeakSet()
 
     def take(self, wanted: int) -> list[_Slot]:
         """Return at least one slot, and as many as are wanted where the bound allows."""
         bound = _pinned_slots()
+        taken: list[_Slot] = []
         with self._condition:
-            self._condition.wait_for(lambda: self._free or self._count < bound)
-            taken = [self._free.popleft() for _ in range(min(wanted, len(self._free)))]
-            new = max(0, min(wanted - len(taken), bound - self._count))
-            self._count += new
-        try:
-            for _ in range(new):
-                taken.append(_Slot())
-                new -= 1
-        except BaseException as error:
-            if not isinstance(error, Exception):  # an interrupt
-                self.give_back(taken)
+            while not self._condition.wait_for(lambda: self._free or len(self._all) < bound, timeout=1):
+                pass  # nobody tells of slots that an interrupt has lost
+            try:
+                while len(taken) < wanted and (self._free or len(self._all) < bound):
+                    slot = self._free.popleft() if self._free else _Slot()
+                    taken.append(slot)
+                    self._all.add(slot)
+            except Exception as error:
+                if not taken:
+                    raise DeviceMemoryError(
+                        f"the system grants no pinned memory ({_first_line(error)}): {SLOT_BYTES:,} bytes are needed"
+                    ) from error
+            except BaseException:  # an interrupt
+                self._free += taken
                 raise
-            if not taken:
-                raise DeviceMemoryError(
-                    f"the system grants no pinned memory ({_first_line(error)}): {SLOT_BYTES:,} bytes are needed"
-                ) from error
-        finally:
-            if new:
-                with self._condition:
-                    self._count -= new
-                    self._condition.notify_all()
         return taken
 
     def give_back(self, slots: list[_Slot]) -> None:
@@ -510,7 +505,7 @@ class _Pinned:
         with self._condition:
             slots = list(self._free)
             self._free.clear()
-            self._count -= len(slots)
+            self._all.difference_update(slots)
             self._condition.notify_all()
         for slot in slots:
             slot.wait()
@@ -585,9 +580,11 @@ class _Transfer:
         try:
             self._run(slots)
         except BaseException:
-            with contextlib.ExitStack() as stack:
-                for copies in self._copies:
-                    stack.callback(copies.synchronize)  # the memory that is copied to may be let go of
+            first, second = self._copies
+            try:
+                first.synchronize()  # the memory that is copied to may be let go of
+            finally:
+                second.synchronize()
             raise
         finally:
             _pinned.give_back(slots)
