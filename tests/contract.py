@@ -4,7 +4,9 @@ The oracles are independent of the library: decoding is by ml_dtypes' own float4
 float64; encoding by comparing with every scale and every value.
 """
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -183,6 +185,18 @@ def indices(draw, shape):
     if kind == "suffix":
         return (Ellipsis, *items[cut:])
     return tuple(items)
+
+
+@contextlib.contextmanager
+def interrupted_after(seconds):
+    """Raise KeyboardInterrupt once so many seconds have gone by."""
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def run_python(code, *arguments, timeout=120):

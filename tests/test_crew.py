@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+from contract import interrupted_after
 
 import mxfp4np
 from mxfp4np.backends import cpu_kernels, crew
@@ -40,13 +41,13 @@ def states(members):
     return members._vector[crew.FIRST_MEMBER :: crew.MEMBER_NUMBERS][: members._count]
 
 
-@pytest.mark.parametrize("helpers", range(HELPERS + 1))
-def test_as_many_threads_take_part_as_are_wanted(own_crew, helpers):
+def assert_so_many_take_part(own_crew, helpers):
+    """Assert that helpers and the caller are at a job at the same time, again and again, and at nothing afterwards."""
     together = threading.Barrier(helpers + 1)
     found = set()
 
     def kernel(*_):
-        found.add(threading.current_thread())
+        found.add(threading.get_ident())
         together.wait(timeout=10)
         return 0
 
@@ -55,6 +56,19 @@ def test_as_many_threads_take_part_as_are_wanted(own_crew, helpers):
         assert not states(own_crew.members).any()
         assert len(found) == helpers + 1
         found.clear()
+
+
+@pytest.fixture
+def no_new_threads(monkeypatch):
+    def refuse(_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+
+
+@pytest.mark.parametrize("helpers", range(HELPERS + 1))
+def test_as_many_threads_take_part_as_are_wanted(own_crew, helpers):
+    assert_so_many_take_part(own_crew, helpers)
 
 
 def test_a_kernel_is_called_again_until_nothing_is_left(own_crew):
@@ -173,23 +187,14 @@ def test_a_decode_of_any_size_can_be_interrupted(count):
     """Also one that has no crew."""
     blocks, scales = np.zeros((count, 16), np.uint8), np.full(count, 127, np.uint8)
     mxfp4np.decode(blocks, scales, num_threads=2)
-    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
-    try:
-        for _ in range(30):
-            with pytest.raises(KeyboardInterrupt):  # noqa: PT012
-                signal.setitimer(signal.ITIMER_REAL, 0.003)
-                while True:
-                    mxfp4np.decode(blocks, scales, num_threads=2)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    for _ in range(30):
+        with pytest.raises(KeyboardInterrupt), interrupted_after(0.003):  # noqa: PT012
+            while True:
+                mxfp4np.decode(blocks, scales, num_threads=2)
 
 
+@pytest.mark.usefixtures("no_new_threads")
 def test_a_thread_that_does_not_start_costs_one_lock(own_crew, monkeypatch):
-    def refuse(_):
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(threading.Thread, "start", refuse)
     held_lock, locks = own_crew.members._held_lock, []
     monkeypatch.setattr(own_crew.members, "_held_lock", lambda: locks.append(held_lock()) or locks[-1])
     for _ in range(3):
@@ -210,26 +215,11 @@ def test_when_the_start_of_a_thread_is_interrupted_another_takes_its_place(own_c
     with pytest.raises(KeyboardInterrupt):
         own_crew.members.enlist(HELPERS)
     monkeypatch.undo()
-    found = set()
-
-    def kernel(*_):
-        found.add(threading.get_ident())
-        together.wait(timeout=10)
-        return 0
-
-    for _ in range(20):
-        together = threading.Barrier(HELPERS + 1)
-        crew.run(own_crew(kernel))
-        assert len(found) == HELPERS + 1
-        found.clear()
-    assert not states(own_crew.members).any()
+    assert_so_many_take_part(own_crew, HELPERS)
 
 
-def test_where_there_can_be_no_threads_the_caller_works_alone(own_crew, monkeypatch):
-    def refuse(_):
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(threading.Thread, "start", refuse)
+@pytest.mark.usefixtures("no_new_threads")
+def test_where_there_can_be_no_threads_the_caller_works_alone(own_crew):
     found = []
     crew.run(own_crew(lambda *_: found.append(threading.current_thread()) or 0))
     assert found == [threading.current_thread()]

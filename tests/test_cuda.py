@@ -26,6 +26,7 @@ from contract import (
     every_magnitude,
     every_pair,
     indices,
+    interrupted_after,
     oracle,
     packed,
     run_python,
@@ -896,14 +897,8 @@ def test_waiting_for_a_device_that_is_busy_can_be_interrupted(host_cupy, monkeyp
     functions = copy, copy_batch, record, not_ready.address, set_context
     monkeypatch.setattr(cuda_backend, "_driver", lambda: functions)
     source, target = np.zeros((30, 7000), np.uint8), OnHost((30, 7000), np.uint8)
-    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
-    try:
-        with pytest.raises(KeyboardInterrupt):  # noqa: PT012
-            signal.setitimer(signal.ITIMER_REAL, 0.05)
-            host_cupy._Transfer(host_cupy._parts(source, target), source.nbytes, threads).run()
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    with pytest.raises(KeyboardInterrupt), interrupted_after(0.05):
+        host_cupy._Transfer(host_cupy._parts(source, target), source.nbytes, threads).run()
     assert len(host_cupy._pinned._free) == len(host_cupy._pinned._all) == 2 * threads
 
 

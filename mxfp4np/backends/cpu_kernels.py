@@ -1741,10 +1741,15 @@ def _fill_piece(loading, slot):
 
 
 @njit(nogil=True)
+def _slot(loading, i):
+    """Return where a slot is."""
+    return loading + 8 * (FIRST_SLOT + SLOT_NUMBERS * i)
+
+
+@njit(nogil=True)
 def _slots(loading):
     """Return where all slots are."""
-    first = loading + 8 * FIRST_SLOT
-    return range(first, first + 8 * SLOT_NUMBERS * number(loading, SLOTS), 8 * SLOT_NUMBERS)
+    return range(_slot(loading, 0), _slot(loading, number(loading, SLOTS)), 8 * SLOT_NUMBERS)
 
 
 @njit(nogil=True)
@@ -1799,7 +1804,7 @@ def _queue_batch(loading, count):
 @njit(nogil=True)
 def _queue_place(loading, place):
     """Return the slot that keeps which one was queued at a place."""
-    return loading + 8 * (FIRST_SLOT + SLOT_NUMBERS * (place % number(loading, SLOTS)))
+    return _slot(loading, place % number(loading, SLOTS))
 
 
 @njit(nogil=True)
@@ -1855,9 +1860,8 @@ def _load_while(vector, index, loading, thread, most):
 @njit(nogil=True)
 def _slots_of(loading, thread):
     """Return the two slots of a thread, which are one if there are no more; first the one that it is filling."""
-    size = 8 * SLOT_NUMBERS
-    first = loading + 8 * FIRST_SLOT + 2 * thread * size
-    second = min(first + size, loading + 8 * FIRST_SLOT + (number(loading, SLOTS) - 1) * size)
+    first = _slot(loading, 2 * thread)
+    second = _slot(loading, min(2 * thread + 1, number(loading, SLOTS) - 1))
     return (second, first) if shared(second, STATE) == FILLING else (first, second)
 
 
