@@ -1628,10 +1628,14 @@ def encode_columns_pieces(geometry, word):
     return are_left(geometry)
 
 
-# Memory that a device copies from is filled by several threads, each of which has two slots of it in turn: it claims
-# some pieces, a load, and fills one slot with their bytes, while the other is copied by CUDA's driver. Pieces are
+# Memory that a device copies from is filled by several threads, each of which has a few slots of it in turn: it claims
+# some pieces, a load, and fills one slot with their bytes, while others are copied by CUDA's driver. Pieces are
 # claimed in order, and loads copied as soon as they are there: small ones first, for the bus to have something to do.
 # Pieces that belong together are a part; the thread that leads is told when all of a part have been queued.
+#
+# The bus takes lines from a processor's nearest cache at less than half its rate. Storing past the caches takes longer.
+# So a thread does that when it is ahead of the bus, with all its other slots still in use, and loads are copied the
+# oldest first, which caches have had the most time to let go of.
 #
 # The driver does one thing at a time, and threads that wait for each other there wait for long. So one calls it for
 # all, whichever comes first. The bus rests behind each copy, but less so within a batch: what is full meanwhile waits
@@ -1640,13 +1644,15 @@ def encode_columns_pieces(geometry, word):
 # The job is called `loading`. Next in it is how many pieces are claimed, are known, and may be copied (the memory that
 # later ones are for is still in use); whether a thread is calling the driver, and what that said when it failed; how
 # many slots were queued, how many of them are free again, and how many had been queued before the last batch; how many
-# threads there are but the leading one; whether all goes on; bytes of a piece, pieces that a slot has room for, and how
-# many slots there are; the driver's functions, that for batches 0 if it has none, and the context of the device.
+# threads there are but the leading one; whether all goes on; bytes of a piece, pieces that a slot has room for, how
+# many slots each thread has, and how many there are; the driver's functions, that for batches 0 if it has none, and the
+# context of the device.
 CLAIMED, KNOWN, OPEN, CALLING, STATUS, QUEUED, FREED, LAST_BATCH, FOLLOWING = 4, 5, 6, 7, 8, 9, 10, 11, 12
-GOING_ON, PIECE_BYTES, SLOT_PIECES, SLOTS, COPY, COPY_BATCH, RECORD, QUERY, SET_CONTEXT, CONTEXT = range(13, 23)
+GOING_ON, PIECE_BYTES, SLOT_PIECES, SLOTS_EACH, SLOTS = range(13, 18)
+COPY, COPY_BATCH, RECORD, QUERY, SET_CONTEXT, CONTEXT = range(18, 24)
 # Then what the driver is told of a batch: attributes (that sources are read in the order of the stream), which copy
 # they begin with, room for an error's place; and for each copy its slot, target, source and bytes.
-ATTRIBUTES, FIRST_COPY, WRONG_COPY, BATCH = 23, 26, 27, 28
+ATTRIBUTES, FIRST_COPY, WRONG_COPY, BATCH = 24, 27, 28, 29
 IN_ORDER = 1
 MOST_COPIES = 8
 TARGETS, SOURCES, SIZES = (BATCH + i * MOST_COPIES for i in range(1, 4))
@@ -1657,11 +1663,11 @@ NO_PIECE = (1 << 63) - 1  # the first of a part that is not there yet
 MISSING, FIRST_PIECE, STREAM, ARRAYS, ARRAY_NUMBERS = 0, 1, 2, 3, 6
 ARRAY_PIECES, NBYTES, SOURCE, RUN_BYTES, RUN_STEP, DESTINATION = 0, 1, 2, 3, 4, 5
 # Then slots: their memory and event, what happens to them, and a place of the ring in which they were queued. If a slot
-# has a load: its first piece and how many it has, part and array, its first byte there, how many bytes it has, and how
-# many have been filled in. Which array, part or slot it is, is said by where its numbers are.
+# has a load: its first piece and how many it has, part and array, its first byte there, how many bytes it has, how many
+# have been filled in, and whether past the caches. Which array, part or slot it is, is said by where its numbers are.
 FIRST_SLOT, SLOT_NUMBERS = FIRST_PART + PARTS * PART_NUMBERS, 16
 MEMORY, EVENT, STATE, IN_QUEUE = 0, 1, 2, 3
-PIECE, PIECES, PART, ARRAY, FIRST_BYTE, LOADED_BYTES, FILLED = 4, 5, 6, 7, 8, 9, 10
+PIECE, PIECES, PART, ARRAY, FIRST_BYTE, LOADED_BYTES, FILLED, PAST_CACHES = 4, 5, 6, 7, 8, 9, 10, 11
 FREE, FILLING, FULL, COPYING = 0, 1, 2, 3
 
 CUDA_SUCCESS, CUDA_ERROR_NOT_READY = 0, 600
@@ -1678,11 +1684,15 @@ copy_64 = _copier(64, 1, streaming=False)
 
 
 @njit(nogil=True, inline="always")
-def _copy_run(source, target, count):
+def _copy_run(source, target, count, past_caches):
     """Copy so many bytes, a line at a time while there is one."""
+    streaming = past_caches and target & 63 == 0
     for _ in range(count // 64):
         prefetch(source + PREFETCH_BYTES)
-        copy_64(source, target)
+        if streaming:
+            stream_64(source, target)
+        else:
+            copy_64(source, target)
         source += 64
         target += 64
     for i in range(count % 64):
@@ -1690,7 +1700,7 @@ def _copy_run(source, target, count):
 
 
 @njit(nogil=True)
-def _claim_load(loading, slot):
+def _claim_load(loading, slot, past_caches):
     """Claim the next pieces for a slot, if there are any: as many for each slot as have been claimed, and one more."""
     piece = shared(loading, CLAIMED)
     if piece >= shared(loading, KNOWN):
@@ -1719,6 +1729,7 @@ def _claim_load(loading, slot):
     set_number(slot, FIRST_BYTE, begin)
     set_number(slot, LOADED_BYTES, min(count * number(loading, PIECE_BYTES), number(array, NBYTES) - begin))
     set_number(slot, FILLED, 0)
+    set_number(slot, PAST_CACHES, past_caches)
     replace_shared(slot, STATE, FREE, FILLING)
 
 
@@ -1733,10 +1744,11 @@ def _fill_piece(loading, slot):
         offset = begin + filled - run * run_bytes
         count = min(stop - filled, run_bytes - offset)
         source = number(array, SOURCE) + run * number(array, RUN_STEP) + offset
-        _copy_run(source, number(slot, MEMORY) + filled, count)
+        _copy_run(source, number(slot, MEMORY) + filled, count, number(slot, PAST_CACHES))
         filled += count
     set_number(slot, FILLED, filled)
     if filled == end:
+        fence()
         replace_shared(slot, STATE, FILLING, FULL)
 
 
@@ -1747,23 +1759,25 @@ def _slot(loading, i):
 
 
 @njit(nogil=True)
-def _slots(loading):
-    """Return where all slots are."""
-    return range(_slot(loading, 0), _slot(loading, number(loading, SLOTS)), 8 * SLOT_NUMBERS)
+def _slots(loading, begin, end):
+    """Return where the slots of a range are."""
+    return range(_slot(loading, begin), _slot(loading, end), 8 * SLOT_NUMBERS)
 
 
 @njit(nogil=True)
 def _batch(loading):
-    """List slots that can be copied and are of one part, the oldest there is; return how many."""
-    part, oldest = 0, shared(loading, OPEN)
-    for slot in _slots(loading):
-        if shared(slot, STATE) == FULL and number(slot, PIECE) < oldest:
-            part, oldest = number(slot, PART), number(slot, PIECE)
-    count = 0
-    for slot in _slots(loading):
-        if count < MOST_COPIES and shared(slot, STATE) == FULL and number(slot, PART) == part:
-            set_number(loading, BATCH + count, slot)
-            count += 1
+    """List slots that can be copied and are of one part, the oldest first; return how many."""
+    part, last, count = 0, -1, 0
+    while count < MOST_COPIES:
+        slot, oldest = 0, shared(loading, OPEN)
+        for other in _slots(loading, 0, number(loading, SLOTS)):
+            if shared(other, STATE) == FULL and last < number(other, PIECE) < oldest:
+                slot, oldest = other, number(other, PIECE)
+        if slot == 0 or (count > 0 and number(slot, PART) != part):
+            break
+        part, last = number(slot, PART), oldest
+        set_number(loading, BATCH + count, slot)
+        count += 1
     return count
 
 
@@ -1842,27 +1856,42 @@ def _load_while(vector, index, loading, thread, most):
 
     It ends when there has been nothing to do so many times in a row.
     """
-    first, second = _slots_of(loading, thread)
-    looks = 0
+    begin = number(loading, SLOTS_EACH) * thread
+    end = min(begin + number(loading, SLOTS_EACH), number(loading, SLOTS))
+    i, looks = begin, 0
     while looks < most and shared(vector, index) != 0 and shared(loading, STATUS) == CUDA_SUCCESS:
         _call_driver(loading)
-        if shared(first, STATE) == FREE:
-            _claim_load(loading, first)
-        if shared(first, STATE) == FILLING:
-            _fill_piece(loading, first)
+        slot = _slot(loading, i)
+        if shared(slot, STATE) == FREE:
+            _claim_load(loading, slot, _free_slots(loading, begin, end) == 1)
+        if shared(slot, STATE) == FILLING:
+            _fill_piece(loading, slot)
             looks = 0
         else:
-            first, second = second, first
+            i = i + 1 if i + 1 < end else begin
             _wait(number(loading, CREW), looks // PATIENCE)
             looks += 1
 
 
 @njit(nogil=True)
-def _slots_of(loading, thread):
-    """Return the two slots of a thread, which are one if there are no more; first the one that it is filling."""
-    first = _slot(loading, 2 * thread)
-    second = _slot(loading, min(2 * thread + 1, number(loading, SLOTS) - 1))
-    return (second, first) if shared(second, STATE) == FILLING else (first, second)
+def _free_slots(loading, begin, end):
+    """Count the slots of a range that are free."""
+    count = 0
+    for slot in _slots(loading, begin, end):
+        count += shared(slot, STATE) == FREE
+    return count
+
+
+def start_to_load(loading):
+    """Have others help, when nothing is known yet, and all slots may still be copied for the call before."""
+    set_number(loading, ATTRIBUTES, IN_ORDER)
+    for i in range(PARTS):
+        set_number(loading, FIRST_PART + PART_NUMBERS * i + FIRST_PIECE, NO_PIECE)
+    for slot in _slots(loading, 0, number(loading, SLOTS)):
+        set_number(slot, STATE, COPYING)
+        set_number(slot, IN_QUEUE, slot)
+    set_number(loading, QUEUED, number(loading, SLOTS))
+    call_crew(loading)
 
 
 def tell_pieces(loading, known, open_):

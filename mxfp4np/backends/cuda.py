@@ -28,25 +28,17 @@ from ..errors import BackendUnavailableError, DeviceMemoryError
 from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, name_of, split
 from . import cuda_kernels
 from .cpu_kernels import (
-    ATTRIBUTES,
     CONTEXT,
-    COPYING,
     CUDA_ERROR_NOT_READY,
     EVENT,
     FIRST_PART,
-    FIRST_PIECE,
     FIRST_SLOT,
     GOING_ON,
     HELPERS,
-    IN_ORDER,
-    IN_QUEUE,
     MEMORY,
-    NO_PIECE,
     PART_NUMBERS,
     PARTS,
-    QUEUED,
     SLOT_NUMBERS,
-    STATE,
 )
 from .crew import compiled, kernel_address, shared_crew
 from .cuda_kernels import ROW_AXES, ROWS, THREADS, VALUES, VECTORS
@@ -60,10 +52,10 @@ PIECE_BYTES: Final = 256 << 10
 """And at least. So many a thread puts into a slot before it looks whether something else is to be done."""
 
 SLOTS: Final = 24
-"""Slots that are in use at a time, two by each thread: one waits for the bus while the other is filled.
+"""Slots that are in use at a time."""
 
-No other thread writes to them, so that they stay in its cache until then.
-"""
+SLOTS_EACH: Final = 2
+"""Slots that a thread fills in turn, and no other: one waits for the bus while the other is filled."""
 
 STAGED_BYTES: Final = 64 << 20
 """Packed bytes that are decoded at a time, where they come from the host; a device keeps memory for two times that."""
@@ -481,9 +473,7 @@ class _Pinned:
                 pass  # nobody tells of slots that an interrupt has lost
             try:
                 while len(taken) < wanted and (self._free or len(self._all) < bound):
-                    slot = self._free.popleft() if self._free else _Slot()
-                    taken.append(slot)
-                    self._all.add(slot)
+                    taken.append(self._free.popleft() if self._free else self._new())
             except Exception as error:
                 if not taken:
                     raise DeviceMemoryError(
@@ -493,6 +483,11 @@ class _Pinned:
                 self._free += taken
                 raise
         return taken
+
+    def _new(self) -> _Slot:
+        slot = _Slot()
+        self._all.add(slot)
+        return slot
 
     def give_back(self, slots: list[_Slot]) -> None:
         """Let others have the slots, whose copies may still be under way."""
@@ -568,7 +563,7 @@ class _Transfer:
         self._device, self._stream = cupy.cuda.Device().id, cupy.cuda.get_current_stream()
         self._copies = _copies(self._device)
         self._parts = iter(parts)
-        self._threads = min(threads, SLOTS // 2, -(-nbytes // PIECE_BYTES))
+        self._threads = min(threads, SLOTS // SLOTS_EACH, -(-nbytes // PIECE_BYTES))
 
     def run(self) -> None:
         """Return when nothing is left to read from the host; what comes later on the current stream comes after it."""
@@ -576,7 +571,7 @@ class _Transfer:
         ready.record(self._stream)
         for copies in self._copies:
             copies.wait_event(ready)  # whoever used the memory before has finished with it
-        slots = _pinned.take(2 * self._threads)
+        slots = _pinned.take(SLOTS_EACH * self._threads)
         try:
             self._run(slots)
         except BaseException:
@@ -593,19 +588,15 @@ class _Transfer:
         import cupy
 
         loading = np.zeros(FIRST_SLOT + SLOT_NUMBERS * len(slots), np.int64)
-        loading[: HELPERS + 1] = loading.size, self._helper, *shared_crew(max(0, len(slots) // 2 - 1))
-        context = cupy.cuda.driver.ctxGetCurrent()
-        loading[GOING_ON : CONTEXT + 1] = 1, PIECE_BYTES, SLOT_BYTES // PIECE_BYTES, len(slots), *_driver(), context
-        loading[ATTRIBUTES] = IN_ORDER
+        loading[: HELPERS + 1] = loading.size, self._helper, *shared_crew(max(0, len(slots) // SLOTS_EACH - 1))
+        sizes = PIECE_BYTES, SLOT_BYTES // PIECE_BYTES, SLOTS_EACH, len(slots)
+        loading[GOING_ON : CONTEXT + 1] = 1, *sizes, *_driver(), cupy.cuda.driver.ctxGetCurrent()
         table = loading[FIRST_SLOT:].reshape(-1, SLOT_NUMBERS)
         table[:, MEMORY : EVENT + 1] = [slot.addresses(self._device) for slot in slots]
-        table[:, STATE] = COPYING  # from the call before, perhaps
         address = address_of(loading)
-        table[:, IN_QUEUE] = np.arange(address + 8 * FIRST_SLOT, address + loading.nbytes, 8 * SLOT_NUMBERS)
-        loading[QUEUED] = len(slots)
-        call_crew, dismiss_crew = compiled("call_crew"), compiled("dismiss_crew")
+        start, dismiss_crew = compiled("start_to_load"), compiled("dismiss_crew")
         try:
-            call_crew(address)
+            start(address)
             self._lead(loading)
         finally:
             loading[GOING_ON] = 0
@@ -620,7 +611,6 @@ class _Transfer:
 
         known: deque[tuple[_Part, int]] = deque()  # which keeps what they are read from; and the pieces up to each
         ring = loading[FIRST_PART:FIRST_SLOT].reshape(PARTS, PART_NUMBERS)
-        ring[:, FIRST_PIECE] = NO_PIECE
         pieces = 0
 
         def tell() -> None:
