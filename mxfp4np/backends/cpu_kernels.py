@@ -1634,8 +1634,8 @@ def encode_columns_pieces(geometry, word):
 # Pieces that belong together are a part; the thread that leads is told when all of a part have been queued.
 #
 # The bus takes lines from a processor's nearest cache at less than half its rate. Storing past the caches takes longer.
-# So a thread does that when it is ahead of the bus, with all its other slots still in use, and loads are copied the
-# oldest first, which caches have had the most time to let go of.
+# So a thread does that when it is ahead of the bus, with another slot still in use, and loads are copied the oldest
+# first, which caches have had the most time to let go of.
 #
 # The driver does one thing at a time, and threads that wait for each other there wait for long. So one calls it for
 # all, whichever comes first. The bus rests behind each copy, but less so within a batch: what is full meanwhile waits
@@ -1863,7 +1863,7 @@ def _load_while(vector, index, loading, thread, most):
         _call_driver(loading)
         slot = _slot(loading, i)
         if shared(slot, STATE) == FREE:
-            _claim_load(loading, slot, _free_slots(loading, begin, end) == 1)
+            _claim_load(loading, slot, _any_in_use(loading, begin, end))
         if shared(slot, STATE) == FILLING:
             _fill_piece(loading, slot)
             looks = 0
@@ -1874,12 +1874,12 @@ def _load_while(vector, index, loading, thread, most):
 
 
 @njit(nogil=True)
-def _free_slots(loading, begin, end):
-    """Count the slots of a range that are free."""
-    count = 0
+def _any_in_use(loading, begin, end):
+    """Tell whether any slot of a range is not free."""
+    in_use = 0
     for slot in _slots(loading, begin, end):
-        count += shared(slot, STATE) == FREE
-    return count
+        in_use += shared(slot, STATE) != FREE
+    return in_use > 0
 
 
 def start_to_load(loading):

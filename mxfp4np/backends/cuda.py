@@ -54,8 +54,8 @@ PIECE_BYTES: Final = 256 << 10
 SLOTS: Final = 24
 """Slots that are in use at a time."""
 
-SLOTS_EACH: Final = 2
-"""Slots that a thread fills in turn, and no other: one waits for the bus while the other is filled."""
+SLOTS_EACH: Final = 3
+"""Slots that a thread fills in turn, and no other: so eight threads fill them, as fast as the bus empties them."""
 
 STAGED_BYTES: Final = 64 << 20
 """Packed bytes that are decoded at a time, where they come from the host; a device keeps memory for two times that."""
