@@ -39,8 +39,8 @@ PathLike = str | os.PathLike[str]
 READ_BYTES: Final = 32 << 20
 """Decoded bytes at a time where tensors are read instead of mapped."""
 
-PREFETCH_BYTES: Final = 16 << 20
-"""Packed bytes up to which all pages of a map are asked for at once."""
+PREFETCH_BYTES: Final = 256 << 10, 16 << 20
+"""Packed bytes from which and up to which all pages of a map are asked for at once. The system reads ahead of fewer."""
 
 WRITE_BYTES: Final = 16 << 20
 """Bytes at a time that are gathered from an array to be saved."""
@@ -529,11 +529,12 @@ class _PackedSource:
             self.array = MXFP4Array(blocks, layout.view_scales(self._scales_base, tensor.blocks), layout.order)
         if rows is not None:
             self.array = self.array[..., rows, :]
-        self.copies = any(half.file.io == "pread" for half in tensor.stored)
+        self.copies = codes.file.io == "pread"
 
     def prefetch(self, part: MXFP4Array) -> None:
         """Announce that ``part``, any view of ``array``, is going to be decoded, unless it is read by large pieces."""
-        if part.nbytes > PREFETCH_BYTES:
+        fewest, most = PREFETCH_BYTES
+        if not fewest <= part.nbytes <= most:
             return
         if self._scales is not None:
             self._scales.file.prefetch(part.scales)
