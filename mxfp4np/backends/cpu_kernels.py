@@ -357,7 +357,8 @@ def stream_joined(typingctx, first, second, count, out):
     return types.void(types.int64, types.int64, types.int64, types.int64), codegen
 
 
-PREFETCH_ROWS, PREFETCH_BLOCKS = 4, 512
+# How far ahead memory is asked for: in rows, or at least in blocks of short ones; and in blocks where there are no rows.
+PREFETCH_ROWS, PREFETCH_SHORT, PREFETCH_BLOCKS = 4, 128, 512
 # Bytes of the ring in which lines are made: as many as addresses have different lowest bits; how far decoding is ahead
 # of streaming at least, and at most; and how far behind a line that is streamed nothing may be loaded.
 RING, RING_LAG, RING_LEAD, RING_GAP = 4096, 2048, 3072, 512
@@ -506,18 +507,25 @@ decode_turned = _turned_decoder(1, streaming=False)
 stream_turned = _turned_decoder(64, streaming=True)
 
 
-@intrinsic
-def prefetch(typingctx, address):
-    """Ask for the cache line at an address."""
+def _prefetcher(locality):
+    @intrinsic
+    def prefetch(typingctx, address):
+        """Ask for the cache line at an address."""
 
-    def codegen(context, builder, signature, args):
-        pointer = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
-        arguments = pointer, _I32(0), _I32(3), _I32(1)  # to read, into all levels of the cache, as data
-        signature = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
-        builder.call(builder.module.declare_intrinsic("llvm.prefetch", (pointer.type,), signature), arguments)
-        return context.get_dummy_value()
+        def codegen(context, builder, signature, args):
+            pointer = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+            arguments = pointer, _I32(0), _I32(locality), _I32(1)  # to read, as data
+            signature = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
+            builder.call(builder.module.declare_intrinsic("llvm.prefetch", (pointer.type,), signature), arguments)
+            return context.get_dummy_value()
 
-    return types.void(types.int64), codegen
+        return types.void(types.int64), codegen
+
+    return prefetch
+
+
+prefetch = _prefetcher(3)  # into all levels of the cache
+prefetch_far = _prefetcher(2)  # into all but the first
 
 
 def _transposed(builder, rows):
@@ -876,6 +884,32 @@ def _addresses(geometry, row):
     return block, scale, out
 
 
+# What the processor reads ahead by itself begins anew with each row, and is too little where the system clears pages.
+# Nor does it know where a row ends: it reads on if it is asked for a line more than once, but not if once, and into the
+# second-level cache. So every fourth block of a row ahead is asked for, from the first one on, and then the rest.
+
+
+@njit(nogil=True, inline="always")
+def _ahead(geometry):
+    """Return how far behind a block and its scale those are that are asked for."""
+    block_row, scale_row = number(geometry, ROW_AXIS_BLOCKS), number(geometry, ROW_AXIS_SCALES)
+    if block_row == 0:
+        return PREFETCH_BLOCKS * number(geometry, BLOCKS_STEP), 0
+    rows = max(PREFETCH_ROWS, PREFETCH_SHORT // number(geometry, BLOCKS_PER_ROW))
+    return rows * block_row, rows * scale_row
+
+
+@njit(nogil=True, inline="always")
+def _prefetch_rest(geometry, block, scale):
+    """Ask for what every fourth block of a row may leave out: the line in which it ends, and its scales."""
+    last = number(geometry, BLOCKS_PER_ROW) - 1
+    prefetch_far(block + last * number(geometry, BLOCKS_STEP))
+    if number(geometry, SCALES_STEP) == 1:  # or they lie apart, among the blocks perhaps
+        for i in range(0, last, 64):
+            prefetch_far(scale + i)
+        prefetch_far(scale + last)
+
+
 @njit(nogil=True, inline="always")
 def _decode_rows(geometry, word, streaming, count, first, block, scale, out):
     """Decode ``count`` blocks, from one of a row on, of rows that are decoded whole.
@@ -888,17 +922,14 @@ def _decode_rows(geometry, word, streaming, count, first, block, scale, out):
     per_row = number(geometry, BLOCKS_PER_ROW)
     block_row, scale_row = number(geometry, ROW_AXIS_BLOCKS), number(geometry, ROW_AXIS_SCALES)
     out_row = number(geometry, ROW_AXIS_OUT)
-    # What the processor reads ahead by itself ends where a row does, and is too little where the system clears pages.
-    block_ahead, scale_ahead = PREFETCH_ROWS * block_row, PREFETCH_ROWS * scale_row
-    if block_row == 0:
-        block_ahead, scale_ahead = PREFETCH_BLOCKS * block_step, PREFETCH_BLOCKS * scale_step
+    block_ahead, scale_ahead = _ahead(geometry)
     block += first * block_step
     scale += first * scale_step
     out += 32 * first * size
-    left = per_row - first
+    g = first
     for _ in range(count):
-        prefetch(block + block_ahead)
-        prefetch(scale + scale_ahead)
+        if g & 3 == 0:
+            prefetch_far(block + block_ahead)
         line = table + TABLE_LINE * load_byte(scale)
         if streaming:
             stream_block(block, line, out, word)
@@ -907,12 +938,13 @@ def _decode_rows(geometry, word, streaming, count, first, block, scale, out):
         block += block_step
         scale += scale_step
         out += 32 * size
-        left -= 1
-        if left == 0:
-            left = per_row
+        g += 1
+        if g == per_row:
+            g = 0
             block += block_row - per_row * block_step
             scale += scale_row - per_row * scale_step
             out += out_row - 32 * per_row * size
+            _prefetch_rest(geometry, block + block_ahead, scale + scale_ahead)
 
 
 @njit(nogil=True, inline="always")
@@ -951,7 +983,7 @@ def _stream_rows(geometry, word, count, first, block, scale, out, ring):
     start, row_bytes, block_bytes = number(geometry, START) * size, number(geometry, LENGTH) * size, 32 * size
     gap = per_row * block_bytes - row_bytes
     block_row, scale_row = number(geometry, ROW_AXIS_BLOCKS), number(geometry, ROW_AXIS_SCALES)
-    ahead, scale_ahead = PREFETCH_ROWS * block_row, PREFETCH_ROWS * scale_row
+    block_ahead, scale_ahead = _ahead(geometry)
     begin = out + max(0, first * block_bytes - start)
     rows, rest = (first + count) // per_row, (first + count) % per_row
     end = out + rows * row_bytes + max(0, rest * block_bytes - start)
@@ -971,6 +1003,8 @@ def _stream_rows(geometry, word, count, first, block, scale, out, ring):
             count -= blocks
             left -= blocks
             for i in range(-blocks, 0):
+                if i & 3 == 0:
+                    prefetch_far(block + block_ahead)
                 words = table + TABLE_LINE * load_byte(scale)
                 _decode_to_ring(block, words, ring, target + shift + i * block_bytes, word)
                 block += block_step
@@ -981,9 +1015,9 @@ def _stream_rows(geometry, word, count, first, block, scale, out, ring):
             target += blocks * block_bytes
             count -= blocks
             left -= blocks
-            for _ in range(blocks):
-                prefetch(block + ahead)
-                prefetch(scale + scale_ahead)
+            for i in range(blocks):
+                if i & 3 == 0:
+                    prefetch_far(block + block_ahead)
                 _decode_to_ring(block, table + TABLE_LINE * load_byte(scale), ring, place, word)
                 block += block_step
                 scale += scale_step
@@ -1010,6 +1044,7 @@ def _stream_rows(geometry, word, count, first, block, scale, out, ring):
             scale += scale_row - per_row * scale_step
             target -= gap
             shift = _next_shift(shift, gap)
+            _prefetch_rest(geometry, block + block_ahead, scale + scale_ahead)
 
 
 @njit(nogil=True)
