@@ -357,8 +357,9 @@ def stream_joined(typingctx, first, second, count, out):
     return types.void(types.int64, types.int64, types.int64, types.int64), codegen
 
 
-# How far ahead memory is asked for: in rows, or at least in blocks of short ones; and in blocks where there are no rows.
-PREFETCH_ROWS, PREFETCH_SHORT, PREFETCH_BLOCKS = 4, 128, 512
+# How far ahead memory is asked for: in rows, or at least in blocks of short ones; where there are no rows, in blocks,
+# and in bytes for the first-level cache.
+PREFETCH_ROWS, PREFETCH_SHORT, PREFETCH_BLOCKS, PREFETCH_NEAR = 4, 128, 512, 1024
 # Bytes of the ring in which lines are made: as many as addresses have different lowest bits; how far decoding is ahead
 # of streaming at least, and at most; and how far behind a line that is streamed nothing may be loaded.
 RING, RING_LAG, RING_LEAD, RING_GAP = 4096, 2048, 3072, 512
@@ -885,11 +886,11 @@ def _addresses(geometry, row):
 
 
 # What the processor reads ahead by itself begins anew with each row, and is too little where the system clears pages.
-# Nor does it know where a row ends: it reads on if it is asked for a line more than once, but not if once, and into the
-# second-level cache. So every fourth block of a row ahead is asked for, from the first one on, and then the rest.
+# Nor does it know where a row ends: one of Intel's reads on if it is asked for a line more than once, but not if once,
+# and into the second-level cache. So every fourth block of a row ahead is asked for, and behind its end the rest.
 
 
-@njit(nogil=True, inline="always")
+@njit(nogil=True)
 def _ahead(geometry):
     """Return how far behind a block and its scale those are that are asked for."""
     block_row, scale_row = number(geometry, ROW_AXIS_BLOCKS), number(geometry, ROW_AXIS_SCALES)
@@ -899,14 +900,14 @@ def _ahead(geometry):
     return rows * block_row, rows * scale_row
 
 
-@njit(nogil=True, inline="always")
+@njit(nogil=True)
 def _prefetch_rest(geometry, block, scale):
     """Ask for what every fourth block of a row may leave out: the line in which it ends, and its scales."""
     last = number(geometry, BLOCKS_PER_ROW) - 1
     prefetch_far(block + last * number(geometry, BLOCKS_STEP))
     if number(geometry, SCALES_STEP) == 1:  # or they lie apart, among the blocks perhaps
-        for i in range(0, last, 64):
-            prefetch_far(scale + i)
+        prefetch_far(scale)
+        prefetch_far(scale + last // 2)
         prefetch_far(scale + last)
 
 
@@ -923,6 +924,7 @@ def _decode_rows(geometry, word, streaming, count, first, block, scale, out):
     block_row, scale_row = number(geometry, ROW_AXIS_BLOCKS), number(geometry, ROW_AXIS_SCALES)
     out_row = number(geometry, ROW_AXIS_OUT)
     block_ahead, scale_ahead = _ahead(geometry)
+    near = PREFETCH_NEAR if block_row == 0 else 64
     block += first * block_step
     scale += first * scale_step
     out += 32 * first * size
@@ -930,6 +932,7 @@ def _decode_rows(geometry, word, streaming, count, first, block, scale, out):
     for _ in range(count):
         if g & 3 == 0:
             prefetch_far(block + block_ahead)
+            prefetch(block + near)
         line = table + TABLE_LINE * load_byte(scale)
         if streaming:
             stream_block(block, line, out, word)
