@@ -57,6 +57,9 @@ DTYPES: Final = {
 NumPy has no type for elements below a byte: their packed bytes are given as uint8.
 """
 
+LFS_POINTER: Final = b"version https://git-lfs"
+HEADER_LIMIT: Final = 100_000_000  # of the format
+
 MAX_AXES: Final = 64
 MAX_ELEMENTS: Final = 1 << 56
 """What NumPy can hold, decoded sizes included; files can claim more where an axis is empty."""
@@ -249,7 +252,7 @@ class SafetensorsFile(TensorFile):
                     self.tensors[name] = StoredTensor(name, dtype, shape, self, offset, nbytes)
                     offset += nbytes
         except SafetensorError as error:
-            reason = str(error).removeprefix("Error while deserializing header: ")
+            reason = _what_is_missing(file) or str(error).removeprefix("Error while deserializing header: ")
             raise CheckpointError(f"{self.path}: not a valid safetensors file: {reason}") from error
         if not all(tensor.nbytes for tensor in self.tensors.values()):
             # Tensors without bytes share their offset with the next one; give them one order in all processes.
@@ -268,6 +271,29 @@ class SafetensorsFile(TensorFile):
             if name in seen:
                 raise CheckpointError(f"{self.path}: the header has two tensors called {name!r}")
             seen.add(name)
+
+
+def _what_is_missing(file: BinaryIO) -> str | None:
+    """Say why a file that cannot be parsed is only a part of one, or what another tool left in its place, if it is."""
+    size = os.fstat(file.fileno()).st_size
+    file.seek(0)
+    beginning = file.read(len(LFS_POINTER))
+    if beginning == LFS_POINTER:
+        return "it is a pointer of Git LFS: get what it stands for with git lfs pull"
+    expected = 8 + int.from_bytes(beginning[:8], "little")
+    if expected > 8 + HEADER_LIMIT:
+        return None
+    if expected <= size:
+        file.seek(8)
+        with contextlib.suppress(ValueError, RecursionError, TypeError, KeyError, AttributeError):
+            entries = json.loads(file.read(expected - 8)).items()
+            ranges = [entry["data_offsets"] for name, entry in entries if name != "__metadata__"]
+            end = max(end for _, end in ranges)
+            if end == sum(end - begin for begin, end in ranges):  # or something else is wrong with it
+                expected += end
+    if size >= expected:
+        return None
+    return f"it ends after {size:,} of at least {expected:,} bytes: download or copy it again"
 
 
 def open_regular(path: Path) -> BinaryIO:

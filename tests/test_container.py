@@ -72,15 +72,18 @@ def assert_same(left, right):
 # Hostile files
 
 X = entry("U8", [4], 0, 4)
+TWO = {"x": X, "y": entry("U8", [4], 4, 8)}
 X_TEXT = b'"x":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}'
 
 HOSTILE = {
     # content, what the message says besides the file
-    "empty file": (b"", ""),
-    "seven bytes": (b"\x02" + bytes(6), ""),
+    "empty file": (b"", "it ends after 0 of at least 8 bytes: download or copy it again"),
+    "seven bytes": (b"\x02" + bytes(6), "7 of at least 10 bytes"),
+    "pointer of Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "git lfs pull"),
     "no header": (bytes(8), ""),
-    "truncated header": (file_bytes({"x": X})[:20], ""),
-    "truncated data": (file_bytes({"x": X}, b"abc"), ""),
+    "truncated header": (file_bytes({"x": X})[:20], "it ends after 20 of at least "),
+    "truncated data": (file_bytes({"x": X}, b"abc"), "bytes: download or copy it again"),
+    "truncated data of two": (file_bytes(TWO, b"abcdefg"), f"of at least {len(file_bytes(TWO, b'abcdefgh')):,} bytes"),
     "extra data": (file_bytes({"x": X}, b"abcde"), ""),
     "data without tensors": (file_bytes({}, b"a"), ""),
     "header length 2**63": (file_bytes({"x": X}, b"abcd", length=2**63), ""),
