@@ -846,7 +846,7 @@ def test_an_error_on_the_way_ends_all_and_gives_back_the_memory(host_cupy, threa
         parts = (host_cupy._Part([copy], fail if i == 3 else lambda: None) for i in range(30))
         with pytest.raises(MemoryError, match="enough"):
             host_cupy._Transfer(parts, source.nbytes, threads).run()
-    assert len(host_cupy._pinned._free) == len(host_cupy._pinned._all) == 2 * threads
+    assert len(host_cupy._pinned._free) == len(host_cupy._pinned._all) == host_cupy.SLOTS_EACH * threads
     host_cupy._pinned.release()
     assert not len(host_cupy._pinned._all)
 
@@ -874,7 +874,7 @@ def test_an_error_of_the_driver_ends_all_with_its_number(host_cupy, monkeypatch,
     source, target = np.zeros((30, 7000), np.uint8), OnHost((30, 7000), np.uint8)
     with pytest.raises(DriverError, match="719"):
         host_cupy._Transfer(host_cupy._parts(source, target), source.nbytes, threads).run()
-    assert len(host_cupy._pinned._free) == len(host_cupy._pinned._all) == 2 * threads
+    assert len(host_cupy._pinned._free) == len(host_cupy._pinned._all) == host_cupy.SLOTS_EACH * threads
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -899,7 +899,7 @@ def test_waiting_for_a_device_that_is_busy_can_be_interrupted(host_cupy, monkeyp
     source, target = np.zeros((30, 7000), np.uint8), OnHost((30, 7000), np.uint8)
     with pytest.raises(KeyboardInterrupt), interrupted_after(0.05):
         host_cupy._Transfer(host_cupy._parts(source, target), source.nbytes, threads).run()
-    assert len(host_cupy._pinned._free) == len(host_cupy._pinned._all) == 2 * threads
+    assert len(host_cupy._pinned._free) == len(host_cupy._pinned._all) == host_cupy.SLOTS_EACH * threads
 
 
 def slow_copy(*copy):
@@ -908,21 +908,22 @@ def slow_copy(*copy):
     return HostCupy.copy(None, *copy)
 
 
-@pytest.mark.parametrize("slots", [6, 24])
-def test_what_is_full_while_the_driver_is_busy_is_queued_as_one(host_cupy, monkeypatch, slots):
-    counts = []
+@pytest.mark.parametrize("threads", [3, 8])
+def test_what_is_full_while_the_driver_is_busy_is_queued_as_one_the_oldest_first(host_cupy, monkeypatch, threads):
+    batches = []
 
     def copy_batch(self, *batch):
-        counts.append(batch[3])
+        batches.append(list((ctypes.c_int64 * batch[3]).from_address(batch[0])))
         return HostCupy.copy_batch(self, *batch)
 
     fake = type("Slow", (HostCupy,), {"copy": staticmethod(slow_copy), "copy_batch": copy_batch})()
     monkeypatch.setattr(cuda_backend, "_driver", fake.driver)
-    monkeypatch.setattr(crew, "_crew", crew.Crew(slots // 2 - 1))
+    monkeypatch.setattr(crew, "_crew", crew.Crew(threads - 1))
     source, target = np.random.default_rng(0).integers(0, 256, (30, 7000), np.uint8), OnHost((30, 7000), np.uint8)
-    host_cupy._Transfer(host_cupy._parts(source, target), source.nbytes, slots // 2).run()
+    host_cupy._Transfer(host_cupy._parts(source, target), source.nbytes, threads).run()
     assert np.array_equal(target.array, source)
-    assert max(counts, default=0) in (range(3, 9) if HostCupy.batches else [0])
+    assert max(map(len, batches), default=0) in (range(3, 9) if HostCupy.batches else [0])
+    assert all(targets == sorted(targets) for targets in batches)
 
 
 @pytest.mark.parametrize("host_cupy", ["batches"], indirect=True)
@@ -933,7 +934,7 @@ def test_an_error_of_a_batch_ends_all_with_its_number(host_cupy, monkeypatch):
     source, target = np.zeros((30, 7000), np.uint8), OnHost((30, 7000), np.uint8)
     with pytest.raises(DriverError, match="719"):
         host_cupy._Transfer(host_cupy._parts(source, target), source.nbytes, 3).run()
-    assert len(host_cupy._pinned._free) == len(host_cupy._pinned._all) == 6
+    assert len(host_cupy._pinned._free) == len(host_cupy._pinned._all) == 3 * host_cupy.SLOTS_EACH
 
 
 def test_one_thread_at_a_time_calls_the_driver(host_cupy, monkeypatch):
