@@ -176,17 +176,12 @@ def parallel_for(
     except BaseException as error:  # noqa: BLE001 - an interrupt while help was being called
         end(error)
     finally:
-        # Even after an error: helpers write to the caller's memory until they are done.
-        insist(nobody_works, end)
+        # Even after an error, whatever interrupts it: helpers write to the caller's memory until they are done.
+        waiting = True
+        while waiting:
+            try:
+                waiting = not nobody_works()
+            except BaseException as error:  # noqa: BLE001
+                end(error)
     if first:
         raise first.pop()
-
-
-def insist(wait: Callable[[], object], interrupted: Callable[[BaseException], object]) -> None:
-    """Wait until that returns something true, whatever interrupts it."""
-    while True:
-        try:
-            if wait():
-                return
-        except BaseException as error:  # noqa: BLE001
-            interrupted(error)
