@@ -252,7 +252,7 @@ class SafetensorsFile(TensorFile):
                     self.tensors[name] = StoredTensor(name, dtype, shape, self, offset, nbytes)
                     offset += nbytes
         except SafetensorError as error:
-            reason = _what_is_missing(file) or str(error).removeprefix("Error while deserializing header: ")
+            reason = _what_is_wrong(file) or str(error).removeprefix("Error while deserializing header: ")
             raise CheckpointError(f"{self.path}: not a valid safetensors file: {reason}") from error
         if not all(tensor.nbytes for tensor in self.tensors.values()):
             # Tensors without bytes share their offset with the next one; give them one order in all processes.
@@ -273,8 +273,8 @@ class SafetensorsFile(TensorFile):
             seen.add(name)
 
 
-def _what_is_missing(file: BinaryIO) -> str | None:
-    """Say why a file that cannot be parsed is only a part of one, or what another tool left in its place, if it is."""
+def _what_is_wrong(file: BinaryIO) -> str | None:
+    """Say why a file that cannot be parsed is not as long as it should be, or what another tool left in its place."""
     size = os.fstat(file.fileno()).st_size
     file.seek(0)
     beginning = file.read(len(LFS_POINTER))
@@ -285,15 +285,20 @@ def _what_is_missing(file: BinaryIO) -> str | None:
         return None
     if expected <= size:
         file.seek(8)
-        with contextlib.suppress(ValueError, RecursionError, TypeError, KeyError, AttributeError):
+        try:
             entries = json.loads(file.read(expected - 8)).items()
             ranges = [entry["data_offsets"] for name, entry in entries if name != "__metadata__"]
-            end = max(end for _, end in ranges)
-            if end == sum(end - begin for begin, end in ranges):  # or something else is wrong with it
-                expected += end
-    if size >= expected:
-        return None
-    return f"it ends after {size:,} of at least {expected:,} bytes: download or copy it again"
+            end = max((end for _, end in ranges), default=0)
+            if end != sum(end - begin for begin, end in ranges):
+                return None  # it is the offsets that are wrong
+        except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
+            return None
+        expected += end
+    if size < expected:
+        return f"it ends after {size:,} of at least {expected:,} bytes: download or copy it again"
+    if size > expected:
+        return f"it has {size:,} bytes, and its header accounts for {expected:,}: download or copy it again"
+    return None
 
 
 def open_regular(path: Path) -> BinaryIO:
