@@ -40,6 +40,7 @@ import mxfp4np
 from mxfp4np import bench
 from mxfp4np.backends import crew, get_backend
 from mxfp4np.backends import cuda as cuda_backend
+from mxfp4np.backends.cpu_kernels import FILLERS, LEADER
 from mxfp4np.format import RULES
 
 try:
@@ -814,6 +815,37 @@ def test_bytes_of_all_strides_and_dtypes_arrive(host_cupy, monkeypatch, threads,
             host_cupy._Transfer(host_cupy._parts(source, target), target.array.nbytes, threads).run()
             assert np.array_equal(target.array, source.astype(target.dtype))
     assert len(host_cupy._pinned._all) <= slots
+
+
+@pytest.mark.parametrize("helpers", [0, 1])
+def test_slots_are_filled_where_fewer_threads_come_than_could(host_cupy, monkeypatch, helpers):
+    """Others may be at something else: the thread that leads, which fills none by itself, does what they would."""
+    some = crew.Crew(helpers)
+    some.enlist(helpers)
+    monkeypatch.setattr(cuda_backend, "shared_crew", lambda wanted: (some.address, wanted))
+    source, target = np.random.default_rng(0).integers(0, 256, (30, 7000), np.uint8), OnHost((30, 7000), np.uint8)
+    host_cupy._Transfer(host_cupy._parts(source, target), source.nbytes, 5).run()
+    assert np.array_equal(target.array, source)
+
+
+@pytest.mark.parametrize(("threads", "fillers"), [(3, 2), (2, 2)])
+def test_the_thread_that_leads_fills_slots_only_if_some_are_left(host_cupy, monkeypatch, threads, fillers):
+    """They would push what it does in between two parts out of its caches."""
+    monkeypatch.setattr(cuda_backend, "SLOTS", 2 * cuda_backend.SLOTS_EACH)
+    monkeypatch.setattr(crew, "_crew", crew.Crew(2))
+    found = []
+
+    class Watched(cuda_backend._Transfer):
+        def _lead(self, loading):
+            while loading[FILLERS] < threads - 1:
+                time.sleep(0.001)  # until all others are there
+            super()._lead(loading)
+            found.append((loading[FILLERS], loading[LEADER]))
+
+    source, target = np.random.default_rng(0).integers(0, 256, (30, 7000), np.uint8), OnHost((30, 7000), np.uint8)
+    Watched(host_cupy._parts(source, target), source.nbytes, threads).run()
+    assert found == [(fillers, threads - 1)]
+    assert np.array_equal(target.array, source)
 
 
 @pytest.mark.parametrize("threads", [1, 4])

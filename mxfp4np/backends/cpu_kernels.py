@@ -1671,9 +1671,11 @@ def encode_columns_pieces(geometry, word):
 # claimed in order, and loads copied as soon as they are there: small ones first, for the bus to have something to do.
 # Pieces that belong together are a part; the thread that leads is told when all of a part have been queued.
 #
-# The bus takes lines from a processor's nearest cache at less than half its rate. Storing past the caches takes longer.
-# So a thread does that when it is ahead of the bus, with another slot still in use, and loads are copied the oldest
-# first, which caches have had the most time to let go of.
+# The bus takes lines from a processor's nearest cache at less than half its rate, and from the last one at all of it,
+# which leaves the host's memory to those who read there. So a thread has several slots, whose lines push each other out
+# of the nearest cache, and loads are copied the oldest first. What nothing comes behind is stored past the caches.
+#
+# The thread that leads fills slots only if others leave some to it: its caches keep what else it does.
 #
 # The driver does one thing at a time, and threads that wait for each other there wait for long. So one calls it for
 # all, whichever comes first. The bus rests behind each copy, but less so within a batch: what is full meanwhile waits
@@ -1682,15 +1684,15 @@ def encode_columns_pieces(geometry, word):
 # The job is called `loading`. Next in it is how many pieces are claimed, are known, and may be copied (the memory that
 # later ones are for is still in use); whether a thread is calling the driver, and what that said when it failed; how
 # many slots were queued, how many of them are free again, and how many had been queued before the last batch; how many
-# threads there are but the leading one; whether all goes on; bytes of a piece, pieces that a slot has room for, how
-# many slots each thread has, and how many there are; the driver's functions, that for batches 0 if it has none, and the
-# context of the device.
-CLAIMED, KNOWN, OPEN, CALLING, STATUS, QUEUED, FREED, LAST_BATCH, FOLLOWING = 4, 5, 6, 7, 8, 9, 10, 11, 12
-GOING_ON, PIECE_BYTES, SLOT_PIECES, SLOTS_EACH, SLOTS = range(13, 18)
-COPY, COPY_BATCH, RECORD, QUERY, SET_CONTEXT, CONTEXT = range(18, 24)
+# threads have come to fill slots, and which of them the leading one is; whether all goes on; bytes of a piece, pieces
+# that a slot has room for, how many slots each thread has, and how many there are; the driver's functions, that for
+# batches 0 if it has none, and the context of the device.
+CLAIMED, KNOWN, OPEN, CALLING, STATUS, QUEUED, FREED, LAST_BATCH, FILLERS, LEADER = range(4, 14)
+GOING_ON, PIECE_BYTES, SLOT_PIECES, SLOTS_EACH, SLOTS = range(14, 19)
+COPY, COPY_BATCH, RECORD, QUERY, SET_CONTEXT, CONTEXT = range(19, 25)
 # Then what the driver is told of a batch: attributes (that sources are read in the order of the stream), which copy
 # they begin with, room for an error's place; and for each copy its slot, target, source and bytes.
-ATTRIBUTES, FIRST_COPY, WRONG_COPY, BATCH = 24, 27, 28, 29
+ATTRIBUTES, FIRST_COPY, WRONG_COPY, BATCH = 25, 28, 29, 30
 IN_ORDER = 1
 MOST_COPIES = 8
 TARGETS, SOURCES, SIZES = (BATCH + i * MOST_COPIES for i in range(1, 4))
@@ -1738,10 +1740,17 @@ def _copy_run(source, target, count, past_caches):
 
 
 @njit(nogil=True)
-def _claim_load(loading, slot, past_caches):
-    """Claim the next pieces for a slot, if there are any: as many for each slot as have been claimed, and one more."""
+def _most_fillers(loading):
+    """Return for how many threads there are slots."""
+    return -(-number(loading, SLOTS) // number(loading, SLOTS_EACH))
+
+
+@njit(nogil=True)
+def _claim_load(loading, slot):
+    """Claim the next pieces for a slot, if there are any: one more for each as there have been for every thread."""
     piece = shared(loading, CLAIMED)
-    if piece >= shared(loading, KNOWN):
+    left = shared(loading, KNOWN) - piece
+    if left <= 0:
         return
     # Meanwhile others may claim it, and a part that is done may be overwritten by one that comes later: then what is
     # found here is wrong, and is not claimed either.
@@ -1755,8 +1764,8 @@ def _claim_load(loading, slot, past_caches):
     if before >= number(array, ARRAY_PIECES):
         before -= number(array, ARRAY_PIECES)
         array += 8 * ARRAY_NUMBERS
-    most = min(number(loading, SLOT_PIECES), 1 + piece // number(loading, SLOTS))
-    count = min(most, number(array, ARRAY_PIECES) - before)
+    threads, most = _most_fillers(loading), number(loading, SLOT_PIECES)
+    count = min(most, 1 + piece // threads, number(array, ARRAY_PIECES) - before)
     if replace_shared(loading, CLAIMED, piece, piece + count) != piece:
         return
     begin = before * number(loading, PIECE_BYTES)
@@ -1767,7 +1776,7 @@ def _claim_load(loading, slot, past_caches):
     set_number(slot, FIRST_BYTE, begin)
     set_number(slot, LOADED_BYTES, min(count * number(loading, PIECE_BYTES), number(array, NBYTES) - begin))
     set_number(slot, FILLED, 0)
-    set_number(slot, PAST_CACHES, past_caches)
+    set_number(slot, PAST_CACHES, left <= threads * most)
     replace_shared(slot, STATE, FREE, FILLING)
 
 
@@ -1900,9 +1909,9 @@ def _load_while(vector, index, loading, thread, most):
     while looks < most and shared(vector, index) != 0 and shared(loading, STATUS) == CUDA_SUCCESS:
         _call_driver(loading)
         slot = _slot(loading, i)
-        if shared(slot, STATE) == FREE:
-            _claim_load(loading, slot, _any_in_use(loading, begin, end))
-        if shared(slot, STATE) == FILLING:
+        if i < end and shared(slot, STATE) == FREE:
+            _claim_load(loading, slot)
+        if i < end and shared(slot, STATE) == FILLING:
             _fill_piece(loading, slot)
             looks = 0
         else:
@@ -1911,18 +1920,10 @@ def _load_while(vector, index, loading, thread, most):
             looks += 1
 
 
-@njit(nogil=True)
-def _any_in_use(loading, begin, end):
-    """Tell whether any slot of a range is not free."""
-    in_use = 0
-    for slot in _slots(loading, begin, end):
-        in_use += shared(slot, STATE) != FREE
-    return in_use > 0
-
-
 def start_to_load(loading):
     """Have others help, when nothing is known yet, and all slots may still be copied for the call before."""
     set_number(loading, ATTRIBUTES, IN_ORDER)
+    set_number(loading, LEADER, _most_fillers(loading))
     for i in range(PARTS):
         set_number(loading, FIRST_PART + PART_NUMBERS * i + FIRST_PIECE, NO_PIECE)
     for slot in _slots(loading, 0, number(loading, SLOTS)):
@@ -1943,15 +1944,20 @@ def load_part(loading, part):
 
     Returns what the driver says: 0, its number of an error, or the one that means that it is to be called again.
     """
-    part = loading + 8 * (FIRST_PART + PART_NUMBERS * part)
-    _load_while(part, MISSING, loading, 0, SPINS * PATIENCE + RESTS)
+    part, most = loading + 8 * (FIRST_PART + PART_NUMBERS * part), _most_fillers(loading)
+    if number(loading, LEADER) == most:  # it fills no slots so far
+        if number(loading, HELPERS) == most:  # some of whom may be on their way
+            _load_while(part, MISSING, loading, most, SPINS)
+        if shared(loading, FILLERS) < most:
+            set_number(loading, LEADER, add_shared(loading, FILLERS, 1))
+    _load_while(part, MISSING, loading, number(loading, LEADER), SPINS * PATIENCE + RESTS)
     status = shared(loading, STATUS)
     return CUDA_ERROR_NOT_READY if status == CUDA_SUCCESS and shared(part, MISSING) != 0 else status
 
 
 def help_to_load(loading, word):
     """Fill slots and have them copied, until all has ended."""
-    thread = add_shared(loading, FOLLOWING, 1) + 1
+    thread = add_shared(loading, FILLERS, 1)
     status = call(number(loading, SET_CONTEXT), (number(loading, CONTEXT),))
     if status != CUDA_SUCCESS:
         replace_shared(loading, STATUS, CUDA_SUCCESS, status)

@@ -45,17 +45,17 @@ from .cuda_kernels import ROW_AXES, ROWS, THREADS, VALUES, VECTORS
 from .memory import address_of, is_transposed, merged_axes, type_of
 from .threads import default_num_threads
 
-SLOT_BYTES: Final = 2 << 20
+SLOT_BYTES: Final = 1 << 20
 """Bytes that are copied to a device at a time, at most: the bus rests for some microseconds between copies."""
 
 PIECE_BYTES: Final = 256 << 10
 """And at least. So many a thread puts into a slot before it looks whether something else is to be done."""
 
-SLOTS: Final = 24
+SLOTS: Final = 36
 """Slots that are in use at a time."""
 
 SLOTS_EACH: Final = 3
-"""Slots that a thread fills in turn, and no other: so eight threads fill them, as fast as the bus empties them."""
+"""Slots that a thread fills in turn, and no other: more than the processor's nearest cache has room for."""
 
 STAGED_BYTES: Final = 64 << 20
 """Packed bytes that are decoded at a time, where they come from the host; a device keeps memory for two times that."""
@@ -563,7 +563,7 @@ class _Transfer:
         self._device, self._stream = cupy.cuda.Device().id, cupy.cuda.get_current_stream()
         self._copies = _copies(self._device)
         self._parts = iter(parts)
-        self._threads = min(threads, SLOTS // SLOTS_EACH, -(-nbytes // PIECE_BYTES))
+        self._threads, self._fillers = threads, min(threads, SLOTS // SLOTS_EACH, -(-nbytes // PIECE_BYTES))
 
     def run(self) -> None:
         """Return when nothing is left to read from the host; what comes later on the current stream comes after it."""
@@ -571,7 +571,7 @@ class _Transfer:
         ready.record(self._stream)
         for copies in self._copies:
             copies.wait_event(ready)  # whoever used the memory before has finished with it
-        slots = _pinned.take(SLOTS_EACH * self._threads)
+        slots = _pinned.take(SLOTS_EACH * self._fillers)
         try:
             self._run(slots)
         except BaseException:
@@ -588,7 +588,8 @@ class _Transfer:
         import cupy
 
         loading = np.zeros(FIRST_SLOT + SLOT_NUMBERS * len(slots), np.int64)
-        loading[: HELPERS + 1] = loading.size, self._helper, *shared_crew(max(0, len(slots) // SLOTS_EACH - 1))
+        helpers = min(self._threads - 1, -(-len(slots) // SLOTS_EACH))
+        loading[: HELPERS + 1] = loading.size, self._helper, *shared_crew(helpers)
         sizes = PIECE_BYTES, SLOT_BYTES // PIECE_BYTES, SLOTS_EACH, len(slots)
         loading[GOING_ON : CONTEXT + 1] = 1, *sizes, *_driver(), cupy.cuda.driver.ctxGetCurrent()
         table = loading[FIRST_SLOT:].reshape(-1, SLOT_NUMBERS)
