@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ..errors import BackendUnavailableError
 from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, FP4_BOUNDS, SCALE_BIAS, SCALE_NAN, blocks_in, decoded_dtype, name_of
 from .crew import kernel_address, run, shared_crew
-from .memory import HostBackend, address_of, aligned_empty, is_mapped, is_transposed, merged_axes
+from .memory import ALIGNMENT, HostBackend, address_of, aligned_empty, is_mapped, is_transposed, merged_axes
 from .reference import ReferenceBackend
 from .threads import default_num_threads
 
@@ -62,14 +62,16 @@ class CPUBackend(HostBackend):
         if out.size == 0:
             return
         transposed = is_transposed(out)
-        kernel, table = _decoder(out.dtype, order, transposed)
-        if kernel is None:
-            return ReferenceBackend().decode(blocks, scales, out, start=start, order=order)
         if blocks.strides[-1] != 1:  # the bytes of a block lie apart: gather them, at most half the size of `out`
             blocks = np.ascontiguousarray(blocks)
+        word, table = _word_and_table(out.dtype, order)
         streaming = out.nbytes >= STREAMING_BYTES and not fresh
-        arrays = _arrays(blocks, scales, out, table, start, transposed=transposed, streaming=streaming)
-        _run(kernel, *arrays, num_threads, fresh=fresh)
+        described = _arrays(blocks, scales, out, table, start, transposed=transposed, streaming=streaming)
+        plain = "decode_pieces" if _are_whole(described[0]) else "decode_any_pieces"
+        kernel = kernel_address("transpose_pieces" if transposed else plain, word)
+        if kernel is None:
+            return ReferenceBackend().decode(blocks, scales, out, start=start, order=order)
+        _run(kernel, *described, num_threads, fresh=fresh)
 
     def encode(
         self,
@@ -162,7 +164,8 @@ def _run(
 
 
 ARRAYS = 11  # numbers of a job before those that describe arrays, as in `cpu_kernels`
-BLOCKS_PER_ROW = 7  # and of those
+OUT_ADDRESS, OUT_STEP, BLOCKS_PER_ROW, START, LENGTH, ITEMSIZE, STREAMING = 2, 6, 7, 8, 9, 10, 11  # and of those
+ROW_AXIS_OUT, AXIS_NUMBERS = 19, 4
 
 _WORDS = {("pairs", 2): "uint16", ("pairs", 4): "uint32", ("halves", 2): "int16", ("halves", 4): "int32"}
 _ENCODED_WORDS = {"bfloat16": "uint16", "float16": "int16", "float32": "uint32"}
@@ -211,6 +214,14 @@ def _arrays(
     addresses = address_of(blocks), address_of(scales), address_of(out)
     arrays = [*addresses, table, *steps, per_row, start, length, out.itemsize, streaming, mapped, *matrix, *rows]
     return arrays, units, unit_blocks
+
+
+def _are_whole(arrays: list[int]) -> bool:
+    """Tell whether rows are decoded whole, to elements next to each other, and to whole lines if these are streamed."""
+    if arrays[START] or arrays[LENGTH] != BLOCK_SIZE * arrays[BLOCKS_PER_ROW] or arrays[OUT_STEP] != arrays[ITEMSIZE]:
+        return False
+    places = arrays[OUT_ADDRESS], *arrays[ROW_AXIS_OUT::AXIS_NUMBERS]
+    return not arrays[STREAMING] or not any(place % ALIGNMENT for place in places)
 
 
 def decode_table(name: str) -> NDArray[np.uint8]:
@@ -267,7 +278,6 @@ def _table_name(dtype: np.dtype[Any]) -> str:
 
 
 @functools.cache
-def _decoder(dtype: np.dtype[Any], order: str, transposed: bool) -> tuple[int | None, int]:
-    """Return where the kernel is, if there can be one, and where the table that it looks values up in."""
-    kernel = kernel_address("transpose_pieces" if transposed else "decode_pieces", _WORDS[order, dtype.itemsize])
-    return kernel, 0 if kernel is None else _table_address(_table_name(dtype))
+def _word_and_table(dtype: np.dtype[Any], order: str) -> tuple[str, int]:
+    """Return the type of word that a kernel decodes to, and where the table is that it looks values up in."""
+    return _WORDS[order, dtype.itemsize], _table_address(_table_name(dtype))

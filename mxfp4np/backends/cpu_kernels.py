@@ -107,6 +107,9 @@ TABLE_LINE, LOW_BYTES, HIGH_BYTES = 64, 32, 48
 ENCODE_LINES, ENCODE_LINE, ENCODE_ROUNDING = 32768, 32, 28
 CODES_FROM_5 = 1, 1, 2, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 7
 
+inner = njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+"""Compile a function that only compiled code calls: what it takes to call it from elsewhere is a tenth of the time."""
+
 _I8, _I16, _I32 = (ir.IntType(bits) for bits in (8, 16, 32))
 _INTERLEAVED = [i // 2 + 16 * (i % 2) for i in range(32)]
 
@@ -471,19 +474,24 @@ def _turned_decoder(align, *, streaming):
                 usual = builder.and_(usual, builder.bitcast(is_usual, _I32))
             usual = builder.icmp_unsigned("==", usual, ir.Constant(_I32, -1))
 
-            def pairs(j):
-                addresses = (_offset(builder, codes, 512 * tile + 32 * j) for tile in range(TILES_ABREAST))
-                return [_load(builder, address, _vector(_I8, 32), 32) for address in addresses]
+            def load_pairs(source):
+                for tile, place in enumerate(following):
+                    builder.store(_load(builder, _offset(builder, source, 512 * tile), _vector(_I8, 32), 32), place)
 
+            following = [cgutils.alloca_once(builder, _vector(_I8, 32)) for _ in range(TILES_ABREAST)]
+            between_pairs, in_a_pair = (1, 16) if signature.args[7].signed else (2, 1)  # of the columns
             with builder.if_then(usual):  # exponents are those of `last` less a difference, from which 0 stays 0
                 behind = [builder.mul(value, unit) for value in behind]
-                following = pairs(0)
-                for j in range(16):
+                load_pairs(codes)
+                with cgutils.for_range(builder, ir.Constant(step.type, 16)) as loop:
+                    both = [builder.load(place) for place in following]
                     # What is loaded behind streaming stores can be slow to come.
-                    both, following = following, pairs(min(j + 1, 15))
+                    is_last = builder.icmp_unsigned("==", loop.index, ir.Constant(step.type, 15))
+                    next_ = builder.select(is_last, loop.index, _offset(builder, loop.index, 1))
+                    load_pairs(builder.add(codes, builder.mul(next_, ir.Constant(step.type, 32))))
                     for i in range(2):
-                        column = j + 16 * i if signature.args[7].signed else 2 * j + i
-                        out = builder.add(target, builder.mul(step, ir.Constant(step.type, column)))
+                        column = builder.mul(loop.index, ir.Constant(step.type, between_pairs))
+                        out = builder.add(target, builder.mul(step, _offset(builder, column, in_a_pair * i)))
                         for tile in range(TILES_ABREAST):
                             code = builder.zext(both[tile], _vector(_I16, 32))
                             code = builder.lshr(code, _constants(_I16, [4 * i] * 32))
@@ -713,20 +721,20 @@ def call(typingctx, function, arguments):
     return types.int64(types.int64, arguments), codegen
 
 
-@njit(nogil=True)
+@inner
 def _members(crew):
     """Return where it stands what each thread of a crew is at."""
     first, size = crew + 8 * FIRST_MEMBER, 8 * MEMBER_NUMBERS
     return range(first, first + size * shared(crew, MEMBERS), size)
 
 
-@njit(nogil=True)
+@inner
 def _moves_on(member, before, after):
     """Change what a thread is at, if it is what it was before."""
     return shared(member, IS_AT) == before and replace_shared(member, IS_AT, before, after) == before
 
 
-@njit(nogil=True)
+@inner
 def _wake_two(crew, job):
     """Wake two threads that have been chosen for a job. Each does the same: to wake one takes a while."""
     woken = 0
@@ -738,7 +746,7 @@ def _wake_two(crew, job):
                 break
 
 
-@njit(nogil=True)
+@inner
 def _wait(crew, looks):
     """Wait a moment, a longer one after many looks."""
     if looks < SPINS:
@@ -747,7 +755,7 @@ def _wait(crew, looks):
         call(number(crew, ACQUIRE), (number(crew, REST_LOCK), REST, 0))
 
 
-@njit(nogil=True)
+@inner
 def call_crew(job):
     """Have as many threads of the crew as a job wants take part in it, of those that are at nothing."""
     crew, wanted = number(job, CREW), number(job, HELPERS)
@@ -760,7 +768,7 @@ def call_crew(job):
     _wake_two(crew, job)
 
 
-@njit(nogil=True)
+@inner
 def dismiss_crew(job):
     """Wait until no other thread is at a job any more. Those that have not begun need not."""
     crew, looks = number(job, CREW), 0
@@ -807,7 +815,7 @@ def lead(job):
     return False
 
 
-@njit(nogil=True)
+@inner
 def pieces(job):
     """Yield ranges of units that this thread is to do."""
     for _ in range(PIECES_AT_ONCE):
@@ -824,7 +832,7 @@ def pieces(job):
         yield start, start + piece
 
 
-@njit(nogil=True)
+@inner
 def are_left(job):
     """Tell whether there are pieces that nobody has claimed."""
     return shared(job, NEXT) < number(job, UNITS)
@@ -848,7 +856,7 @@ def populate(typingctx, address, count):
     return types.void(types.int64, types.int64), codegen
 
 
-@njit(nogil=True)
+@inner
 def _populate(first, last, count):
     """Have two arrays mapped from one pair of addresses to another, unless there is much more than ``count`` blocks."""
     if 0 <= last[0] - first[0] < 64 * count:
@@ -857,7 +865,7 @@ def _populate(first, last, count):
         populate(first[1], last[1] + 1 - first[1])
 
 
-@njit(nogil=True)
+@inner
 def _decode_part(geometry, word, first, last, block, scale, out):
     """Decode the elements that belong to the row of blocks ``first`` to ``last - 1``, one by one."""
     for g in range(first, last):
@@ -868,7 +876,7 @@ def _decode_part(geometry, word, first, last, block, scale, out):
             store_element(line, code, out + i * number(geometry, OUT_STEP), word)
 
 
-@njit(nogil=True, inline="always")
+@inner
 def _addresses(geometry, row):
     """Return where blocks, scales and elements of a row are, counted over the row axes in C order."""
     block, scale = number(geometry, BLOCKS_ADDRESS), number(geometry, SCALES_ADDRESS)
@@ -890,7 +898,7 @@ def _addresses(geometry, row):
 # and into the second-level cache. So every fourth block of a row ahead is asked for, and behind its end the rest.
 
 
-@njit(nogil=True)
+@inner
 def _ahead(geometry):
     """Return how far behind a block and its scale those are that are asked for."""
     block_row, scale_row = number(geometry, ROW_AXIS_BLOCKS), number(geometry, ROW_AXIS_SCALES)
@@ -900,7 +908,7 @@ def _ahead(geometry):
     return rows * block_row, rows * scale_row
 
 
-@njit(nogil=True)
+@inner
 def _prefetch_rest(geometry, block, scale):
     """Ask for what every fourth block of a row may leave out: the line in which it ends, and its scales."""
     last = number(geometry, BLOCKS_PER_ROW) - 1
@@ -911,46 +919,49 @@ def _prefetch_rest(geometry, block, scale):
         prefetch_far(scale + last)
 
 
-@njit(nogil=True, inline="always")
-def _decode_rows(geometry, word, streaming, count, first, block, scale, out):
-    """Decode ``count`` blocks, from one of a row on, of rows that are decoded whole.
+def _rows_decoder(decode):
+    @inner
+    def decode_rows(geometry, word, count, first, block, scale, out):
+        """Decode ``count`` blocks, from one of a row on, of rows that are decoded whole.
 
-    All rows in one loop, which needs no memory for its own: between streaming stores, even a variable that has been put
-    on the stack can be slow to come back, since the processor tells addresses apart by their lowest bits.
-    """
-    table, size = number(geometry, TABLE_ADDRESS), itemsize(word)
-    block_step, scale_step = number(geometry, BLOCKS_STEP), number(geometry, SCALES_STEP)
-    per_row = number(geometry, BLOCKS_PER_ROW)
-    block_row, scale_row = number(geometry, ROW_AXIS_BLOCKS), number(geometry, ROW_AXIS_SCALES)
-    out_row = number(geometry, ROW_AXIS_OUT)
-    block_ahead, scale_ahead = _ahead(geometry)
-    near = PREFETCH_NEAR if block_row == 0 else 64
-    block += first * block_step
-    scale += first * scale_step
-    out += 32 * first * size
-    g = first
-    for _ in range(count):
-        if g & 3 == 0:
-            prefetch_far(block + block_ahead)
-            prefetch(block + near)
-        line = table + TABLE_LINE * load_byte(scale)
-        if streaming:
-            stream_block(block, line, out, word)
-        else:
-            decode_block(block, line, out, word)
-        block += block_step
-        scale += scale_step
-        out += 32 * size
-        g += 1
-        if g == per_row:
-            g = 0
-            block += block_row - per_row * block_step
-            scale += scale_row - per_row * scale_step
-            out += out_row - 32 * per_row * size
-            _prefetch_rest(geometry, block + block_ahead, scale + scale_ahead)
+        All rows in one loop, which needs no memory for its own: between streaming stores, even a variable that has been
+        put on the stack can be slow to come back, since the processor tells addresses apart by their lowest bits.
+        """
+        table, size = number(geometry, TABLE_ADDRESS), itemsize(word)
+        block_step, scale_step = number(geometry, BLOCKS_STEP), number(geometry, SCALES_STEP)
+        per_row = number(geometry, BLOCKS_PER_ROW)
+        block_row, scale_row = number(geometry, ROW_AXIS_BLOCKS), number(geometry, ROW_AXIS_SCALES)
+        out_row = number(geometry, ROW_AXIS_OUT)
+        block_ahead, scale_ahead = _ahead(geometry)
+        near = PREFETCH_NEAR if block_row == 0 else 64
+        block += first * block_step
+        scale += first * scale_step
+        out += 32 * first * size
+        g = first
+        for _ in range(count):
+            if g & 3 == 0:
+                prefetch_far(block + block_ahead)
+                prefetch(block + near)
+            decode(block, table + TABLE_LINE * load_byte(scale), out, word)
+            block += block_step
+            scale += scale_step
+            out += 32 * size
+            g += 1
+            if g == per_row:
+                g = 0
+                block += block_row - per_row * block_step
+                scale += scale_row - per_row * scale_step
+                out += out_row - 32 * per_row * size
+                _prefetch_rest(geometry, block + block_ahead, scale + scale_ahead)
+
+    return decode_rows
 
 
-@njit(nogil=True, inline="always")
+_decode_whole_rows = _rows_decoder(decode_block)
+_stream_whole_rows = _rows_decoder(stream_block)
+
+
+@inner
 def _next_shift(shift, gap):
     """Return the shift from ``out`` to the ring in the next row: another ``gap`` bytes of blocks are in no row."""
     shift += gap
@@ -959,7 +970,7 @@ def _next_shift(shift, gap):
     return shift
 
 
-@njit(nogil=True, inline="always")
+@inner
 def _decode_to_ring(block, line, ring, place, word):
     """Decode a block to the ring, and if that is its beginning, also behind its end, where lines may reach to."""
     decode_block(block, line, ring + (place & (RING - 1)), word)
@@ -967,7 +978,7 @@ def _decode_to_ring(block, line, ring, place, word):
         decode_block(block, line, ring + RING, word)
 
 
-@njit(nogil=True, inline="always")
+@inner
 def _stream_rows(geometry, word, count, first, block, scale, out, ring):
     """Decode ``count`` blocks, from one of a row on, of rows without gaps in ``out``, and stream whole lines of it.
 
@@ -1050,7 +1061,7 @@ def _stream_rows(geometry, word, count, first, block, scale, out, ring):
             _prefetch_rest(geometry, block + block_ahead, scale + scale_ahead)
 
 
-@njit(nogil=True)
+@inner
 def _decode_ragged(geometry, word, count, first, block, scale, out):
     """Decode ``count`` blocks, from one of a row on, of any rows: what is not whole, or not dense, by elements."""
     while count > 0:
@@ -1072,7 +1083,7 @@ def _decode_ragged(geometry, word, count, first, block, scale, out):
         out += number(geometry, ROW_AXIS_OUT)
 
 
-@njit(nogil=True)
+@inner
 def _block_at(geometry, block):
     """Return the addresses of a block and of its scale."""
     row = block // number(geometry, BLOCKS_PER_ROW)
@@ -1081,7 +1092,7 @@ def _block_at(geometry, block):
     return block + step * number(geometry, BLOCKS_STEP), scale + step * number(geometry, SCALES_STEP)
 
 
-@njit(nogil=True)
+@inner
 def _row_at(geometry, row):
     """Return the addresses of a row and of its scales, of matrices whose rows are counted by full groups of 32."""
     rows = (number(geometry, ROWS) + 31) // 32 * 32
@@ -1091,13 +1102,13 @@ def _row_at(geometry, row):
     return block + row * number(geometry, BLOCKS_ROW), scale + row * number(geometry, SCALES_ROW)
 
 
-@njit(nogil=True)
+@inner
 def _populate_blocks(geometry, begin, stop):
     """Have a range of blocks, counted over all rows, and their scales mapped."""
     _populate(_block_at(geometry, begin), _block_at(geometry, stop - 1), stop - begin)
 
 
-@njit(nogil=True)
+@inner
 def _populate_groups(geometry, begin, stop):
     """Have a range of groups of 32 rows, counted over all matrices, and their scales mapped."""
     per_row, (block, scale) = number(geometry, BLOCKS_PER_ROW), _row_at(geometry, 32 * stop - 1)
@@ -1107,7 +1118,7 @@ def _populate_groups(geometry, begin, stop):
 
 
 def _reader(populate_units):
-    @njit(nogil=True)
+    @inner
     def read_ahead(geometry):
         """Have units mapped that nobody has claimed, unless many are, or another thread is about that; return if any.
 
@@ -1137,38 +1148,55 @@ _read_blocks_ahead = _reader(_populate_blocks)
 _read_groups_ahead = _reader(_populate_groups)
 
 
-def decode_pieces(geometry, word):
-    """Decode blocks, counted over all rows in C order, to words of the type of ``word``."""
-    ring = (reserve_ring() + RING - 1) & -RING  # a frame that the compiler aligned would cost the loops a register
+@inner
+def _runs(geometry, row_by_row):
+    """Yield what this thread is to decode, in runs of blocks along the innermost axis of rows, or in parts of one row.
+
+    That is how many blocks, the first one's place in its row, and the addresses of this row.
+    """
     for begin, stop in pieces(geometry):
         if number(geometry, MAPPED) and stop > shared(geometry, READ):
             _populate_blocks(geometry, begin, stop)
         start = begin
         while start < stop:
-            # Geometry is read anew each time, so that it does not take registers from the loops inside.
-            per_row, row_bytes = number(geometry, BLOCKS_PER_ROW), number(geometry, LENGTH) * itemsize(word)
-            rows, out_row = number(geometry, ROW_AXIS), number(geometry, ROW_AXIS_OUT)
+            per_row, rows = number(geometry, BLOCKS_PER_ROW), number(geometry, ROW_AXIS)
             row = start // per_row
             first = start - row * per_row
-            count = min(stop - start, (rows - row % rows) * per_row - first)
+            left = per_row if row_by_row else (rows - row % rows) * per_row
+            count = min(stop - start, left - first)
             block, scale, out = _addresses(geometry, row)
-            dense = number(geometry, OUT_STEP) == itemsize(word)
-            whole = dense and number(geometry, START) == 0 and number(geometry, LENGTH) == 32 * per_row
-            if whole and number(geometry, STREAMING) and (out | out_row) % 64 == 0:
-                _decode_rows(geometry, word, True, count, first, block, scale, out)
-            elif whole and not number(geometry, STREAMING):
-                _decode_rows(geometry, word, False, count, first, block, scale, out)
-            elif dense and number(geometry, STREAMING) and row_bytes >= 64:
-                if out_row != row_bytes:
-                    count = min(count, per_row - first)
-                _stream_rows(geometry, word, count, first, block, scale, out, ring)
-            else:
-                _decode_ragged(geometry, word, count, first, block, scale, out)
+            yield count, first, block, scale, out
             start += count
         if number(geometry, STREAMING):
             fence()
         if number(geometry, MAPPED) and number(geometry, HELPERS) and _read_blocks_ahead(geometry):
             break
+
+
+def decode_pieces(geometry, word):
+    """Decode blocks, counted over all rows in C order, to words of the type of ``word``.
+
+    Rows are decoded whole, to elements next to each other, and to whole lines if these are streamed.
+    """
+    for count, first, block, scale, out in _runs(geometry, False):
+        if number(geometry, STREAMING):
+            _stream_whole_rows(geometry, word, count, first, block, scale, out)
+        else:
+            _decode_whole_rows(geometry, word, count, first, block, scale, out)
+    return are_left(geometry)
+
+
+def decode_any_pieces(geometry, word):
+    """Decode as `decode_pieces` does, but any rows: those that begin or end inside a block, or anywhere in a line."""
+    ring = (reserve_ring() + RING - 1) & -RING  # a frame that the compiler aligned would cost the loops a register
+    row_bytes = number(geometry, LENGTH) * itemsize(word)
+    streaming = number(geometry, STREAMING) and number(geometry, OUT_STEP) == itemsize(word) and row_bytes >= 64
+    row_by_row = streaming and number(geometry, ROW_AXIS_OUT) != row_bytes
+    for count, first, block, scale, out in _runs(geometry, row_by_row):
+        if streaming:
+            _stream_rows(geometry, word, count, first, block, scale, out, ring)
+        else:
+            _decode_ragged(geometry, word, count, first, block, scale, out)
     return are_left(geometry)
 
 
@@ -1561,7 +1589,7 @@ def _encode_any(table, x, word, count, codes, scales):
         encode_block(words + 64 * k, line, codes + 16 * k)
 
 
-@njit(nogil=True)
+@inner
 def _scale_blocks(x, word, count, rounding, scales, bases, bits, signs):
     """Write scales of blocks, eight or more, and what `encode_pair` wants; return whether all of them have a base."""
     stand_alone()
@@ -1573,7 +1601,7 @@ def _scale_blocks(x, word, count, rounding, scales, bases, bits, signs):
     return based
 
 
-@njit(nogil=True)
+@inner
 def _encode_based(word, count, bases, bits, signs, codes):
     """Write the codes of blocks that have bases, two or more."""
     stand_alone()
@@ -1739,13 +1767,13 @@ def _copy_run(source, target, count, past_caches):
         copy_1(source + i, target + i)
 
 
-@njit(nogil=True)
+@inner
 def _most_fillers(loading):
     """Return for how many threads there are slots."""
     return -(-number(loading, SLOTS) // number(loading, SLOTS_EACH))
 
 
-@njit(nogil=True)
+@inner
 def _claim_load(loading, slot):
     """Claim the next pieces for a slot, if there are any: one more for each as there have been for every thread."""
     piece = shared(loading, CLAIMED)
@@ -1780,7 +1808,7 @@ def _claim_load(loading, slot):
     replace_shared(slot, STATE, FREE, FILLING)
 
 
-@njit(nogil=True)
+@inner
 def _fill_piece(loading, slot):
     """Put a piece of its load into a slot."""
     array, begin, filled = number(slot, ARRAY), number(slot, FIRST_BYTE), number(slot, FILLED)
@@ -1799,19 +1827,19 @@ def _fill_piece(loading, slot):
         replace_shared(slot, STATE, FILLING, FULL)
 
 
-@njit(nogil=True)
+@inner
 def _slot(loading, i):
     """Return where a slot is."""
     return loading + 8 * (FIRST_SLOT + SLOT_NUMBERS * i)
 
 
-@njit(nogil=True)
+@inner
 def _slots(loading, begin, end):
     """Return where the slots of a range are."""
     return range(_slot(loading, begin), _slot(loading, end), 8 * SLOT_NUMBERS)
 
 
-@njit(nogil=True)
+@inner
 def _batch(loading):
     """List slots that can be copied and are of one part, the oldest first; return how many."""
     part, last, count = 0, -1, 0
@@ -1828,7 +1856,7 @@ def _batch(loading):
     return count
 
 
-@njit(nogil=True)
+@inner
 def _queue_batch(loading, count):
     """Have the driver copy the slots that are listed; return what it says."""
     part, status = number(number(loading, BATCH), PART), CUDA_SUCCESS
@@ -1862,13 +1890,13 @@ def _queue_batch(loading, count):
     return status
 
 
-@njit(nogil=True)
+@inner
 def _queue_place(loading, place):
     """Return the slot that keeps which one was queued at a place."""
     return _slot(loading, place % number(loading, SLOTS))
 
 
-@njit(nogil=True)
+@inner
 def _free_copied(loading):
     """Free the slots that the driver has copied; return what it says, if that is an error."""
     while number(loading, FREED) < number(loading, QUEUED):
@@ -1881,7 +1909,7 @@ def _free_copied(loading):
     return CUDA_SUCCESS
 
 
-@njit(nogil=True)
+@inner
 def _call_driver(loading):
     """Have the driver copy what is there, and see what it has copied, unless another thread is about that."""
     if shared(loading, CALLING) != 0 or replace_shared(loading, CALLING, 0, 1) != 0:
@@ -1897,7 +1925,7 @@ def _call_driver(loading):
     replace_shared(loading, CALLING, 1, 0)
 
 
-@njit(nogil=True)
+@inner
 def _load_while(vector, index, loading, thread, most):
     """Fill a thread's slots and have them copied while a number is not 0 and no error is known.
 
