@@ -64,14 +64,13 @@ class CPUBackend(HostBackend):
         transposed = is_transposed(out)
         if blocks.strides[-1] != 1:  # the bytes of a block lie apart: gather them, at most half the size of `out`
             blocks = np.ascontiguousarray(blocks)
-        word, table = _word_and_table(out.dtype, order)
         streaming = out.nbytes >= STREAMING_BYTES and not fresh
-        described = _arrays(blocks, scales, out, table, start, transposed=transposed, streaming=streaming)
-        plain = "decode_pieces" if _are_whole(described[0]) else "decode_any_pieces"
-        kernel = kernel_address("transpose_pieces" if transposed else plain, word)
+        arrays, units = _arrays(blocks, scales, out, start, transposed=transposed, streaming=streaming)
+        rows = "decode_pieces" if _are_whole(arrays) else "decode_any_pieces"
+        kernel, arrays[TABLE_ADDRESS] = _decoder("transpose_pieces" if transposed else rows, out.dtype, order)
         if kernel is None:
             return ReferenceBackend().decode(blocks, scales, out, start=start, order=order)
-        _run(kernel, *described, num_threads, fresh=fresh)
+        _run(kernel, arrays, units, num_threads, fresh=fresh)
 
     def encode(
         self,
@@ -91,8 +90,9 @@ class CPUBackend(HostBackend):
             return ReferenceBackend().encode(x, blocks, scales, rule=rule)
         # Where the bytes of a block lie apart, they are scattered from an array of their own.
         codes = blocks if blocks.strides[-1] == 1 else np.empty(blocks.shape, np.uint8)
-        table = _table_address(_table_name(x.dtype), rule)
-        _run(kernel, *_arrays(codes, scales, x, table, transposed=columns), num_threads)
+        arrays, units = _arrays(codes, scales, x, transposed=columns)
+        arrays[TABLE_ADDRESS] = _table_address(_table_name(x.dtype), rule)
+        _run(kernel, arrays, units, num_threads)
         if codes is not blocks:
             blocks[...] = codes
 
@@ -122,10 +122,10 @@ def stream(
     kernel = kernel_address("stream_pieces", word)
     if kernel is None:
         raise BackendUnavailableError("the limit of memory is measured by compiled code: unset NUMBA_DISABLE_JIT")
-    arrays, units, unit_blocks = _arrays(blocks, scales, out, 0, streaming=True)
+    arrays, units = _arrays(blocks, scales, out, streaming=True)
     if arrays[BLOCKS_PER_ROW] != scales.size:
         raise ValueError("expected arrays whose rows follow each other without gaps")
-    _run(kernel, arrays, units, unit_blocks, num_threads)
+    _run(kernel, arrays, units, num_threads)
 
 
 def machine_code() -> str:
@@ -142,13 +142,13 @@ def machine_code() -> str:
 def _run(
     kernel: int,
     arrays: list[int],
-    units: int,
-    unit_blocks: int,
+    counts: tuple[int, int],
     num_threads: int | None,
     *,
     fresh: bool = False,
 ) -> None:
     """Run a kernel over all units of so many blocks: in pieces, in several threads, where that pays."""
+    units, unit_blocks = counts
     blocks = units * unit_blocks
     if blocks <= THREAD_BLOCKS:
         sharing = 0, 0, units, 0, units, units, 1, 0, 0
@@ -164,8 +164,8 @@ def _run(
 
 
 ARRAYS = 11  # numbers of a job before those that describe arrays, as in `cpu_kernels`
-OUT_ADDRESS, OUT_STEP, BLOCKS_PER_ROW, START, LENGTH, ITEMSIZE, STREAMING = 2, 6, 7, 8, 9, 10, 11  # and of those
-ROW_AXIS_OUT, AXIS_NUMBERS = 19, 4
+OUT_ADDRESS, TABLE_ADDRESS, OUT_STEP, BLOCKS_PER_ROW, START, LENGTH = 2, 3, 6, 7, 8, 9  # and of those
+ITEMSIZE, STREAMING, ROW_AXIS_OUT, AXIS_NUMBERS = 10, 11, 19, 4
 
 _WORDS = {("pairs", 2): "uint16", ("pairs", 4): "uint32", ("halves", 2): "int16", ("halves", 4): "int32"}
 _ENCODED_WORDS = {"bfloat16": "uint16", "float16": "int16", "float32": "uint32"}
@@ -175,19 +175,18 @@ def _arrays(
     blocks: NDArray[np.uint8],
     scales: NDArray[np.uint8],
     out: NDArray[Any],
-    table: int,
     start: int = 0,
     *,
     transposed: bool = False,
     streaming: bool = False,
-) -> tuple[list[int], int, int]:
+) -> tuple[list[int], tuple[int, int]]:
     """Describe the arrays to a kernel, in the order that `cpu_kernels` names, with as few row axes as strides allow.
 
     Returns
     -------
     arrays : list of int
-        The part of a geometry that says where the arrays are.
-    units, unit_blocks : int
+        The part of a geometry that says where the arrays are, with room for the address of a table.
+    units, unit_blocks : tuple of int
         What the kernel counts, blocks, or groups of 32 rows if it transposes, and how many blocks that is.
     """
     units, unit_blocks, matrix = scales.size, 1, (1, 0, 0)
@@ -212,8 +211,8 @@ def _arrays(
         rows = [number for axis in reversed(axes) for number in axis] or rows
     mapped = units * unit_blocks > THREAD_BLOCKS and is_mapped(blocks)
     addresses = address_of(blocks), address_of(scales), address_of(out)
-    arrays = [*addresses, table, *steps, per_row, start, length, out.itemsize, streaming, mapped, *matrix, *rows]
-    return arrays, units, unit_blocks
+    arrays = [*addresses, 0, *steps, per_row, start, length, out.itemsize, streaming, mapped, *matrix, *rows]
+    return arrays, (units, unit_blocks)
 
 
 def _are_whole(arrays: list[int]) -> bool:
@@ -278,6 +277,7 @@ def _table_name(dtype: np.dtype[Any]) -> str:
 
 
 @functools.cache
-def _word_and_table(dtype: np.dtype[Any], order: str) -> tuple[str, int]:
-    """Return the type of word that a kernel decodes to, and where the table is that it looks values up in."""
-    return _WORDS[order, dtype.itemsize], _table_address(_table_name(dtype))
+def _decoder(name: str, dtype: np.dtype[Any], order: str) -> tuple[int | None, int]:
+    """Return where the kernel is, if there can be one, and where the table that it looks values up in."""
+    kernel = kernel_address(name, _WORDS[order, dtype.itemsize])
+    return kernel, 0 if kernel is None else _table_address(_table_name(dtype))
