@@ -361,8 +361,8 @@ def stream_joined(typingctx, first, second, count, out):
 
 
 # How far ahead memory is asked for: in rows, or at least in blocks of short ones; where there are no rows, in blocks,
-# and in bytes for the first-level cache.
-PREFETCH_ROWS, PREFETCH_SHORT, PREFETCH_BLOCKS, PREFETCH_NEAR = 4, 128, 512, 1024
+# and in bytes for the first-level cache; and how far ahead in bytes, where elements are stored through the cache.
+PREFETCH_ROWS, PREFETCH_SHORT, PREFETCH_BLOCKS, PREFETCH_NEAR, PREFETCH_OUT = 4, 128, 512, 1024, 1024
 # Bytes of the ring in which lines are made: as many as addresses have different lowest bits; how far decoding is ahead
 # of streaming at least, and at most; and how far behind a line that is streamed nothing may be loaded.
 RING, RING_LAG, RING_LEAD, RING_GAP = 4096, 2048, 3072, 512
@@ -516,14 +516,14 @@ decode_turned = _turned_decoder(1, streaming=False)
 stream_turned = _turned_decoder(64, streaming=True)
 
 
-def _prefetcher(locality):
+def _prefetcher(locality, *, write=False):
     @intrinsic
     def prefetch(typingctx, address):
         """Ask for the cache line at an address."""
 
         def codegen(context, builder, signature, args):
             pointer = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
-            arguments = pointer, _I32(0), _I32(locality), _I32(1)  # to read, as data
+            arguments = pointer, _I32(int(write)), _I32(locality), _I32(1)  # as data
             signature = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
             builder.call(builder.module.declare_intrinsic("llvm.prefetch", (pointer.type,), signature), arguments)
             return context.get_dummy_value()
@@ -535,6 +535,7 @@ def _prefetcher(locality):
 
 prefetch = _prefetcher(3)  # into all levels of the cache
 prefetch_far = _prefetcher(2)  # into all but the first
+prefetch_to_write = _prefetcher(3, write=True)
 
 
 def _transposed(builder, rows):
@@ -919,7 +920,9 @@ def _prefetch_rest(geometry, block, scale):
         prefetch_far(scale + last)
 
 
-def _rows_decoder(decode):
+def _rows_decoder(*, streaming):
+    decode = stream_block if streaming else decode_block
+
     @inner
     def decode_rows(geometry, word, count, first, block, scale, out):
         """Decode ``count`` blocks, from one of a row on, of rows that are decoded whole.
@@ -942,6 +945,10 @@ def _rows_decoder(decode):
             if g & 3 == 0:
                 prefetch_far(block + block_ahead)
                 prefetch(block + near)
+            if not streaming:
+                prefetch_to_write(out + PREFETCH_OUT)
+                if size == 4:
+                    prefetch_to_write(out + PREFETCH_OUT + 64)
             decode(block, table + TABLE_LINE * load_byte(scale), out, word)
             block += block_step
             scale += scale_step
@@ -957,8 +964,8 @@ def _rows_decoder(decode):
     return decode_rows
 
 
-_decode_whole_rows = _rows_decoder(decode_block)
-_stream_whole_rows = _rows_decoder(stream_block)
+_decode_whole_rows = _rows_decoder(streaming=False)
+_stream_whole_rows = _rows_decoder(streaming=True)
 
 
 @inner
