@@ -217,6 +217,41 @@ def test_rows_of_any_length_and_alignment_past_the_cache(dtype, length):
         assert np.all(memory == 0x55), "written outside of out"
 
 
+def memory_at(offset, shape, strides):
+    """Return an array of float16, of strides in elements, that begins so many bytes behind a line of the cache."""
+    out = aligned_empty((100_000,), np.dtype(np.uint8))[offset:-64].view(np.float16)
+    return np.lib.stride_tricks.as_strided(out, shape, [2 * stride for stride in strides])
+
+
+@pytest.mark.parametrize(
+    ("index", "offset", "strides", "cached", "streamed"),
+    [
+        (np.s_[:], 0, (128, 1), "decode_pieces", "decode_pieces"),
+        (np.s_[::2, 32:96], 0, (64, 1), "decode_pieces", "decode_pieces"),
+        (np.s_[:], 0, (160, 1), "decode_pieces", "decode_pieces"),  # rows with gaps, of whole lines
+        (np.s_[:], 0, (136, 1), "decode_pieces", "decode_any_pieces"),  # of a part of a line
+        (np.s_[:], 2, (128, 1), "decode_pieces", "decode_any_pieces"),
+        (np.s_[:, 5:], 0, (123, 1), "decode_any_pieces", "decode_any_pieces"),
+        (np.s_[:, :100], 0, (128, 1), "decode_any_pieces", "decode_any_pieces"),
+        (np.s_[:], 0, (256, 2), "decode_any_pieces", "decode_any_pieces"),
+        (np.s_[:], 0, (1, 20), "transpose_pieces", "transpose_pieces"),
+    ],
+)
+def test_the_kernel_follows_from_where_rows_lie(index, offset, strides, cached, streamed):
+    """One is for whole rows, whose elements are next to each other, in whole lines of the cache if they go past it."""
+    rng = np.random.default_rng(0)
+    part = MXFP4Array(rng.integers(0, 256, (20, 4, 16), np.uint8), rng.integers(0, 256, (20, 4), np.uint8))[index]
+    out = memory_at(offset, part.shape, strides)
+    for streaming_bytes, name in ((sys.maxsize, cached), (0, streamed)):
+        with (
+            mock.patch.object(cpu, "STREAMING_BYTES", streaming_bytes),
+            mock.patch.object(cpu, "_decoder", wraps=cpu._decoder) as decoder,
+        ):
+            part.decode(out=out)
+        assert decoder.call_args.args[0] == name
+        assert_same_bits(out, oracle(part.blocks, part.scales, "float16")[:, part.start :][:, : part.shape[1]])
+
+
 def test_strides_of_axes_of_one_element_mean_nothing():
     """NumPy calls arrays contiguous whatever these are."""
     blocks, scales = np.arange(5 * 16, dtype=np.uint8).reshape(5, 1, 16), np.arange(125, 130, dtype=np.uint8)[:, None]

@@ -1782,7 +1782,7 @@ def _most_fillers(loading):
 
 @inner
 def _claim_load(loading, slot):
-    """Claim the next pieces for a slot, if there are any: one more for each as there have been for every thread."""
+    """Claim the next pieces for a slot, if there are any: one, and one more for each that every thread has had."""
     piece = shared(loading, CLAIMED)
     left = shared(loading, KNOWN) - piece
     if left <= 0:
