@@ -274,7 +274,7 @@ class SafetensorsFile(TensorFile):
 
 
 def _what_is_wrong(file: BinaryIO) -> str | None:
-    """Say why a file that cannot be parsed is not as long as it should be, or what another tool left in its place."""
+    """Say why a file that cannot be parsed is not as long as it should be, or that it is something else."""
     size = os.fstat(file.fileno()).st_size
     file.seek(0)
     beginning = file.read(len(LFS_POINTER))
@@ -282,7 +282,7 @@ def _what_is_wrong(file: BinaryIO) -> str | None:
         return "it is a pointer of Git LFS: get what it stands for with git lfs pull"
     expected = 8 + int.from_bytes(beginning[:8], "little")
     if expected > 8 + HEADER_LIMIT:
-        return None
+        return f"it begins with {beginning[:8]!r}, which is not the length of a header: it is a file of another kind"
     if expected <= size:
         file.seek(8)
         try:

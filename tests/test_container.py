@@ -80,6 +80,8 @@ HOSTILE = {
     "empty file": (b"", "it ends after 0 of at least 8 bytes: download or copy it again"),
     "seven bytes": (b"\x02" + bytes(6), "7 of at least 10 bytes"),
     "pointer of Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "git lfs pull"),
+    "a file of GGUF": (b"GGUF\x03\0\0\0" + bytes(100), r"begins with b'GGUF\x03\x00\x00\x00', which is not the length"),
+    "a page of HTML": (b"<!DOCTYPE html>" + bytes(100), "it is a file of another kind"),
     "no header": (bytes(8), ""),
     "truncated header": (file_bytes({"x": X})[:20], "it ends after 20 of at least "),
     "truncated data": (file_bytes({"x": X}, b"abc"), "bytes: download or copy it again"),
