@@ -66,8 +66,8 @@ class CPUBackend(HostBackend):
             blocks = np.ascontiguousarray(blocks)
         streaming = out.nbytes >= STREAMING_BYTES and not fresh
         arrays, units = _arrays(blocks, scales, out, start, transposed=transposed, streaming=streaming)
-        rows = "decode_pieces" if _are_whole(arrays) else "decode_any_pieces"
-        kernel, arrays[TABLE_ADDRESS] = _decoder("transpose_pieces" if transposed else rows, out.dtype, order)
+        name = "transpose_pieces" if transposed else "decode_pieces" if _are_whole(arrays) else "decode_any_pieces"
+        kernel, arrays[TABLE_ADDRESS] = _decoder(name, out.dtype, order)
         if kernel is None:
             return ReferenceBackend().decode(blocks, scales, out, start=start, order=order)
         _run(kernel, arrays, units, num_threads, fresh=fresh)
