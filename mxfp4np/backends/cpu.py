@@ -33,6 +33,9 @@ FRESH_FACTOR = 4
 THREAD_BLOCKS = 1 << 16
 """One thread for so many blocks, 4 MiB of bfloat16, at most: more are slower, since each takes a while to wake."""
 
+GAPS_FACTOR = 2.5
+"""From row to row, at most so many times the bytes of a row where the gap between them is read too."""
+
 GROUPS_ABREAST = 4
 """The fewest groups of 32 rows, where these are transposed: so many are worked on together."""
 
@@ -165,7 +168,7 @@ def _run(
 
 ARRAYS = 11  # numbers of a job before those that describe arrays, as in `cpu_kernels`
 OUT_ADDRESS, TABLE_ADDRESS, OUT_STEP, BLOCKS_PER_ROW, START, LENGTH = 2, 3, 6, 7, 8, 9  # and of those
-ITEMSIZE, STREAMING, ROW_AXIS_OUT, AXIS_NUMBERS = 10, 11, 19, 4
+ITEMSIZE, STREAMING, ROW_AXIS_OUT, AXIS_NUMBERS = 10, 11, 20, 4
 
 _WORDS = {("pairs", 2): "uint16", ("pairs", 4): "uint32", ("halves", 2): "int16", ("halves", 4): "int32"}
 _ENCODED_WORDS = {"bfloat16": "uint16", "float16": "int16", "float32": "uint32"}
@@ -190,7 +193,7 @@ def _arrays(
         What the kernel counts, blocks, or groups of 32 rows if it transposes, and how many blocks that is.
     """
     units, unit_blocks, matrix = scales.size, 1, (1, 0, 0)
-    rows = [1, 0, 0, 0]
+    rows, gaps_too = [1, 0, 0, 0], False
     per_row, length = scales.shape[-1], out.shape[-1]
     whole = start == 0 and length == BLOCK_SIZE * per_row
     if whole and blocks.flags.c_contiguous and scales.flags.c_contiguous and out.flags.c_contiguous:
@@ -209,10 +212,21 @@ def _arrays(
             per_row *= axes.pop()[0]
             length = BLOCK_SIZE * per_row
         rows = [number for axis in reversed(axes) for number in axis] or rows
+        row_bytes = per_row * steps[0]
+        gaps_too = row_bytes < rows[1] <= GAPS_FACTOR * row_bytes and _reads_best_in_sequence()
     mapped = units * unit_blocks > THREAD_BLOCKS and is_mapped(blocks)
     addresses = address_of(blocks), address_of(scales), address_of(out)
-    arrays = [*addresses, 0, *steps, per_row, start, length, out.itemsize, streaming, mapped, *matrix, *rows]
+    arrays = [*addresses, 0, *steps, per_row, start, length, out.itemsize, streaming, mapped, gaps_too, *matrix, *rows]
     return arrays, (units, unit_blocks)
+
+
+@functools.cache
+def _reads_best_in_sequence() -> bool:
+    """Tell whether this processor had better read the gaps between rows too, as AMD's had from Zen on."""
+    from llvmlite.binding import get_host_cpu_name
+
+    name: str = get_host_cpu_name()
+    return name.startswith("znver")
 
 
 def _are_whole(arrays: list[int]) -> bool:
