@@ -252,6 +252,40 @@ def test_the_kernel_follows_from_where_rows_lie(index, offset, strides, cached, 
         assert_same_bits(out, oracle(part.blocks, part.scales, "float16")[:, part.start :][:, : part.shape[1]])
 
 
+@pytest.mark.parametrize("in_sequence", [False, True])
+@pytest.mark.parametrize(
+    ("index", "near"),
+    [
+        (np.s_[:], False),
+        (np.s_[:, ::2], True),
+        (np.s_[:, ::3], False),
+        (np.s_[:, ::-2], False),
+        (np.s_[..., 64:128], True),
+        (np.s_[..., 70:100], True),
+        (np.s_[..., :32], False),
+    ],
+)
+def test_gaps_between_near_rows_are_read_where_that_is_faster(index, near, in_sequence):
+    rng = np.random.default_rng(0)
+    blocks, scales = rng.integers(0, 256, (3, 40, 4, 16), np.uint8), rng.integers(0, 256, (3, 40, 4), np.uint8)
+    part, expected = MXFP4Array(blocks, scales)[index], oracle(blocks, scales, "float16")[index]
+    out = aligned_empty(expected.shape, expected.dtype)
+    with (
+        mock.patch.object(cpu, "_reads_best_in_sequence", return_value=in_sequence),
+        mock.patch.object(cpu, "_run", wraps=cpu._run) as run,
+        mock.patch.object(cpu, "STREAMING_BYTES", 0),
+    ):
+        assert_same_bits(part.decode(out=out), expected)
+    arrays = run.call_args.args[1]
+    assert arrays[cpu_kernels.GAPS_TOO - cpu.ARRAYS] == (near and in_sequence)
+
+
+@pytest.mark.parametrize(("name", "in_sequence"), [("znver4", True), ("sapphirerapids", False), ("generic", False)])
+def test_which_processors_read_best_in_sequence(name, in_sequence):
+    with mock.patch.object(llvm, "get_host_cpu_name", return_value=name):
+        assert cpu._reads_best_in_sequence.__wrapped__() == in_sequence
+
+
 def test_strides_of_axes_of_one_element_mean_nothing():
     """NumPy calls arrays contiguous whatever these are."""
     blocks, scales = np.arange(5 * 16, dtype=np.uint8).reshape(5, 1, 16), np.arange(125, 130, dtype=np.uint8)[:, None]

@@ -361,6 +361,51 @@ def stream_joined(typingctx, first, second, count, out):
     return types.void(types.int64, types.int64, types.int64, types.int64), codegen
 
 
+@intrinsic
+def can_join(typingctx):
+    """Return whether words of two blocks can be joined in registers."""
+
+    def codegen(context, builder, signature, args):
+        return ir.Constant(ir.IntType(1), _form(context) == "avx512")
+
+    return types.boolean(), codegen
+
+
+def _joiner(*, streaming):
+    @intrinsic
+    def join(typingctx, kept, count, block, line, begin, out, word):
+        """Write ``count`` words that are kept at an address, and behind them those of a block from ``begin`` on.
+
+        The first 32 are written as elements; then it is those behind them that are kept.
+        """
+
+        def codegen(context, builder, signature, args):
+            kept, count, block, line, begin, out, word = args
+            if _form(context) == "avx512":
+                words = decoded("avx512", builder, block, line, halves=signature.args[6].signed)
+                numbers = count, builder.sub(begin, count)
+                counts, shifts = (_repeated(builder, builder.trunc(value, _I16), 32) for value in numbers)
+                lanes = _constants(_I16, range(32))
+                # An index has five bits that count, and where there are two vectors a sixth, which says in which.
+                behind = builder.add(lanes, shifts)
+                of_block = builder.or_(behind, _constants(_I16, [32] * 32))
+                of_both = builder.select(builder.icmp_unsigned("<", lanes, counts), lanes, of_block)
+                both = _load(builder, kept, words.type, 64), of_both, words
+                joined = _call(builder, "llvm.x86.avx512.vpermi2var.hi.512", words.type, *both)
+                rest = _call(builder, "llvm.x86.avx512.permvar.hi.512", words.type, words, behind)
+                _store(builder, rest, kept, 64)
+                store_words(builder, joined, out, word.type.width, 64, streaming=streaming)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 6, word), codegen
+
+    return join
+
+
+join_words = _joiner(streaming=False)
+stream_words = _joiner(streaming=True)
+
+
 # How far ahead memory is asked for: in rows, or at least in blocks of short ones; where there are no rows, in blocks,
 # and in bytes for the first-level cache; and how far ahead in bytes, where elements are stored through the cache.
 PREFETCH_ROWS, PREFETCH_SHORT, PREFETCH_BLOCKS, PREFETCH_NEAR, PREFETCH_OUT = 4, 128, 512, 1024, 1024
@@ -368,6 +413,7 @@ PREFETCH_ROWS, PREFETCH_SHORT, PREFETCH_BLOCKS, PREFETCH_NEAR, PREFETCH_OUT = 4,
 # of streaming at least, and at most; and how far behind a line that is streamed nothing may be loaded.
 RING, RING_LAG, RING_LEAD, RING_GAP = 4096, 2048, 3072, 512
 reserve_ring = _reserver(RING + RING + 128, 16)  # to be aligned to its size, and with a block behind its end
+reserve_line = _reserver(64 + 128, 64)  # words that are kept for the next line, and room for one of elements
 reserve_tile = _reserver(32 * 64, 64)  # table words of 32 rows and 32 columns
 
 # Tiles that are transposed together, so that it is several lines in a row that are written.
@@ -1025,8 +1071,6 @@ def _stream_rows(geometry, word, count, first, block, scale, out, ring):
     gap = per_row * block_bytes - row_bytes
     block_row, scale_row = number(geometry, ROW_AXIS_BLOCKS), number(geometry, ROW_AXIS_SCALES)
     block_ahead, scale_ahead = _ahead(geometry)
-    near, pace, silent = _nearby(geometry)
-    ahead = block + near + first * pace
     begin = out + max(0, first * block_bytes - start)
     rows, rest = (first + count) // per_row, (first + count) % per_row
     end = out + rows * row_bytes + max(0, rest * block_bytes - start)
@@ -1048,9 +1092,6 @@ def _stream_rows(geometry, word, count, first, block, scale, out, ring):
             for i in range(-blocks, 0):
                 if i & 3 == 0:
                     prefetch_far(block + block_ahead)
-                if i & silent == 0:
-                    prefetch(ahead)
-                ahead += pace
                 words = table + TABLE_LINE * load_byte(scale)
                 _decode_to_ring(block, words, ring, target + shift + i * block_bytes, word)
                 block += block_step
@@ -1064,9 +1105,6 @@ def _stream_rows(geometry, word, count, first, block, scale, out, ring):
             for i in range(blocks):
                 if i & 3 == 0:
                     prefetch_far(block + block_ahead)
-                if i & silent == 0:
-                    prefetch(ahead)
-                ahead += pace
                 _decode_to_ring(block, table + TABLE_LINE * load_byte(scale), ring, place, word)
                 block += block_step
                 scale += scale_step
@@ -1093,8 +1131,70 @@ def _stream_rows(geometry, word, count, first, block, scale, out, ring):
             scale += scale_row - per_row * scale_step
             target -= gap
             shift = _next_shift(shift, gap)
+            _prefetch_rest(geometry, block + block_ahead, scale + scale_ahead)
+
+
+@inner
+def _copy_bytes(source, target, begin, end):
+    """Copy a range of bytes, one by one."""
+    for i in range(begin, end):
+        copy_1(source + i, target + i)
+
+
+@inner
+def _join_rows(geometry, word, count, first, block, scale, out, kept):
+    """Decode and stream as `_stream_rows` does, to aligned elements, where words can be joined in registers.
+
+    The words of a block that a line has no room for are kept for the next one.
+    """
+    table, size = number(geometry, TABLE_ADDRESS), itemsize(word)
+    block_step, scale_step = number(geometry, BLOCKS_STEP), number(geometry, SCALES_STEP)
+    per_row, start = number(geometry, BLOCKS_PER_ROW), number(geometry, START)
+    end = start + number(geometry, LENGTH)
+    block_row, scale_row = number(geometry, ROW_AXIS_BLOCKS), number(geometry, ROW_AXIS_SCALES)
+    block_ahead, scale_ahead = _ahead(geometry)
+    near, pace, silent = _nearby(geometry)
+    ahead = block + near + first * pace
+    begin = out + size * max(0, 32 * first - start)
+    line = begin & -64
+    there = others = (begin - line) // size  # words for this line, and how many of them are not of this run
+    block += first * block_step
+    scale += first * scale_step
+    g = first
+    while count > 0:
+        begin = start if g == 0 else 0
+        added = min(32, end - 32 * g) - begin
+        blocks = min(count, end // 32 - g) if others == 0 and added == 32 else 1
+        for i in range(g, g + blocks):
+            if i & 3 == 0:
+                prefetch_far(block + block_ahead)
+            if i & silent == 0:
+                prefetch(ahead)
+            ahead += pace
+            words = table + TABLE_LINE * load_byte(scale)
+            if there + added < 32:
+                join_words(kept, there, block, words, begin, kept, squeezed(word))
+            else:
+                if others > 0:
+                    join_words(kept, there, block, words, begin, kept + 64, word)
+                    _copy_bytes(kept + 64, line, others * size, 32 * size)
+                    others = 0
+                else:
+                    stream_words(kept, there, block, words, begin, line, word)
+                line += 32 * size
+            block += block_step
+            scale += scale_step
+        there = (there + added) & 31
+        count -= blocks
+        g += blocks
+        if g == per_row:
+            g = 0
+            block += block_row - per_row * block_step
+            scale += scale_row - per_row * scale_step
             ahead = block + near
             _prefetch_rest(geometry, block + block_ahead, scale + scale_ahead)
+    move_line(kept, kept + 64, word)
+    _copy_bytes(kept + 64, line, others * size, there * size)
 
 
 @inner
@@ -1225,11 +1325,14 @@ def decode_pieces(geometry, word):
 def decode_any_pieces(geometry, word):
     """Decode as `decode_pieces` does, but any rows: those that begin or end inside a block, or anywhere in a line."""
     ring = (reserve_ring() + RING - 1) & -RING  # a frame that the compiler aligned would cost the loops a register
+    kept = reserve_line()
     row_bytes = number(geometry, LENGTH) * itemsize(word)
     streaming = number(geometry, STREAMING) and number(geometry, OUT_STEP) == itemsize(word) and row_bytes >= 64
     row_by_row = streaming and number(geometry, ROW_AXIS_OUT) != row_bytes
     for count, first, block, scale, out in _runs(geometry, row_by_row):
-        if streaming:
+        if streaming and can_join() and out % itemsize(word) == 0:
+            _join_rows(geometry, word, count, first, block, scale, out, kept)
+        elif streaming:
             _stream_rows(geometry, word, count, first, block, scale, out, ring)
         else:
             _decode_ragged(geometry, word, count, first, block, scale, out)
