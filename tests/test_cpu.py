@@ -196,14 +196,15 @@ def test_small_pieces_past_the_cache_and_not(data, streaming, transpose):
     assert np.all(memory == 0x55), "written outside of out"
 
 
-@pytest.mark.parametrize("length", [32, 33, 48, 63, 64, 100, 1265, 2880, 9001])
+@pytest.mark.parametrize("length", [16, 32, 33, 48, 63, 64, 100, 1265, 2880, 9001])
+@pytest.mark.parametrize("order", ["pairs", "halves"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_of_any_length_and_alignment_past_the_cache(dtype, length):
+def test_rows_of_any_length_and_alignment_past_the_cache(dtype, order, length):
     """Rows that follow each other, and rows with gaps, long enough to go around the ring that lines are made in."""
     rng = np.random.default_rng(length)
     rows, groups = 60_000 // length, length // 32 + 2
     blocks, scales = rng.integers(0, 256, (rows, groups, 16), np.uint8), rng.integers(0, 255, (rows, groups), np.uint8)
-    whole = oracle(blocks, scales, dtype)
+    whole = oracle(blocks, scales, dtype, order)
     for start, skew, gap in itertools.product((0, 1, 16, 31), (0, 2, 31, 32), (0, 7)):
         expected = whole[:, start : start + length]
         memory = aligned_empty((rows * (length + gap) * whole.itemsize + 128,), np.dtype(np.uint8))
@@ -211,7 +212,7 @@ def test_rows_of_any_length_and_alignment_past_the_cache(dtype, length):
         out = memory[skew:][: rows * (length + gap) * whole.itemsize].view(whole.dtype).reshape(rows, length + gap)
         out = out[:, :length]
         with mock.patch.multiple(cpu, STREAMING_BYTES=0, THREAD_BLOCKS=8, PIECE_BLOCKS=(501, 501)):
-            MXFP4Array(blocks, scales)[:, start : start + length].decode(out=out, num_threads=2)
+            MXFP4Array(blocks, scales, order)[:, start : start + length].decode(out=out, num_threads=2)
         assert_same_bits(out, expected)
         out[...] = np.full((), 0x55, np.uint8).repeat(whole.itemsize).view(whole.dtype)[0]
         assert np.all(memory == 0x55), "written outside of out"

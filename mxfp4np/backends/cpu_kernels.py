@@ -371,12 +371,13 @@ def can_join(typingctx):
     return types.boolean(), codegen
 
 
-def _joiner(*, streaming):
+def _joiner(*, fill=True, streaming=False):
     @intrinsic
     def join(typingctx, kept, count, block, line, begin, out, word):
-        """Write ``count`` words that are kept at an address, and behind them those of a block from ``begin`` on.
+        """Join ``count`` words that are kept at an address and those of a block from ``begin`` on.
 
-        The first 32 are written as elements; then it is those behind them that are kept.
+        The first 32 are written as elements, and it is those behind them that are kept then; or, if there are not so
+        many, all of them are.
         """
 
         def codegen(context, builder, signature, args):
@@ -393,8 +394,9 @@ def _joiner(*, streaming):
                 both = _load(builder, kept, words.type, 64), of_both, words
                 joined = _call(builder, "llvm.x86.avx512.vpermi2var.hi.512", words.type, *both)
                 rest = _call(builder, "llvm.x86.avx512.permvar.hi.512", words.type, words, behind)
-                _store(builder, rest, kept, 64)
-                store_words(builder, joined, out, word.type.width, 64, streaming=streaming)
+                _store(builder, rest if fill else joined, kept, 64)
+                if fill:
+                    store_words(builder, joined, out, word.type.width, 64, streaming=streaming)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 6, word), codegen
@@ -402,7 +404,8 @@ def _joiner(*, streaming):
     return join
 
 
-join_words = _joiner(streaming=False)
+keep_words = _joiner(fill=False)
+join_words = _joiner()
 stream_words = _joiner(streaming=True)
 
 
@@ -413,7 +416,7 @@ PREFETCH_ROWS, PREFETCH_SHORT, PREFETCH_BLOCKS, PREFETCH_NEAR, PREFETCH_OUT = 4,
 # of streaming at least, and at most; and how far behind a line that is streamed nothing may be loaded.
 RING, RING_LAG, RING_LEAD, RING_GAP = 4096, 2048, 3072, 512
 reserve_ring = _reserver(RING + RING + 128, 16)  # to be aligned to its size, and with a block behind its end
-reserve_line = _reserver(64 + 128, 64)  # words that are kept for the next line, and room for one of elements
+reserve_kept, reserve_line = _reserver(64, 64), _reserver(128, 64)  # a block as words, and as elements
 reserve_tile = _reserver(32 * 64, 64)  # table words of 32 rows and 32 columns
 
 # Tiles that are transposed together, so that it is several lines in a row that are written.
@@ -1142,11 +1145,12 @@ def _copy_bytes(source, target, begin, end):
 
 
 @inner
-def _join_rows(geometry, word, count, first, block, scale, out, kept):
+def _join_rows(geometry, word, count, first, block, scale, out):
     """Decode and stream as `_stream_rows` does, to aligned elements, where words can be joined in registers.
 
     The words of a block that a line has no room for are kept for the next one.
     """
+    kept, elements = reserve_kept(), reserve_line()
     table, size = number(geometry, TABLE_ADDRESS), itemsize(word)
     block_step, scale_step = number(geometry, BLOCKS_STEP), number(geometry, SCALES_STEP)
     per_row, start = number(geometry, BLOCKS_PER_ROW), number(geometry, START)
@@ -1165,36 +1169,41 @@ def _join_rows(geometry, word, count, first, block, scale, out, kept):
         begin = start if g == 0 else 0
         added = min(32, end - 32 * g) - begin
         blocks = min(count, end // 32 - g) if others == 0 and added == 32 else 1
-        for i in range(g, g + blocks):
-            if i & 3 == 0:
-                prefetch_far(block + block_ahead)
-            if i & silent == 0:
-                prefetch(ahead)
-            ahead += pace
+        count -= blocks
+        if others > 0 or there + added < 32:
             words = table + TABLE_LINE * load_byte(scale)
             if there + added < 32:
-                join_words(kept, there, block, words, begin, kept, squeezed(word))
+                keep_words(kept, there, block, words, begin, line, word)
             else:
-                if others > 0:
-                    join_words(kept, there, block, words, begin, kept + 64, word)
-                    _copy_bytes(kept + 64, line, others * size, 32 * size)
-                    others = 0
-                else:
-                    stream_words(kept, there, block, words, begin, line, word)
+                join_words(kept, there, block, words, begin, elements, word)
+                _copy_bytes(elements, line, others * size, 32 * size)
+                others = 0
                 line += 32 * size
             block += block_step
             scale += scale_step
+            ahead += pace
+            g += 1
+        else:
+            for _ in range(blocks):
+                if g & 3 == 0:
+                    prefetch_far(block + block_ahead)
+                if g & silent == 0:
+                    prefetch(ahead)
+                ahead += pace
+                stream_words(kept, there, block, table + TABLE_LINE * load_byte(scale), begin, line, word)
+                line += 32 * size
+                block += block_step
+                scale += scale_step
+                g += 1
         there = (there + added) & 31
-        count -= blocks
-        g += blocks
         if g == per_row:
             g = 0
             block += block_row - per_row * block_step
             scale += scale_row - per_row * scale_step
             ahead = block + near
             _prefetch_rest(geometry, block + block_ahead, scale + scale_ahead)
-    move_line(kept, kept + 64, word)
-    _copy_bytes(kept + 64, line, others * size, there * size)
+    move_line(kept, elements, word)
+    _copy_bytes(elements, line, others * size, there * size)
 
 
 @inner
@@ -1325,13 +1334,12 @@ def decode_pieces(geometry, word):
 def decode_any_pieces(geometry, word):
     """Decode as `decode_pieces` does, but any rows: those that begin or end inside a block, or anywhere in a line."""
     ring = (reserve_ring() + RING - 1) & -RING  # a frame that the compiler aligned would cost the loops a register
-    kept = reserve_line()
     row_bytes = number(geometry, LENGTH) * itemsize(word)
     streaming = number(geometry, STREAMING) and number(geometry, OUT_STEP) == itemsize(word) and row_bytes >= 64
     row_by_row = streaming and number(geometry, ROW_AXIS_OUT) != row_bytes
     for count, first, block, scale, out in _runs(geometry, row_by_row):
         if streaming and can_join() and out % itemsize(word) == 0:
-            _join_rows(geometry, word, count, first, block, scale, out, kept)
+            _join_rows(geometry, word, count, first, block, scale, out)
         elif streaming:
             _stream_rows(geometry, word, count, first, block, scale, out, ring)
         else:
