@@ -7,13 +7,14 @@ import signal
 import sys
 import threading
 import time
+from array import array
 
 import numpy as np
 import pytest
 from contract import interrupted_after
 
 import mxfp4np
-from mxfp4np.backends import cpu_kernels, crew
+from mxfp4np.backends import crew
 
 KERNEL_TYPE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong)
 HELPERS = 3
@@ -27,10 +28,8 @@ def own_crew():
 
     def make(kernel, helpers=HELPERS):
         kernels.append(KERNEL_TYPE(kernel))
-        job = np.zeros(8, np.int64)
-        job[[cpu_kernels.NUMBERS, cpu_kernels.KERNEL]] = 8, ctypes.cast(kernels[-1], ctypes.c_void_p).value
-        job[[cpu_kernels.CREW, cpu_kernels.HELPERS]] = members.address, members.enlist(helpers)
-        return job
+        kernel = ctypes.cast(kernels[-1], ctypes.c_void_p).value
+        return array("q", [8, kernel, members.address, members.enlist(helpers), 0, 0, 0, 0])
 
     make.members = members
     return make

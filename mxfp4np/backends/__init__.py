@@ -187,7 +187,7 @@ def backend_for(packed: Any, out: Any, name: str | None, device: str | None) -> 
         What the caller asked for.
     """
     if isinstance(packed, np.ndarray):
-        if device is None and hasattr(out, "__cuda_array_interface__"):
+        if device is None and not isinstance(out, np.ndarray) and hasattr(out, "__cuda_array_interface__"):
             device = device_of(as_array(out))
         return _get_backend(name, device)
     there = device_of(packed)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import threading
+from array import array
 from typing import Any
 
 import numpy as np
@@ -68,8 +69,8 @@ class CPUBackend(HostBackend):
         if blocks.strides[-1] != 1:  # the bytes of a block lie apart: gather them, at most half the size of `out`
             blocks = np.ascontiguousarray(blocks)
         streaming = out.nbytes >= STREAMING_BYTES and not fresh
-        arrays, units = _arrays(blocks, scales, out, start, transposed=transposed, streaming=streaming)
-        name = "transpose_pieces" if transposed else "decode_pieces" if _are_whole(arrays) else "decode_any_pieces"
+        arrays, units, whole = _arrays(blocks, scales, out, start, transposed=transposed, streaming=streaming)
+        name = "transpose_pieces" if transposed else "decode_pieces" if whole else "decode_any_pieces"
         kernel, arrays[TABLE_ADDRESS] = _decoder(name, out.dtype, order)
         if kernel is None:
             return ReferenceBackend().decode(blocks, scales, out, start=start, order=order)
@@ -93,7 +94,7 @@ class CPUBackend(HostBackend):
             return ReferenceBackend().encode(x, blocks, scales, rule=rule)
         # Where the bytes of a block lie apart, they are scattered from an array of their own.
         codes = blocks if blocks.strides[-1] == 1 else np.empty(blocks.shape, np.uint8)
-        arrays, units = _arrays(codes, scales, x, transposed=columns)
+        arrays, units, _ = _arrays(codes, scales, x, transposed=columns)
         arrays[TABLE_ADDRESS] = _table_address(_table_name(x.dtype), rule)
         _run(kernel, arrays, units, num_threads)
         if codes is not blocks:
@@ -125,7 +126,7 @@ def stream(
     kernel = kernel_address("stream_pieces", word)
     if kernel is None:
         raise BackendUnavailableError("the limit of memory is measured by compiled code: unset NUMBA_DISABLE_JIT")
-    arrays, units = _arrays(blocks, scales, out, streaming=True)
+    arrays, units, _ = _arrays(blocks, scales, out, streaming=True)
     if arrays[BLOCKS_PER_ROW] != scales.size:
         raise ValueError("expected arrays whose rows follow each other without gaps")
     _run(kernel, arrays, units, num_threads)
@@ -157,18 +158,17 @@ def _run(
         sharing = 0, 0, units, 0, units, units, 1, 0, 0
     else:
         threads = min(num_threads or default_num_threads(), -(-blocks // THREAD_BLOCKS))
-        fewest, most = (piece // unit_blocks for piece in PIECE_BLOCKS)
+        fewest, most = PIECE_BLOCKS[0] // unit_blocks, PIECE_BLOCKS[1] // unit_blocks
         if fresh:
             fewest *= FRESH_FACTOR
         fewest = max(1 if unit_blocks == 1 else GROUPS_ABREAST, fewest)
         crew, helpers = shared_crew(min(threads, -(-units // fewest)) - 1)
         sharing = crew, helpers, units, 0, fewest, max(fewest, most), 3 * threads, 0, 0
-    run(np.array([ARRAYS + len(arrays), kernel, *sharing, *arrays], np.int64))
+    run(array("q", [ARRAYS + len(arrays), kernel, *sharing, *arrays]))
 
 
 ARRAYS = 11  # numbers of a job before those that describe arrays, as in `cpu_kernels`
-OUT_ADDRESS, TABLE_ADDRESS, OUT_STEP, BLOCKS_PER_ROW, START, LENGTH = 2, 3, 6, 7, 8, 9  # and of those
-ITEMSIZE, STREAMING, ROW_AXIS_OUT, AXIS_NUMBERS = 10, 11, 20, 4
+TABLE_ADDRESS, BLOCKS_PER_ROW = 3, 7  # and of those
 
 _WORDS = {("pairs", 2): "uint16", ("pairs", 4): "uint32", ("halves", 2): "int16", ("halves", 4): "int32"}
 _ENCODED_WORDS = {"bfloat16": "uint16", "float16": "int16", "float32": "uint32"}
@@ -182,7 +182,7 @@ def _arrays(
     *,
     transposed: bool = False,
     streaming: bool = False,
-) -> tuple[list[int], tuple[int, int]]:
+) -> tuple[list[int], tuple[int, int], bool]:
     """Describe the arrays to a kernel, in the order that `cpu_kernels` names, with as few row axes as strides allow.
 
     Returns
@@ -191,6 +191,8 @@ def _arrays(
         The part of a geometry that says where the arrays are, with room for the address of a table.
     units, unit_blocks : tuple of int
         What the kernel counts, blocks, or groups of 32 rows if it transposes, and how many blocks that is.
+    whole : bool
+        Whether rows are whole blocks, whose elements are next to each other, in whole lines if these are streamed.
     """
     units, unit_blocks, matrix = scales.size, 1, (1, 0, 0)
     rows, gaps_too = [1, 0, 0, 0], False
@@ -216,8 +218,11 @@ def _arrays(
         gaps_too = row_bytes < rows[1] <= GAPS_FACTOR * row_bytes and _reads_best_in_sequence()
     mapped = units * unit_blocks > THREAD_BLOCKS and is_mapped(blocks)
     addresses = address_of(blocks), address_of(scales), address_of(out)
+    whole = whole and steps[2] == out.itemsize
+    if whole and streaming:
+        whole = math.gcd(ALIGNMENT, addresses[2], *rows[3::4]) == ALIGNMENT
     arrays = [*addresses, 0, *steps, per_row, start, length, out.itemsize, streaming, mapped, gaps_too, *matrix, *rows]
-    return arrays, (units, unit_blocks)
+    return arrays, (units, unit_blocks), whole
 
 
 @functools.cache
@@ -227,14 +232,6 @@ def _reads_best_in_sequence() -> bool:
 
     name: str = get_host_cpu_name()
     return name.startswith("znver")
-
-
-def _are_whole(arrays: list[int]) -> bool:
-    """Tell whether rows are decoded whole, to elements next to each other, and to whole lines if these are streamed."""
-    if arrays[START] or arrays[LENGTH] != BLOCK_SIZE * arrays[BLOCKS_PER_ROW] or arrays[OUT_STEP] != arrays[ITEMSIZE]:
-        return False
-    places = arrays[OUT_ADDRESS], *arrays[ROW_AXIS_OUT::AXIS_NUMBERS]
-    return not arrays[STREAMING] or not any(place % ALIGNMENT for place in places)
 
 
 def decode_table(name: str) -> NDArray[np.uint8]:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+from array import array
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .memory import address_of, aligned_empty
 from .threads import most_threads
@@ -102,13 +102,13 @@ def shared_crew(helpers: int) -> tuple[int, int]:
     return _crew.address, min(helpers, _crew.enlist(helpers))
 
 
-def run(job: NDArray[np.int64]) -> None:
+def run(job: array[int]) -> None:
     """Do a job of pieces, with others; return, or raise what interrupts it, when nobody is at a piece any more.
 
     More interrupts change nothing: Python looks for them when a call of compiled code has returned, not before it.
     """
     do = compiled("lead" if job[HELPERS] else "work")  # which compiles sooner
-    address = address_of(job)
+    address, _ = job.buffer_info()
     try:
         while do(address):
             pass
