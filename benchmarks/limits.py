@@ -123,6 +123,7 @@ class Bench:
     def slices(self) -> None:
         """Compare parts with the whole, per byte moved."""
         whole = self.packed.decode()
+        total = whole.nbytes + self.packed.nbytes
         for what, index in (
             ("one expert", np.s_[1]),
             ("every second row", np.s_[:, ::2]),
@@ -130,9 +131,15 @@ class Bench:
         ):
             part = self.packed[index]
             out = part.decode()
-            moved, total = out.nbytes + part.nbytes, whole.nbytes + self.packed.nbytes
+            moved = out.nbytes + part.nbytes
             run = lambda part=part, out=out: part.decode(out=out, num_threads=self.threads)  # noqa: E731
             self.pair(f"{what} : whole, per byte", run, self.decode(whole), moved, total)
+
+        def one_by_one() -> None:
+            for expert, out in zip(self.packed, whole, strict=True):
+                expert.decode(out=out, num_threads=self.threads)
+
+        self.pair("experts, one by one : whole, per byte", one_by_one, self.decode(whole), total, total)
         ragged, rounded = self.packed[..., 325:1590], self.packed[..., 320:1600]
         for dtype in DTYPES:
             outs = ragged.decode(dtype), rounded.decode(dtype)
