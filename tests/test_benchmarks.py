@@ -84,7 +84,7 @@ def test_a_device_has_its_table_and_is_named():
         ("latency", limits.latency, 1),
         ("sizes", scaling.sizes, 4 * 6),
         ("threads", scaling.threads, 4),
-        ("limits", limits.measure, 32),
+        ("limits", limits.measure, 34),
     ],
 )
 def test_sections_give_rows(section, measure, count, monkeypatch, tmp_path):

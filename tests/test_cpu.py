@@ -32,6 +32,8 @@ FORMS = {
     "generic": ({"NUMBA_CPU_NAME": "generic"}, "", "portable"),
 }
 
+READINGS = "row by row", "in sequence", "crosswise"
+
 EXHAUSTIVE = """
 import itertools, sys
 sys.path.insert(0, sys.argv[1])
@@ -58,7 +60,7 @@ for dtype, order in itertools.product(DTYPES, ("pairs", "halves")):
         assert_same_bits(array.decode(out=out), expected)
         out = out.reshape(40, 512, 256)
         assert_same_bits(array.decode(out=out, transpose=True), expected.swapaxes(-1, -2))
-# Tiles side by side, of every scale alone, of all, and of usual ones, past the cache and not.
+# Tiles side by side, of every scale alone, of all, and of usual ones, past the cache and not; and rows of these.
 rng = np.random.default_rng(0)
 blocks = rng.integers(0, 256, (16, 160, 18, 16), np.uint8)
 scales = np.empty(blocks.shape[:-1], np.uint8)
@@ -71,6 +73,8 @@ for dtype, order, streaming in itertools.product(DTYPES, ("pairs", "halves"), (0
         part = mxfp4np.MXFP4Array(blocks, scales, order)[..., start:end]
         out = aligned_empty((16, end - start, 160), expected.dtype)
         assert_same_bits(part.decode(out=out, transpose=True), expected[..., start:end].swapaxes(-1, -2))
+        out = aligned_empty((16, 160, end - start), expected.dtype)
+        assert_same_bits(part.decode(out=out), expected[..., start:end])
 for dtype, rule in itertools.product(DTYPES, RULES):
     x = every_magnitude(dtype)
     turned = np.asfortranarray(x.reshape(-1, 64))
@@ -205,14 +209,17 @@ def test_rows_of_any_length_and_alignment_past_the_cache(dtype, order, length):
     rows, groups = 60_000 // length, length // 32 + 2
     blocks, scales = rng.integers(0, 256, (rows, groups, 16), np.uint8), rng.integers(0, 255, (rows, groups), np.uint8)
     whole = oracle(blocks, scales, dtype, order)
-    for start, skew, gap in itertools.product((0, 1, 16, 31), (0, 2, 31, 32), (0, 7)):
+    cases = itertools.product((0, 1, 16, 31), (0, 2, 31, 32), (0, 7))
+    for (start, skew, gap), reading in zip(cases, itertools.cycle(READINGS)):
         expected = whole[:, start : start + length]
         memory = aligned_empty((rows * (length + gap) * whole.itemsize + 128,), np.dtype(np.uint8))
         memory[:] = 0x55
         out = memory[skew:][: rows * (length + gap) * whole.itemsize].view(whole.dtype).reshape(rows, length + gap)
         out = out[:, :length]
-        with mock.patch.multiple(cpu, STREAMING_BYTES=0, THREAD_BLOCKS=8, PIECE_BLOCKS=(501, 501)):
-            MXFP4Array(blocks, scales, order)[:, start : start + length].decode(out=out, num_threads=2)
+        part = MXFP4Array(blocks, scales, order)[:, start : start + length]
+        limits = {"STREAMING_BYTES": 0, "THREAD_BLOCKS": 8, "PIECE_BLOCKS": (501, 501)}
+        with mock.patch.multiple(cpu, **limits, _reading=lambda reading=reading: reading):
+            part.decode(out=out, num_threads=2)
         assert_same_bits(out, expected)
         out[...] = np.full((), 0x55, np.uint8).repeat(whole.itemsize).view(whole.dtype)[0]
         assert np.all(memory == 0x55), "written outside of out"
@@ -220,7 +227,7 @@ def test_rows_of_any_length_and_alignment_past_the_cache(dtype, order, length):
 
 def memory_at(offset, shape, strides):
     """Return an array of float16, of strides in elements, that begins so many bytes behind a line of the cache."""
-    out = aligned_empty((100_000,), np.dtype(np.uint8))[offset:-64].view(np.float16)
+    out = aligned_empty((100_000,), np.dtype(np.uint8))[offset:][:99_000].view(np.float16)
     return np.lib.stride_tricks.as_strided(out, shape, [2 * stride for stride in strides])
 
 
@@ -230,16 +237,20 @@ def memory_at(offset, shape, strides):
         (np.s_[:], 0, (128, 1), "decode_pieces", "decode_pieces"),
         (np.s_[::2, 32:96], 0, (64, 1), "decode_pieces", "decode_pieces"),
         (np.s_[:], 0, (160, 1), "decode_pieces", "decode_pieces"),  # rows with gaps, of whole lines
-        (np.s_[:], 0, (136, 1), "decode_pieces", "decode_any_pieces"),  # of a part of a line
-        (np.s_[:], 2, (128, 1), "decode_pieces", "decode_any_pieces"),
-        (np.s_[:, 5:], 0, (123, 1), "decode_any_pieces", "decode_any_pieces"),
-        (np.s_[:, :100], 0, (128, 1), "decode_any_pieces", "decode_any_pieces"),
-        (np.s_[:], 0, (256, 2), "decode_any_pieces", "decode_any_pieces"),
+        (np.s_[:], 0, (136, 1), "decode_pieces", "past_pieces"),  # of a part of a line
+        (np.s_[:], 2, (128, 1), "decode_pieces", "past_pieces"),
+        (np.s_[:], 1, (128, 1), "decode_pieces", "ring_pieces"),
+        (np.s_[:, 5:], 0, (123, 1), "ragged_pieces", "past_pieces"),
+        (np.s_[:, :100], 0, (128, 1), "ragged_pieces", "past_pieces"),
+        (np.s_[:, 5:36], 0, (128, 1), "ragged_pieces", "ragged_pieces"),  # shorter than a line
+        (np.s_[:], 0, (256, 2), "ragged_pieces", "ragged_pieces"),
         (np.s_[:], 0, (1, 20), "transpose_pieces", "transpose_pieces"),
     ],
 )
 def test_the_kernel_follows_from_where_rows_lie(index, offset, strides, cached, streamed):
     """One is for whole rows, whose elements are next to each other, in whole lines of the cache if they go past it."""
+    if streamed == "past_pieces":
+        streamed = "join_pieces" if cpu.machine_code() == "avx512" else "ring_pieces"
     rng = np.random.default_rng(0)
     part = MXFP4Array(rng.integers(0, 256, (20, 4, 16), np.uint8), rng.integers(0, 256, (20, 4), np.uint8))[index]
     out = memory_at(offset, part.shape, strides)
@@ -253,38 +264,83 @@ def test_the_kernel_follows_from_where_rows_lie(index, offset, strides, cached, 
         assert_same_bits(out, oracle(part.blocks, part.scales, "float16")[:, part.start :][:, : part.shape[1]])
 
 
-@pytest.mark.parametrize("in_sequence", [False, True])
+@pytest.mark.parametrize("reading", READINGS)
 @pytest.mark.parametrize(
-    ("index", "near"),
+    ("index", "near", "apart"),
     [
-        (np.s_[:], False),
-        (np.s_[:, ::2], True),
-        (np.s_[:, ::3], False),
-        (np.s_[:, ::-2], False),
-        (np.s_[..., 64:128], True),
-        (np.s_[..., 70:100], True),
-        (np.s_[..., :32], False),
+        (np.s_[:], False, 0),
+        (np.s_[:, ::2], True, 1 + 4096 // 320),
+        (np.s_[:, ::3], False, 1 + 4096 // 480),
+        (np.s_[:, ::40], False, 1 + 128 // 30),
+        (np.s_[:, ::-2], False, 0),
+        (np.s_[..., 64:256], True, 1 + 4096 // 160),
+        (np.s_[..., 70:250], True, 1 + 4096 // 160),
+        (np.s_[..., :128], True, 0),
+        (np.s_[..., :96], False, 0),
     ],
 )
-def test_gaps_between_near_rows_are_read_where_that_is_faster(index, near, in_sequence):
+def test_how_rows_with_gaps_are_read(index, near, apart, reading):
     rng = np.random.default_rng(0)
-    blocks, scales = rng.integers(0, 256, (3, 40, 4, 16), np.uint8), rng.integers(0, 256, (3, 40, 4), np.uint8)
+    blocks, scales = rng.integers(0, 256, (3, 40, 10, 16), np.uint8), rng.integers(0, 256, (3, 40, 10), np.uint8)
     part, expected = MXFP4Array(blocks, scales)[index], oracle(blocks, scales, "float16")[index]
     out = aligned_empty(expected.shape, expected.dtype)
     with (
-        mock.patch.object(cpu, "_reads_best_in_sequence", return_value=in_sequence),
+        mock.patch.object(cpu, "_reading", return_value=reading),
         mock.patch.object(cpu, "_run", wraps=cpu._run) as run,
         mock.patch.object(cpu, "STREAMING_BYTES", 0),
     ):
         assert_same_bits(part.decode(out=out), expected)
     arrays = run.call_args.args[1]
-    assert arrays[cpu_kernels.GAPS_TOO - cpu.ARRAYS] == (near and in_sequence)
+    assert arrays[cpu_kernels.GAPS_TOO - cpu.ARRAYS] == (near and reading == "in sequence")
+    assert arrays[cpu_kernels.APART - cpu.ARRAYS] == (apart if reading == "crosswise" else 0)
 
 
-@pytest.mark.parametrize(("name", "in_sequence"), [("znver4", True), ("sapphirerapids", False), ("generic", False)])
-def test_which_processors_read_best_in_sequence(name, in_sequence):
-    with mock.patch.object(llvm, "get_host_cpu_name", return_value=name):
-        assert cpu._reads_best_in_sequence.__wrapped__() == in_sequence
+@pytest.mark.parametrize(("blocks", "is_crosswise"), [(4, False), (5, True), (224, True), (225, False)])
+def test_rows_of_some_lengths_are_asked_for_crosswise(blocks, is_crosswise):
+    memory = np.zeros((300, 450, 16), np.uint8), np.zeros((300, 450), np.uint8), np.zeros((300, 450 * 32), np.float32)
+    part = (array[:, : blocks * (array.shape[1] // 450)] for array in memory)
+    with mock.patch.object(cpu, "_reading", return_value="crosswise"):
+        arrays, _ = cpu._arrays(*part)
+    assert (arrays[cpu_kernels.APART - cpu.ARRAYS] > 0) == is_crosswise
+
+
+def test_crosswise_asks_for_every_line_of_every_row_once():
+    """What a decoder of rows with gaps asks for, but its first and last group, line by line."""
+    far = cpu_kernels._far.py_func
+    per_row, apart, block_row, count = 10, 3, 320, 63
+    lines = -(-per_row // 4)
+    geometry = {
+        cpu_kernels.APART: apart,
+        cpu_kernels.BLOCKS_PER_ROW: per_row,
+        cpu_kernels.ROW_AXIS_BLOCKS: block_row,
+        cpu_kernels.BLOCKS_STEP: 16,
+    }
+    asked, place, group, left = [], 0, 0, per_row * count
+    with mock.patch.object(cpu_kernels, "number", lambda geometry, index: geometry[index]):
+        for row in range(count - lines * apart):
+            ahead, stride, place, group = far(geometry, -1, left, place, group)
+            asked += [row * block_row + ahead + k * stride for k in range(lines)]
+            left -= per_row
+        assert far(geometry, -1, left, place, group)[:2] == (-1, 64)
+    assert sorted(asked) == [row * block_row + 64 * k for row in range(lines * apart, count) for k in range(lines)]
+    together = [{address // block_row for address in asked[i : i + lines]} for i in range(0, len(asked), lines)]
+    assert all(max(rows) - min(rows) == apart * (lines - 1) for rows in together)
+
+
+@pytest.mark.parametrize(
+    ("name", "triple", "reading"),
+    [
+        ("znver4", "x86_64-unknown-linux-gnu", "in sequence"),
+        ("sapphirerapids", "x86_64-unknown-linux-gnu", "crosswise"),
+        ("generic", "aarch64-unknown-linux-gnu", "row by row"),
+    ],
+)
+def test_which_processors_read_how(name, triple, reading):
+    with (
+        mock.patch.object(llvm, "get_host_cpu_name", return_value=name),
+        mock.patch.object(llvm, "get_process_triple", return_value=triple),
+    ):
+        assert cpu._reading.__wrapped__() == reading
 
 
 def test_strides_of_axes_of_one_element_mean_nothing():

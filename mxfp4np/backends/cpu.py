@@ -28,6 +28,9 @@ PIECE_BLOCKS = 1 << 13, 1 << 18
 The most first, so that threads seldom start anew, and the fewest at last, so that they end at the same time.
 """
 
+PAGE_BYTES = 4096
+"""What a processor takes for one sequence at most."""
+
 FRESH_FACTOR = 4
 """In memory that is new, the fewest are so many times as many: threads would clear one and the same huge page."""
 
@@ -36,6 +39,12 @@ THREAD_BLOCKS = 1 << 16
 
 GAPS_FACTOR = 2.5
 """From row to row, at most so many times the bytes of a row where the gap between them is read too."""
+
+CROSSWISE_BLOCKS = 5, 224
+"""Rows of so many blocks are asked for crosswise: shorter ones have one line, longer ones lie in too many pages."""
+
+GROUP_BLOCKS = 128
+"""Rows that are asked for crosswise have so many blocks together at least, since memory takes as long to answer."""
 
 GROUPS_ABREAST = 4
 """The fewest groups of 32 rows, where these are transposed: so many are worked on together."""
@@ -69,8 +78,8 @@ class CPUBackend(HostBackend):
         if blocks.strides[-1] != 1:  # the bytes of a block lie apart: gather them, at most half the size of `out`
             blocks = np.ascontiguousarray(blocks)
         streaming = out.nbytes >= STREAMING_BYTES and not fresh
-        arrays, units, whole = _arrays(blocks, scales, out, start, transposed=transposed, streaming=streaming)
-        name = "transpose_pieces" if transposed else "decode_pieces" if whole else "decode_any_pieces"
+        arrays, units = _arrays(blocks, scales, out, start, transposed=transposed, streaming=streaming)
+        name = "transpose_pieces" if transposed else _kernel_for(arrays)
         kernel, arrays[TABLE_ADDRESS] = _decoder(name, out.dtype, order)
         if kernel is None:
             return ReferenceBackend().decode(blocks, scales, out, start=start, order=order)
@@ -94,7 +103,7 @@ class CPUBackend(HostBackend):
             return ReferenceBackend().encode(x, blocks, scales, rule=rule)
         # Where the bytes of a block lie apart, they are scattered from an array of their own.
         codes = blocks if blocks.strides[-1] == 1 else np.empty(blocks.shape, np.uint8)
-        arrays, units, _ = _arrays(codes, scales, x, transposed=columns)
+        arrays, units = _arrays(codes, scales, x, transposed=columns)
         arrays[TABLE_ADDRESS] = _table_address(_table_name(x.dtype), rule)
         _run(kernel, arrays, units, num_threads)
         if codes is not blocks:
@@ -126,12 +135,13 @@ def stream(
     kernel = kernel_address("stream_pieces", word)
     if kernel is None:
         raise BackendUnavailableError("the limit of memory is measured by compiled code: unset NUMBA_DISABLE_JIT")
-    arrays, units, _ = _arrays(blocks, scales, out, streaming=True)
+    arrays, units = _arrays(blocks, scales, out, streaming=True)
     if arrays[BLOCKS_PER_ROW] != scales.size:
         raise ValueError("expected arrays whose rows follow each other without gaps")
     _run(kernel, arrays, units, num_threads)
 
 
+@functools.cache
 def machine_code() -> str:
     """Return the name of the form of machine code that Numba's code generator is given for this processor."""
     from numba.core.registry import cpu_target
@@ -168,7 +178,8 @@ def _run(
 
 
 ARRAYS = 11  # numbers of a job before those that describe arrays, as in `cpu_kernels`
-TABLE_ADDRESS, BLOCKS_PER_ROW = 3, 7  # and of those
+OUT_ADDRESS, TABLE_ADDRESS, OUT_STEP, BLOCKS_PER_ROW, START, LENGTH = 2, 3, 6, 7, 8, 9  # and of those
+ITEMSIZE, STREAMING, ROW_AXIS_OUT, AXIS_NUMBERS = 10, 11, 21, 4
 
 _WORDS = {("pairs", 2): "uint16", ("pairs", 4): "uint32", ("halves", 2): "int16", ("halves", 4): "int32"}
 _ENCODED_WORDS = {"bfloat16": "uint16", "float16": "int16", "float32": "uint32"}
@@ -182,7 +193,7 @@ def _arrays(
     *,
     transposed: bool = False,
     streaming: bool = False,
-) -> tuple[list[int], tuple[int, int], bool]:
+) -> tuple[list[int], tuple[int, int]]:
     """Describe the arrays to a kernel, in the order that `cpu_kernels` names, with as few row axes as strides allow.
 
     Returns
@@ -191,11 +202,9 @@ def _arrays(
         The part of a geometry that says where the arrays are, with room for the address of a table.
     units, unit_blocks : tuple of int
         What the kernel counts, blocks, or groups of 32 rows if it transposes, and how many blocks that is.
-    whole : bool
-        Whether rows are whole blocks, whose elements are next to each other, in whole lines if these are streamed.
     """
     units, unit_blocks, matrix = scales.size, 1, (1, 0, 0)
-    rows, gaps_too = [1, 0, 0, 0], False
+    rows, gaps_too, apart = [1, 0, 0, 0], False, 0
     per_row, length = scales.shape[-1], out.shape[-1]
     whole = start == 0 and length == BLOCK_SIZE * per_row
     if whole and blocks.flags.c_contiguous and scales.flags.c_contiguous and out.flags.c_contiguous:
@@ -215,23 +224,44 @@ def _arrays(
             length = BLOCK_SIZE * per_row
         rows = [number for axis in reversed(axes) for number in axis] or rows
         row_bytes = per_row * steps[0]
-        gaps_too = row_bytes < rows[1] <= GAPS_FACTOR * row_bytes and _reads_best_in_sequence()
+        if row_bytes < rows[1]:
+            reading = _reading()
+            gaps_too = reading == "in sequence" and rows[1] <= GAPS_FACTOR * row_bytes
+            low, high = CROSSWISE_BLOCKS
+            if reading == "crosswise" and low <= per_row <= high and steps[0] == BYTES_PER_BLOCK:
+                apart = 1 + max(PAGE_BYTES // rows[1], GROUP_BLOCKS // (per_row * -(-per_row // 4)))
     mapped = units * unit_blocks > THREAD_BLOCKS and is_mapped(blocks)
     addresses = address_of(blocks), address_of(scales), address_of(out)
-    whole = whole and steps[2] == out.itemsize
-    if whole and streaming:
-        whole = math.gcd(ALIGNMENT, addresses[2], *rows[3::4]) == ALIGNMENT
-    arrays = [*addresses, 0, *steps, per_row, start, length, out.itemsize, streaming, mapped, gaps_too, *matrix, *rows]
-    return arrays, (units, unit_blocks), whole
+    arrays = [*addresses, 0, *steps, per_row, start, length, out.itemsize, streaming, mapped, gaps_too, apart]
+    arrays += [*matrix, *rows]
+    return arrays, (units, unit_blocks)
+
+
+def _kernel_for(arrays: list[int]) -> str:
+    """Return which kernel decodes to rows that lie as described: of whole blocks or not, past the cache or not."""
+    size, length = arrays[ITEMSIZE], arrays[LENGTH]
+    whole = arrays[START] == 0 and length == BLOCK_SIZE * arrays[BLOCKS_PER_ROW]
+    if arrays[OUT_STEP] != size:
+        return "ragged_pieces"
+    if not arrays[STREAMING]:
+        return "decode_pieces" if whole else "ragged_pieces"
+    alignment = math.gcd(ALIGNMENT, arrays[OUT_ADDRESS], *arrays[ROW_AXIS_OUT::AXIS_NUMBERS])
+    if whole and alignment == ALIGNMENT:
+        return "decode_pieces"
+    if length * size < ALIGNMENT:
+        return "ragged_pieces"
+    return "join_pieces" if alignment >= size and machine_code() == "avx512" else "ring_pieces"
 
 
 @functools.cache
-def _reads_best_in_sequence() -> bool:
-    """Tell whether this processor had better read the gaps between rows too, as AMD's had from Zen on."""
-    from llvmlite.binding import get_host_cpu_name
+def _reading() -> str:
+    """Tell how this processor reads rows with gaps best: "in sequence", "crosswise", or else "row by row"."""
+    from llvmlite.binding import get_host_cpu_name, get_process_triple
 
     name: str = get_host_cpu_name()
-    return name.startswith("znver")
+    if name.startswith("znver"):
+        return "in sequence"
+    return "crosswise" if get_process_triple().startswith("x86_64") else "row by row"
 
 
 def decode_table(name: str) -> NDArray[np.uint8]:

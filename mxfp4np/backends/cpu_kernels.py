@@ -53,9 +53,10 @@ BLOCKS_PER_ROW, START, LENGTH = 18, 19, 20  # elements of a row: `LENGTH`, begin
 ITEMSIZE, STREAMING, MAPPED = 21, 22, 23  # bytes of an element of `out`; whether `out` is too large to stay in the
 # cache; whether the blocks are in a file that is mapped
 GAPS_TOO = 24  # whether what lies between the rows of blocks is read too
-ROWS, BLOCKS_ROW, SCALES_ROW = 25, 26, 27  # for a transposed `out`: rows of a matrix, and strides from row to row
-ROW_AXES = ROW_AXIS = 28
-ROW_AXIS_BLOCKS, ROW_AXIS_SCALES, ROW_AXIS_OUT, AXIS_NUMBERS = 29, 30, 31, 4
+APART = 25  # how many rows further the next is, where rows are asked for crosswise, and otherwise 0
+ROWS, BLOCKS_ROW, SCALES_ROW = 26, 27, 28  # for a transposed `out`: rows of a matrix, and strides from row to row
+ROW_AXES = ROW_AXIS = 29
+ROW_AXIS_BLOCKS, ROW_AXIS_SCALES, ROW_AXIS_OUT, AXIS_NUMBERS = 30, 31, 32, 4
 
 PIECES_AT_ONCE = 64
 """Pieces that a kernel does before it returns, so that the calling thread can be interrupted. Reading ends it too."""
@@ -361,16 +362,6 @@ def stream_joined(typingctx, first, second, count, out):
     return types.void(types.int64, types.int64, types.int64, types.int64), codegen
 
 
-@intrinsic
-def can_join(typingctx):
-    """Return whether words of two blocks can be joined in registers."""
-
-    def codegen(context, builder, signature, args):
-        return ir.Constant(ir.IntType(1), _form(context) == "avx512")
-
-    return types.boolean(), codegen
-
-
 def _joiner(*, fill=True, streaming=False):
     @intrinsic
     def join(typingctx, kept, count, block, line, begin, out, word):
@@ -382,21 +373,20 @@ def _joiner(*, fill=True, streaming=False):
 
         def codegen(context, builder, signature, args):
             kept, count, block, line, begin, out, word = args
-            if _form(context) == "avx512":
-                words = decoded("avx512", builder, block, line, halves=signature.args[6].signed)
-                numbers = count, builder.sub(begin, count)
-                counts, shifts = (_repeated(builder, builder.trunc(value, _I16), 32) for value in numbers)
-                lanes = _constants(_I16, range(32))
-                # An index has five bits that count, and where there are two vectors a sixth, which says in which.
-                behind = builder.add(lanes, shifts)
-                of_block = builder.or_(behind, _constants(_I16, [32] * 32))
-                of_both = builder.select(builder.icmp_unsigned("<", lanes, counts), lanes, of_block)
-                both = _load(builder, kept, words.type, 64), of_both, words
-                joined = _call(builder, "llvm.x86.avx512.vpermi2var.hi.512", words.type, *both)
-                rest = _call(builder, "llvm.x86.avx512.permvar.hi.512", words.type, words, behind)
-                _store(builder, rest if fill else joined, kept, 64)
-                if fill:
-                    store_words(builder, joined, out, word.type.width, 64, streaming=streaming)
+            words = decoded("avx512", builder, block, line, halves=signature.args[6].signed)
+            numbers = count, builder.sub(begin, count)
+            counts, shifts = (_repeated(builder, builder.trunc(value, _I16), 32) for value in numbers)
+            lanes = _constants(_I16, range(32))
+            # An index has five bits that count, and where there are two vectors a sixth, which says in which.
+            behind = builder.add(lanes, shifts)
+            of_block = builder.or_(behind, _constants(_I16, [32] * 32))
+            of_both = builder.select(builder.icmp_unsigned("<", lanes, counts), lanes, of_block)
+            both = _load(builder, kept, words.type, 64), of_both, words
+            joined = _call(builder, "llvm.x86.avx512.vpermi2var.hi.512", words.type, *both)
+            rest = _call(builder, "llvm.x86.avx512.permvar.hi.512", words.type, words, behind)
+            _store(builder, rest if fill else joined, kept, 64)
+            if fill:
+                store_words(builder, joined, out, word.type.width, 64, streaming=streaming)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 6, word), codegen
@@ -585,6 +575,7 @@ def _prefetcher(locality, *, write=False):
 
 prefetch = _prefetcher(3)  # into all levels of the cache
 prefetch_far = _prefetcher(2)  # into all but the first
+prefetch_once = _prefetcher(0)  # into the first alone, where it takes little room
 prefetch_to_write = _prefetcher(3, write=True)
 
 
@@ -945,8 +936,12 @@ def _addresses(geometry, row):
 
 
 # What the processor reads ahead by itself begins anew with each row, and is too little where the system clears pages.
-# Nor does it know where a row ends: one of Intel's reads on if it is asked for a line more than once, but not if once,
-# and into the second-level cache. So every fourth block of a row ahead is asked for, and behind its end the rest.
+# So every fourth block asks for a line of a row ahead, and the last one for the rest of that row.
+#
+# Nor does the processor know where a row ends. Intel's take a page in which lines are asked for one behind the other
+# for the beginning of a sequence, and read on: all of the gap perhaps, at the expense of all else that memory does. So
+# rows are asked for crosswise there: first lines of as many rows as a row has lines, each in a page of its own, then
+# their second lines, and so on, a line of each for every row that is decoded; then rows between them in these pages.
 #
 # AMD's are fast only in one sequence, and then read more than is written meanwhile: rows near each other cost no more
 # if the gaps between them are asked for too, at the pace that the blocks of a row set, into the first-level cache.
@@ -963,6 +958,26 @@ def _ahead(geometry):
 
 
 @inner
+def _far(geometry, block_ahead, left, place, group):
+    """Return how far behind a row's beginning it is that its first block asks for, and how much further every fourth.
+
+    With ``left`` blocks from this row on, in one of the groups of rows that are asked for together, and at a place in
+    it. The next row's place and group follow.
+    """
+    apart, per_row = number(geometry, APART), number(geometry, BLOCKS_PER_ROW)
+    lines = (per_row + 3) // 4
+    if apart == 0 or left <= lines * apart * per_row:
+        return block_ahead, 4 * number(geometry, BLOCKS_STEP), place, group
+    block_row = number(geometry, ROW_AXIS_BLOCKS)
+    ahead = (lines * apart - group * (lines - 1) - place) * block_row + 64 * place
+    place += 1
+    if place == lines:
+        place = 0
+        group = group + 1 if group + 1 < apart else 0
+    return ahead, apart * block_row, place, group
+
+
+@inner
 def _nearby(geometry):
     """Return how far behind a row's beginning it is that its first block asks for, into the first level.
 
@@ -971,6 +986,8 @@ def _nearby(geometry):
     block_row, step = number(geometry, ROW_AXIS_BLOCKS), number(geometry, BLOCKS_STEP)
     if number(geometry, GAPS_TOO):
         return PREFETCH_NEAR, block_row // number(geometry, BLOCKS_PER_ROW), 1
+    if number(geometry, APART):
+        return block_row, step, 3
     return PREFETCH_NEAR if block_row == 0 else 64, step, 3
 
 
@@ -1001,18 +1018,25 @@ def _rows_decoder(*, streaming):
         block_row, scale_row = number(geometry, ROW_AXIS_BLOCKS), number(geometry, ROW_AXIS_SCALES)
         out_row = number(geometry, ROW_AXIS_OUT)
         block_ahead, scale_ahead = _ahead(geometry)
+        crosswise, left = number(geometry, APART) > 0, first + count
+        ahead, stride, place, group = _far(geometry, block_ahead, left, 0, 0)
+        far = block + ahead + first // 4 * stride
         near, pace, silent = _nearby(geometry)
-        line = block + near + first * pace
+        nearer = block + near + first * pace
         block += first * block_step
         scale += first * scale_step
         out += 32 * first * size
         g = first
         for _ in range(count):
             if g & 3 == 0:
-                prefetch_far(block + block_ahead)
+                prefetch_far(far)
+                far += stride
             if g & silent == 0:
-                prefetch(line)
-            line += pace
+                if crosswise:
+                    prefetch_once(nearer)
+                else:
+                    prefetch(nearer)
+            nearer += pace
             if not streaming:
                 prefetch_to_write(out + PREFETCH_OUT)
                 if size == 4:
@@ -1027,7 +1051,9 @@ def _rows_decoder(*, streaming):
                 block += block_row - per_row * block_step
                 scale += scale_row - per_row * scale_step
                 out += out_row - 32 * per_row * size
-                line = block + near
+                left -= per_row
+                ahead, stride, place, group = _far(geometry, block_ahead, left, place, group)
+                far, nearer = block + ahead, block + near
                 _prefetch_rest(geometry, block + block_ahead, scale + scale_ahead)
 
     return decode_rows
@@ -1078,9 +1104,11 @@ def _stream_rows(geometry, word, count, first, block, scale, out, ring):
     rows, rest = (first + count) // per_row, (first + count) % per_row
     end = out + rows * row_bytes + max(0, rest * block_bytes - start)
     # What is decoded next, and where its first element goes.
+    crosswise, g, left = number(geometry, APART) > 0, first, first + count
+    ahead, stride, place, group = _far(geometry, block_ahead, left, 0, 0)
+    far = block + ahead + first // 4 * stride
     block += first * block_step
     scale += first * scale_step
-    left = per_row - first
     target = out + first * block_bytes - start
     shift = -target & (block_bytes - 1)
     # What is streamed next: a line, the shift and end of its row, and until where lines are of this row and whole.
@@ -1088,30 +1116,36 @@ def _stream_rows(geometry, word, count, first, block, scale, out, ring):
     while line < end:
         lead = target + shift - line - line_shift
         if count > 0 and lead < RING_LAG:
-            blocks = min(count, left, (RING_LEAD - lead) // block_bytes)
+            blocks = min(count, per_row - g, (RING_LEAD - lead) // block_bytes)
             target += blocks * block_bytes
             count -= blocks
-            left -= blocks
             for i in range(-blocks, 0):
-                if i & 3 == 0:
-                    prefetch_far(block + block_ahead)
+                if g & 3 == 0:
+                    prefetch_far(far)
+                    far += stride
+                    if crosswise:
+                        prefetch_once(block + block_row)
+                g += 1
                 words = table + TABLE_LINE * load_byte(scale)
                 _decode_to_ring(block, words, ring, target + shift + i * block_bytes, word)
                 block += block_step
                 scale += scale_step
         elif count > 0 and plain - line >= block_bytes:
-            blocks = min(count, left, (plain - line) // block_bytes)
-            place = target + shift
+            blocks = min(count, per_row - g, (plain - line) // block_bytes)
+            slot = target + shift
             target += blocks * block_bytes
             count -= blocks
-            left -= blocks
-            for i in range(blocks):
-                if i & 3 == 0:
-                    prefetch_far(block + block_ahead)
-                _decode_to_ring(block, table + TABLE_LINE * load_byte(scale), ring, place, word)
+            for _ in range(blocks):
+                if g & 3 == 0:
+                    prefetch_far(far)
+                    far += stride
+                    if crosswise:
+                        prefetch_once(block + block_row)
+                g += 1
+                _decode_to_ring(block, table + TABLE_LINE * load_byte(scale), ring, slot, word)
                 block += block_step
                 scale += scale_step
-                place += block_bytes
+                slot += block_bytes
                 for _ in range(size // 2):
                     stream_64(ring + ((line + line_shift) & (RING - 1)), line)
                     line += 64
@@ -1128,12 +1162,15 @@ def _stream_rows(geometry, word, count, first, block, scale, out, ring):
                 line_shift = following
                 row_end += row_bytes
             plain = min(row_end, end)
-        if left == 0:
-            left = per_row
+        if g == per_row:
+            g = 0
             block += block_row - per_row * block_step
             scale += scale_row - per_row * scale_step
             target -= gap
             shift = _next_shift(shift, gap)
+            left -= per_row
+            ahead, stride, place, group = _far(geometry, block_ahead, left, place, group)
+            far = block + ahead
             _prefetch_rest(geometry, block + block_ahead, scale + scale_ahead)
 
 
@@ -1157,8 +1194,11 @@ def _join_rows(geometry, word, count, first, block, scale, out):
     end = start + number(geometry, LENGTH)
     block_row, scale_row = number(geometry, ROW_AXIS_BLOCKS), number(geometry, ROW_AXIS_SCALES)
     block_ahead, scale_ahead = _ahead(geometry)
+    crosswise, left = number(geometry, APART) > 0, first + count
+    ahead, stride, place, group = _far(geometry, block_ahead, left, 0, 0)
+    far = block + ahead + first // 4 * stride
     near, pace, silent = _nearby(geometry)
-    ahead = block + near + first * pace
+    nearer = block + near + first * pace
     begin = out + size * max(0, 32 * first - start)
     line = begin & -64
     there = others = (begin - line) // size  # words for this line, and how many of them are not of this run
@@ -1179,17 +1219,24 @@ def _join_rows(geometry, word, count, first, block, scale, out):
                 _copy_bytes(elements, line, others * size, 32 * size)
                 others = 0
                 line += 32 * size
+            if g & 3 == 0:
+                prefetch_far(far)
+                far += stride
+            nearer += pace
             block += block_step
             scale += scale_step
-            ahead += pace
             g += 1
         else:
             for _ in range(blocks):
                 if g & 3 == 0:
-                    prefetch_far(block + block_ahead)
+                    prefetch_far(far)
+                    far += stride
                 if g & silent == 0:
-                    prefetch(ahead)
-                ahead += pace
+                    if crosswise:
+                        prefetch_once(nearer)
+                    else:
+                        prefetch(nearer)
+                nearer += pace
                 stream_words(kept, there, block, table + TABLE_LINE * load_byte(scale), begin, line, word)
                 line += 32 * size
                 block += block_step
@@ -1200,7 +1247,9 @@ def _join_rows(geometry, word, count, first, block, scale, out):
             g = 0
             block += block_row - per_row * block_step
             scale += scale_row - per_row * scale_step
-            ahead = block + near
+            left -= per_row
+            ahead, stride, place, group = _far(geometry, block_ahead, left, place, group)
+            far, nearer = block + ahead, block + near
             _prefetch_rest(geometry, block + block_ahead, scale + scale_ahead)
     move_line(kept, elements, word)
     _copy_bytes(elements, line, others * size, there * size)
@@ -1331,19 +1380,34 @@ def decode_pieces(geometry, word):
     return are_left(geometry)
 
 
-def decode_any_pieces(geometry, word):
-    """Decode as `decode_pieces` does, but any rows: those that begin or end inside a block, or anywhere in a line."""
+@inner
+def _without_gaps(geometry, word):
+    """Tell whether rows follow each other without gaps in ``out``."""
+    return number(geometry, ROW_AXIS_OUT) == number(geometry, LENGTH) * itemsize(word)
+
+
+def join_pieces(geometry, word):
+    """Decode as `decode_pieces` does, past the cache, to rows that begin and end anywhere, where words can be joined.
+
+    Elements are aligned, and next to each other.
+    """
+    for count, first, block, scale, out in _runs(geometry, not _without_gaps(geometry, word)):
+        _join_rows(geometry, word, count, first, block, scale, out)
+    return are_left(geometry)
+
+
+def ring_pieces(geometry, word):
+    """Decode as `join_pieces` does, where words cannot be joined, or elements are not aligned."""
     ring = (reserve_ring() + RING - 1) & -RING  # a frame that the compiler aligned would cost the loops a register
-    row_bytes = number(geometry, LENGTH) * itemsize(word)
-    streaming = number(geometry, STREAMING) and number(geometry, OUT_STEP) == itemsize(word) and row_bytes >= 64
-    row_by_row = streaming and number(geometry, ROW_AXIS_OUT) != row_bytes
-    for count, first, block, scale, out in _runs(geometry, row_by_row):
-        if streaming and can_join() and out % itemsize(word) == 0:
-            _join_rows(geometry, word, count, first, block, scale, out)
-        elif streaming:
-            _stream_rows(geometry, word, count, first, block, scale, out, ring)
-        else:
-            _decode_ragged(geometry, word, count, first, block, scale, out)
+    for count, first, block, scale, out in _runs(geometry, not _without_gaps(geometry, word)):
+        _stream_rows(geometry, word, count, first, block, scale, out, ring)
+    return are_left(geometry)
+
+
+def ragged_pieces(geometry, word):
+    """Decode as `decode_pieces` does, through the cache, to rows that begin and end anywhere, and to any elements."""
+    for count, first, block, scale, out in _runs(geometry, False):
+        _decode_ragged(geometry, word, count, first, block, scale, out)
     return are_left(geometry)
 
 
