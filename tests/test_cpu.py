@@ -32,6 +32,7 @@ FORMS = {
     "generic": ({"NUMBA_CPU_NAME": "generic"}, "", "portable"),
 }
 
+SMALL = {"ALONE_BLOCKS": 8, "THREAD_BLOCKS": 8}  # so that others lend a hand with little
 READINGS = "row by row", "in sequence", "crosswise"
 
 EXHAUSTIVE = """
@@ -192,7 +193,7 @@ def test_small_pieces_past_the_cache_and_not(data, streaming, transpose):
     memory[:] = 0x55
     out = memory[skew:][: math.prod(shape) * expected.itemsize].view(expected.dtype).reshape(shape)
     out = out[..., pad : pad + expected.shape[-1]]
-    limits = {"THREAD_BLOCKS": 8, "PIECE_BLOCKS": (3, 17), "STREAMING_BYTES": 0 if streaming else sys.maxsize}
+    limits = {**SMALL, "PIECE_BLOCKS": (3, 17), "STREAMING_BYTES": 0 if streaming else sys.maxsize}
     with mock.patch.multiple(cpu, **limits):
         part.decode(out=out, transpose=transpose, num_threads=data.draw(st.integers(1, 3)))
     assert_same_bits(out, expected)
@@ -217,7 +218,7 @@ def test_rows_of_any_length_and_alignment_past_the_cache(dtype, order, length):
         out = memory[skew:][: rows * (length + gap) * whole.itemsize].view(whole.dtype).reshape(rows, length + gap)
         out = out[:, :length]
         part = MXFP4Array(blocks, scales, order)[:, start : start + length]
-        limits = {"STREAMING_BYTES": 0, "THREAD_BLOCKS": 8, "PIECE_BLOCKS": (501, 501)}
+        limits = {**SMALL, "PIECE_BLOCKS": (501, 501), "STREAMING_BYTES": 0}
         with mock.patch.multiple(cpu, **limits, _reading=lambda reading=reading: reading):
             part.decode(out=out, num_threads=2)
         assert_same_bits(out, expected)
@@ -376,8 +377,9 @@ def test_results_of_every_size_are_aligned():
         assert aligned_empty((n,), np.dtype("f4")).ctypes.data % 64 == 0
 
 
-@pytest.mark.parametrize(("blocks", "asked", "used"), [(1, 16, 1), (2, 16, 2), (7.5, 16, 8), (7.5, 4, 4), (32, 16, 16)])
+@pytest.mark.parametrize(("blocks", "asked", "used"), [(2, 16, 1), (3, 16, 3), (7.5, 16, 8), (7.5, 4, 4), (32, 16, 16)])
 def test_as_many_threads_as_there_is_work_for(monkeypatch, blocks, asked, used):
+    monkeypatch.setattr(cpu, "ALONE_BLOCKS", 1 << 11)
     monkeypatch.setattr(cpu, "THREAD_BLOCKS", 1 << 10)
     monkeypatch.setattr(cpu, "PIECE_BLOCKS", (1, 1))
     found = [1]
@@ -391,7 +393,7 @@ def test_as_many_threads_as_there_is_work_for(monkeypatch, blocks, asked, used):
 @given(x=values(max_side=70, max_axes=1), rule=st.sampled_from(sorted(RULES)), threads=st.integers(1, 3))
 @settings(max_examples=200)
 def test_small_pieces_of_values(x, rule, threads):
-    with mock.patch.multiple(cpu, THREAD_BLOCKS=8, PIECE_BLOCKS=(3, 17)):
+    with mock.patch.multiple(cpu, **SMALL, PIECE_BLOCKS=(3, 17)):
         assert_encodes(x, rule, num_threads=threads)
 
 
@@ -420,7 +422,7 @@ def test_rows_that_are_columns_in_memory(rows, dtype):
         turned = part.swapaxes(-1, -2)
         memory = np.full((*turned.shape[:-1], 2 * turned.shape[-1] // 32, 19), 99, np.uint8)
         out = MXFP4Array(memory[..., ::2, 1:17], memory[..., ::2, 17])
-        with mock.patch.multiple(cpu, THREAD_BLOCKS=8, PIECE_BLOCKS=(200, 200)):
+        with mock.patch.multiple(cpu, **SMALL, PIECE_BLOCKS=(200, 200)):
             assert_encodes(turned, "even", out=out, num_threads=2)
         memory[..., ::2, 1:18] = 99
         assert np.all(memory == 99)
@@ -438,7 +440,7 @@ def test_pages_of_maps_are_read_by_pieces_and_give_the_same_values(tmp_path, ord
     assert not is_mapped(blocks[1:])
     whole = MXFP4Array(blocks, scales, order)
     for index in [np.s_[...], np.s_[:, ::2], np.s_[::-1, 5:600], np.s_[..., 64:2816], np.s_[:2, :, 5:2870], np.s_[::2]]:
-        assert mapped[index].scales.size > cpu.THREAD_BLOCKS
+        assert mapped[index].scales.size > cpu.ALONE_BLOCKS
         for transpose in (False, True):
             expected = whole[index].decode(transpose=transpose)
             assert_same_bits(mapped[index].decode(transpose=transpose, num_threads=3), expected)
@@ -455,6 +457,8 @@ def test_the_driver_and_the_kernels_number_alike():
     assert positions.items() <= vars(cpu_kernels).items()
     assert len(positions) == 10
     assert cpu.ARRAYS == cpu_kernels.BLOCKS_ADDRESS
-    for name in ("TABLE_ADDRESS", "BLOCKS_PER_ROW"):
+    ours = ["OUT_ADDRESS", "TABLE_ADDRESS", "OUT_STEP", "BLOCKS_PER_ROW", "START", "LENGTH", "ITEMSIZE", "STREAMING"]
+    for name in [*ours, "ROW_AXIS_OUT"]:
         assert getattr(cpu, name) + cpu.ARRAYS == getattr(cpu_kernels, name)
+    assert cpu.AXIS_NUMBERS == cpu_kernels.AXIS_NUMBERS
     assert cpu.GROUPS_ABREAST == cpu_kernels.TILES_ABREAST

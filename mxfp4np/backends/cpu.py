@@ -22,8 +22,8 @@ from .memory import ALIGNMENT, HostBackend, address_of, aligned_empty, is_mapped
 from .reference import ReferenceBackend
 from .threads import default_num_threads
 
-PIECE_BLOCKS = 1 << 13, 1 << 18
-"""Fewest and most blocks that a thread claims at a time: 0.5 to 16 MiB of bfloat16.
+PIECE_BLOCKS = 1 << 11, 1 << 18
+"""Fewest and most blocks that a thread claims at a time: 0.125 to 16 MiB of bfloat16.
 
 The most first, so that threads seldom start anew, and the fewest at last, so that they end at the same time.
 """
@@ -31,11 +31,14 @@ The most first, so that threads seldom start anew, and the fewest at last, so th
 PAGE_BYTES = 4096
 """What a processor takes for one sequence at most."""
 
-FRESH_FACTOR = 4
+FRESH_FACTOR = 16
 """In memory that is new, the fewest are so many times as many: threads would clear one and the same huge page."""
 
-THREAD_BLOCKS = 1 << 16
-"""One thread for so many blocks, 4 MiB of bfloat16, at most: more are slower, since each takes a while to wake."""
+ALONE_BLOCKS = 1 << 15
+"""Up to so many blocks, 2 MiB of bfloat16, a thread is alone: others that sleep take as long to wake."""
+
+THREAD_BLOCKS = 1 << 13
+"""Of more, one thread for so many at most, 0.5 MiB of bfloat16: it takes a while to call another one."""
 
 GAPS_FACTOR = 2.5
 """From row to row, at most so many times the bytes of a row where the gap between them is read too."""
@@ -164,7 +167,7 @@ def _run(
     """Run a kernel over all units of so many blocks: in pieces, in several threads, where that pays."""
     units, unit_blocks = counts
     blocks = units * unit_blocks
-    if blocks <= THREAD_BLOCKS:
+    if blocks <= ALONE_BLOCKS:
         sharing = 0, 0, units, 0, units, units, 1, 0, 0
     else:
         threads = min(num_threads or default_num_threads(), -(-blocks // THREAD_BLOCKS))
@@ -230,7 +233,7 @@ def _arrays(
             low, high = CROSSWISE_BLOCKS
             if reading == "crosswise" and low <= per_row <= high and steps[0] == BYTES_PER_BLOCK:
                 apart = 1 + max(PAGE_BYTES // rows[1], GROUP_BLOCKS // (per_row * -(-per_row // 4)))
-    mapped = units * unit_blocks > THREAD_BLOCKS and is_mapped(blocks)
+    mapped = units * unit_blocks > ALONE_BLOCKS and is_mapped(blocks)
     addresses = address_of(blocks), address_of(scales), address_of(out)
     arrays = [*addresses, 0, *steps, per_row, start, length, out.itemsize, streaming, mapped, gaps_too, apart]
     arrays += [*matrix, *rows]
