@@ -297,12 +297,14 @@ def test_how_rows_with_gaps_are_read(index, near, apart, reading):
 
 
 @pytest.mark.parametrize(("blocks", "is_crosswise"), [(4, False), (5, True), (224, True), (225, False)])
-def test_rows_of_some_lengths_are_asked_for_crosswise(blocks, is_crosswise):
+def test_rows_of_some_lengths_are_asked_for_crosswise_past_the_cache(blocks, is_crosswise):
     memory = np.zeros((300, 450, 16), np.uint8), np.zeros((300, 450), np.uint8), np.zeros((300, 450 * 32), np.float32)
-    part = (array[:, : blocks * (array.shape[1] // 450)] for array in memory)
+    part = tuple(array[:, : blocks * (array.shape[1] // 450)] for array in memory)
     with mock.patch.object(cpu, "_reading", return_value="crosswise"):
-        arrays, _ = cpu._arrays(*part)
-    assert (arrays[cpu_kernels.APART - cpu.ARRAYS] > 0) == is_crosswise
+        past, _ = cpu._arrays(*part, streaming=True)
+        through, _ = cpu._arrays(*part)
+    assert (past[cpu_kernels.APART - cpu.ARRAYS] > 0) == is_crosswise
+    assert through[cpu_kernels.APART - cpu.ARRAYS] == 0
 
 
 def test_crosswise_asks_for_every_line_of_every_row_once():

@@ -230,8 +230,8 @@ def _arrays(
         if row_bytes < rows[1]:
             reading = _reading()
             gaps_too = reading == "in sequence" and rows[1] <= GAPS_FACTOR * row_bytes
-            low, high = CROSSWISE_BLOCKS
-            if reading == "crosswise" and low <= per_row <= high and steps[0] == BYTES_PER_BLOCK:
+            (low, high), dense = CROSSWISE_BLOCKS, steps[0] == BYTES_PER_BLOCK
+            if reading == "crosswise" and streaming and dense and low <= per_row <= high:
                 apart = 1 + max(PAGE_BYTES // rows[1], GROUP_BLOCKS // (per_row * -(-per_row // 4)))
     mapped = units * unit_blocks > ALONE_BLOCKS and is_mapped(blocks)
     addresses = address_of(blocks), address_of(scales), address_of(out)
