@@ -286,7 +286,7 @@ def test_how_rows_with_gaps_are_read(index, near, apart, reading):
     part, expected = MXFP4Array(blocks, scales)[index], oracle(blocks, scales, "float16")[index]
     out = aligned_empty(expected.shape, expected.dtype)
     with (
-        mock.patch.object(cpu, "_reading", return_value=reading),
+        mock.patch.multiple(cpu, _reading=lambda: reading, _second_level_bytes=lambda: 1 << 20),
         mock.patch.object(cpu, "_run", wraps=cpu._run) as run,
         mock.patch.object(cpu, "STREAMING_BYTES", 0),
     ):
@@ -300,11 +300,23 @@ def test_how_rows_with_gaps_are_read(index, near, apart, reading):
 def test_rows_of_some_lengths_are_asked_for_crosswise_past_the_cache(blocks, is_crosswise):
     memory = np.zeros((300, 450, 16), np.uint8), np.zeros((300, 450), np.uint8), np.zeros((300, 450 * 32), np.float32)
     part = tuple(array[:, : blocks * (array.shape[1] // 450)] for array in memory)
-    with mock.patch.object(cpu, "_reading", return_value="crosswise"):
+    with mock.patch.multiple(cpu, _reading=lambda: "crosswise", _second_level_bytes=lambda: 1 << 20):
         past, _ = cpu._arrays(*part, streaming=True)
         through, _ = cpu._arrays(*part)
     assert (past[cpu_kernels.APART - cpu.ARRAYS] > 0) == is_crosswise
     assert through[cpu_kernels.APART - cpu.ARRAYS] == 0
+
+
+@pytest.mark.parametrize(("cache", "short", "long"), [(64, False, False), (256, True, False), (1024, True, True)])
+def test_rows_are_asked_for_crosswise_where_the_cache_has_room(cache, short, long):
+    with mock.patch.object(cpu, "_second_level_bytes", return_value=cache << 10):
+        assert (cpu._crosswise(90, 2880) > 0, cpu._crosswise(224, 7168) > 0) == (short, long)
+
+
+@pytest.mark.parametrize(("text", "size"), [("2048K\n", 2 << 20), ("", 256 << 10), (None, 256 << 10)])
+def test_the_size_of_the_second_level_cache(text, size):
+    with mock.patch.object(Path, "read_text", side_effect=OSError if text is None else [text]):
+        assert cpu._second_level_bytes.__wrapped__() == size
 
 
 def test_crosswise_asks_for_every_line_of_every_row_once():

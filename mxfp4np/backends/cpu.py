@@ -10,6 +10,7 @@ import functools
 import math
 import threading
 from array import array
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,10 +45,13 @@ GAPS_FACTOR = 2.5
 """From row to row, at most so many times the bytes of a row where the gap between them is read too."""
 
 CROSSWISE_BLOCKS = 5, 224
-"""Rows of so many blocks are asked for crosswise: shorter ones have one line, longer ones lie in too many pages."""
+"""Rows of so many blocks are asked for crosswise: shorter ones have one line, longer ones lie in too many pages.
 
-GROUP_BLOCKS = 128
-"""Rows that are asked for crosswise have so many blocks together at least, since memory takes as long to answer."""
+Those that are asked for together have to have 128 blocks at least, since memory takes as long to answer, and to leave
+two thirds of the second-level cache to those before them and to others.
+"""
+
+GROUP_BLOCKS, GROUP_SHARE = 128, 1 / 3
 
 GROUPS_ABREAST = 4
 """The fewest groups of 32 rows, where these are transposed: so many are worked on together."""
@@ -230,9 +234,8 @@ def _arrays(
         if row_bytes < rows[1]:
             reading = _reading()
             gaps_too = reading == "in sequence" and rows[1] <= GAPS_FACTOR * row_bytes
-            (low, high), dense = CROSSWISE_BLOCKS, steps[0] == BYTES_PER_BLOCK
-            if reading == "crosswise" and streaming and dense and low <= per_row <= high:
-                apart = 1 + max(PAGE_BYTES // rows[1], GROUP_BLOCKS // (per_row * -(-per_row // 4)))
+            if reading == "crosswise" and streaming and steps[0] == BYTES_PER_BLOCK:
+                apart = _crosswise(per_row, rows[1])
     mapped = units * unit_blocks > ALONE_BLOCKS and is_mapped(blocks)
     addresses = address_of(blocks), address_of(scales), address_of(out)
     arrays = [*addresses, 0, *steps, per_row, start, length, out.itemsize, streaming, mapped, gaps_too, apart]
@@ -254,6 +257,24 @@ def _kernel_for(arrays: list[int]) -> str:
     if length * size < ALIGNMENT:
         return "ragged_pieces"
     return "join_pieces" if alignment >= size and machine_code() == "avx512" else "ring_pieces"
+
+
+def _crosswise(per_row: int, row_stride: int) -> int:
+    """Return how many rows apart those are that are asked for crosswise, or 0 if none are: see `CROSSWISE_BLOCKS`."""
+    lines = -(-per_row // 4)
+    apart = 1 + max(PAGE_BYTES // row_stride, GROUP_BLOCKS // (per_row * lines))
+    fits = lines * apart * per_row * BYTES_PER_BLOCK <= GROUP_SHARE * _second_level_bytes()
+    return apart if fits and CROSSWISE_BLOCKS[0] <= per_row <= CROSSWISE_BLOCKS[1] else 0
+
+
+@functools.cache
+def _second_level_bytes() -> int:
+    """Return the size of the second-level cache as Linux gives it, or of the smallest of this century."""
+    try:
+        kibibytes = int(Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_text().removesuffix("K\n"))
+    except (OSError, ValueError):
+        kibibytes = 256
+    return kibibytes << 10
 
 
 @functools.cache
