@@ -7,8 +7,8 @@ from statistics import median
 from typing import Any
 
 from benchmarks.peers import REFERENCE
-from mxfp4np.bench import describe
-from mxfp4np.report import count
+from mxfp4np.cli.bench import describe
+from mxfp4np.cli.report import count
 
 Row = dict[str, Any]
 Cell = Callable[[Row, list[Row]], str]

@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from .checkpoint import TensorInfo as TensorInfo
     from .checkpoint import load_file as load_file
     from .checkpoint import save_file as save_file
-    from .conversion import convert as convert
-    from .encoding import encode_checkpoint as encode_checkpoint
     from .errors import BackendUnavailableError as BackendUnavailableError
     from .errors import CheckpointError as CheckpointError
     from .errors import DeviceMemoryError as DeviceMemoryError
     from .errors import LayoutError as LayoutError
     from .errors import MXFP4Error as MXFP4Error
     from .errors import TensorNotFoundError as TensorNotFoundError
-    from .verification import verify as verify
+    from .rewrite.convert import convert as convert
+    from .rewrite.encode import encode_checkpoint as encode_checkpoint
+    from .rewrite.verify import verify as verify
 
 __version__ = "0.1.0"
 
@@ -35,9 +35,9 @@ _HOMES = {
     "TensorInfo": "checkpoint",
     "load_file": "checkpoint",
     "save_file": "checkpoint",
-    "convert": "conversion",
-    "encode_checkpoint": "encoding",
-    "verify": "verification",
+    "convert": "rewrite.convert",
+    "encode_checkpoint": "rewrite.encode",
+    "verify": "rewrite.verify",
     "BackendUnavailableError": "errors",
     "CheckpointError": "errors",
     "DeviceMemoryError": "errors",

@@ -18,7 +18,10 @@ from numpy.typing import DTypeLike, NDArray
 
 from .array import MXFP4Array, swapped
 from .backends import Backend, as_numpy, backend_for, get_backend
-from .container import (
+from .errors import CheckpointError, LayoutError, TensorNotFoundError
+from .format import BLOCK_SIZE, BYTES_PER_BLOCK, as_dtype, decoded_dtype, split
+from .layouts import LAYOUTS, Evidence, Packed, PackedTensor, find_tensors
+from .storage.safetensors import (
     SAFETENSORS_DTYPES,
     SafetensorsFile,
     StoredTensor,
@@ -30,9 +33,6 @@ from .container import (
     stream_safetensors,
     write_safetensors,
 )
-from .errors import CheckpointError, LayoutError, TensorNotFoundError
-from .format import BLOCK_SIZE, BYTES_PER_BLOCK, as_dtype, decoded_dtype, split
-from .layouts import LAYOUTS, Evidence, Packed, PackedTensor, find_tensors
 
 PathLike = str | os.PathLike[str]
 
@@ -598,7 +598,7 @@ def _reopen(path: PathLike | Sequence[PathLike], device: str, io: str, layout: s
 
 def _open_file(path: Path, io: str) -> TensorFile:
     if path.suffix == ".gguf":
-        from .gguf import GGUFFile
+        from .storage.gguf import GGUFFile
 
         return GGUFFile(path, io)
     return SafetensorsFile(path, io)

@@ -13,8 +13,8 @@ from numpy.typing import DTypeLike, NDArray
 
 from .array import MXFP4Array
 from .checkpoint import Checkpoint
-from .container import SAFETENSORS_DTYPES, atomic_file, bytes_of, write_safetensors
 from .format import as_dtype, decoded_dtype, split
+from .storage.safetensors import SAFETENSORS_DTYPES, atomic_file, bytes_of, write_safetensors
 
 PIECE_BYTES: Final = 32 << 20
 """Decoded bytes in memory at a time."""

@@ -10,9 +10,9 @@ import pytest
 from contract import run_python
 
 import mxfp4np
-from mxfp4np import bench
-from mxfp4np.backends import cpu
+from mxfp4np.backends.cpu import driver as cpu
 from mxfp4np.backends.memory import aligned_empty
+from mxfp4np.cli import bench
 from mxfp4np.format import DTYPES, decoded_dtype
 
 DATA = Path(__file__).parent / "data"

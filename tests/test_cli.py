@@ -20,9 +20,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mxfp4np
-from mxfp4np import cli, demo
-from mxfp4np.container import write_safetensors
+from mxfp4np import cli
+from mxfp4np.cli import demo
 from mxfp4np.format import FP4_VALUES
+from mxfp4np.storage.safetensors import write_safetensors
 
 DATA = Path(__file__).parent / "data"
 ORIGINAL = DATA / "gpt_oss_original"

@@ -22,8 +22,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import mxfp4np
-from mxfp4np import CheckpointError, MXFP4Array, container
-from mxfp4np.container import DTYPES, SAFETENSORS_DTYPES, SafetensorsFile, write_safetensors
+from mxfp4np import CheckpointError, MXFP4Array
+from mxfp4np.storage import safetensors as container
+from mxfp4np.storage.safetensors import DTYPES, SAFETENSORS_DTYPES, SafetensorsFile, write_safetensors
 
 IO = ("mmap", "pread")
 both_io = pytest.mark.parametrize("io", IO)

@@ -17,11 +17,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import mxfp4np
-from mxfp4np import CheckpointError, cli, conversion
+from mxfp4np import CheckpointError, cli
 from mxfp4np.backends import threads
-from mxfp4np.container import SafetensorsFile, header_bytes, nbytes_of, write_safetensors
-from mxfp4np.conversion import convert
-from mxfp4np.shards import INDEX, RECORD
+from mxfp4np.rewrite import convert as conversion
+from mxfp4np.rewrite.convert import convert
+from mxfp4np.rewrite.plan import INDEX, RECORD
+from mxfp4np.storage.safetensors import SafetensorsFile, header_bytes, nbytes_of, write_safetensors
 
 DATA = Path(__file__).parent / "data"
 ORIGINAL, HF, DEEPSEEK = DATA / "gpt_oss_original", DATA / "gpt_oss_hf", DATA / "deepseek_v4"
@@ -723,8 +724,8 @@ def test_more_tasks_than_shards(tmp_path):
 DRIVER = """
     import itertools, os, random, shutil, signal, sys
     from pathlib import Path
-    from mxfp4np import conversion
-    from mxfp4np.shards import INDEX
+    from mxfp4np.rewrite import convert as conversion
+    from mxfp4np.rewrite.plan import INDEX
 
     source, root = map(Path, sys.argv[1:3])
     watched, numbers, last, at, act = None, None, 0, None, None
@@ -919,7 +920,8 @@ def wide(tmp_path):
 def test_a_source_that_is_truncated_meanwhile(wide, tmp_path, io):
     code = """
     import os, resource, sys
-    from mxfp4np import CheckpointError, conversion
+    from mxfp4np import CheckpointError
+    from mxfp4np.rewrite import convert as conversion
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     conversion.PIECE_BYTES = 200_000
@@ -998,7 +1000,8 @@ def test_an_exception_in_progress(tmp_path, kind, at):
 MEASURE = """
     import sys, threading
     from pathlib import Path
-    from mxfp4np import conversion, verification
+    from mxfp4np.rewrite import convert as conversion
+    from mxfp4np.rewrite import verify as verification
 
     def anonymous():
         fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())

@@ -20,7 +20,9 @@ from numba.core.registry import cpu_target
 
 import mxfp4np
 from mxfp4np import MXFP4Array
-from mxfp4np.backends import cpu, cpu_kernels, crew
+from mxfp4np.backends.cpu import driver as cpu
+from mxfp4np.backends.cpu import kernels as cpu_kernels
+from mxfp4np.backends.cpu import pool as crew
 from mxfp4np.backends.memory import address_of, aligned_empty, is_mapped
 
 SSSE3 = "+sse,+sse2,+sse3,+ssse3,+cx16,-sse4.1,-avx,-avx2,-avx512f,-avx512bw"
@@ -41,7 +43,8 @@ sys.path.insert(0, sys.argv[1])
 import numpy as np
 from numba.core.registry import cpu_target
 from contract import DTYPES, RULES, assert_encodes, assert_same_bits, every_magnitude, every_pair, oracle
-from mxfp4np.backends import cpu, cpu_kernels
+from mxfp4np.backends.cpu import driver as cpu
+from mxfp4np.backends.cpu import kernels as cpu_kernels
 from mxfp4np.backends.memory import aligned_empty
 import mxfp4np
 

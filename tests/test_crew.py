@@ -14,7 +14,7 @@ import pytest
 from contract import interrupted_after
 
 import mxfp4np
-from mxfp4np.backends import crew
+from mxfp4np.backends.cpu import pool as crew
 
 KERNEL_TYPE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong)
 HELPERS = 3

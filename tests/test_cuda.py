@@ -37,10 +37,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mxfp4np
-from mxfp4np import bench
-from mxfp4np.backends import crew, get_backend
-from mxfp4np.backends import cuda as cuda_backend
-from mxfp4np.backends.cpu_kernels import FILLERS, LEADER
+from mxfp4np.backends import get_backend
+from mxfp4np.backends.cpu import pool as crew
+from mxfp4np.backends.cpu.kernels import FILLERS, LEADER
+from mxfp4np.backends.cuda import driver as cuda_backend
+from mxfp4np.cli import bench
 from mxfp4np.format import RULES
 
 try:

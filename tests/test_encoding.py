@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 import mxfp4np
-from mxfp4np import CheckpointError, LayoutError, encoding
+from mxfp4np import CheckpointError, LayoutError
 from mxfp4np.cli import main
-from mxfp4np.encoding import FORMS, Errors, plan_encoding
 from mxfp4np.format import ENCODED_LAYOUTS, RULES
+from mxfp4np.rewrite import encode as encoding
+from mxfp4np.rewrite.encode import FORMS, Errors, plan_encoding
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 import mxfp4np
 from mxfp4np import CheckpointError, LayoutError, MXFP4Array, TensorNotFoundError
 from mxfp4np.cli import main
-from mxfp4np.container import write_safetensors
 from mxfp4np.layouts import LAYOUTS
+from mxfp4np.storage.safetensors import write_safetensors
 
 DATA = Path(__file__).parent / "data"
 SAMPLES = {

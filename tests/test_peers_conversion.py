@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import mxfp4np
-from mxfp4np.shards import split_into_shards
+from mxfp4np.rewrite.plan import split_into_shards
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("default")]
 

@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mxfp4np
-from mxfp4np import shards
-from mxfp4np.container import DTYPES, SafetensorsFile, header_bytes, nbytes_of
-from mxfp4np.conversion import Copied, plan_conversion
-from mxfp4np.shards import INDEX, RECORD, Output, Plan, Shard, make_shards, run_tasks, split_into_shards
+from mxfp4np.rewrite import plan as shards
+from mxfp4np.rewrite.convert import Copied, plan_conversion
+from mxfp4np.rewrite.plan import INDEX, RECORD, Output, Plan, Shard, make_shards, run_tasks, split_into_shards
+from mxfp4np.storage.safetensors import DTYPES, SafetensorsFile, header_bytes, nbytes_of
 
 DATA = Path(__file__).parent / "data"
 

@@ -19,7 +19,9 @@ import pytest
 from contract import run_python
 
 import mxfp4np
-from mxfp4np.backends import cpu, crew, threads
+from mxfp4np.backends import threads
+from mxfp4np.backends.cpu import driver as cpu
+from mxfp4np.backends.cpu import pool as crew
 
 BLOCKS = 300_000  # several chunks, so that the pool is used
 
@@ -60,7 +62,7 @@ def test_threads_that_decode_first_at_once_share_one_table():
     code = """
         import threading, time
         import numpy as np, mxfp4np
-        from mxfp4np.backends import cpu
+        from mxfp4np.backends.cpu import driver as cpu
 
         class Slow(cpu.ReferenceBackend):
             calls = 0
@@ -383,7 +385,7 @@ def test_a_read_only_installation_without_a_home(tmp_path):
         "XDG_CACHE_HOME": str(tmp_path / "none"),
     }
     drop = """
-import os, ml_dtypes, numba, numpy, mxfp4np.array, mxfp4np.backends.cpu, mxfp4np.backends.cpu_kernels
+import os, ml_dtypes, numba, numpy, mxfp4np.array, mxfp4np.backends.cpu.driver, mxfp4np.backends.cpu.kernels
 assert "site/" in mxfp4np.__file__
 if not os.getuid():  # root may write anywhere; as nobody, it may not be able to import any more
     numba.njit(lambda x: 0)(numpy.zeros(1, 'int64'))

@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import mxfp4np
-from mxfp4np import verification
-from mxfp4np.container import SafetensorsFile, write_safetensors
-from mxfp4np.shards import INDEX, RECORD
+from mxfp4np.rewrite import verify as verification
+from mxfp4np.rewrite.plan import INDEX, RECORD
+from mxfp4np.storage.safetensors import SafetensorsFile, write_safetensors
 
 DATA = Path(__file__).parent / "data"
 HF, ORIGINAL = DATA / "gpt_oss_hf", DATA / "gpt_oss_original"

@@ -144,14 +144,14 @@ def _get_backend(name: str | None, device: str | None) -> Backend:
     if (name == "cuda") != (kind == "cuda"):
         raise ValueError(f"backend {name!r} does not run on device {device!r}: leave one of the two out")
     if name == "cuda":
-        from .cuda import CUDABackend
+        from .cuda.driver import CUDABackend
 
         return CUDABackend(int(ordinal) if ordinal else None)
     if name == "numpy":
         from .reference import ReferenceBackend
 
         return ReferenceBackend()
-    from .cpu import CPUBackend
+    from .cpu.driver import CPUBackend
 
     return CPUBackend()
 
@@ -159,7 +159,7 @@ def _get_backend(name: str | None, device: str | None) -> Backend:
 def as_array(array: Any) -> NDArray[Any]:
     """Return a NumPy array, or a view as a CuPy one of what is on a CUDA device."""
     if not isinstance(array, np.ndarray) and hasattr(array, "__cuda_array_interface__"):
-        from .cuda import as_cupy
+        from .cuda.driver import as_cupy
 
         return as_cupy(array)
     return np.asarray(array)

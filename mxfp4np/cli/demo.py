@@ -17,13 +17,13 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from .backends.memory import aligned_empty
-from .backends.threads import default_num_threads
-from .checkpoint import Checkpoint
-from .container import write_safetensors
-from .format import BLOCK_SIZE, BYTES_PER_BLOCK, dtype_named, split
+from ..backends.memory import aligned_empty
+from ..backends.threads import default_num_threads
+from ..checkpoint import Checkpoint
+from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, dtype_named, split
+from ..selection import Selection
+from ..storage.safetensors import write_safetensors
 from .report import collapse, count, escape, format_bytes, rows, table_lines
-from .selection import Selection
 
 EXPERTS: Final = 8
 MAX_WIDTH: Final = 1440

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import BackendUnavailableError
-from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, FP4_BOUNDS, SCALE_BIAS, SCALE_NAN, blocks_in, decoded_dtype, name_of
-from .crew import kernel_address, run, shared_crew
-from .memory import ALIGNMENT, HostBackend, address_of, aligned_empty, is_mapped, is_transposed, merged_axes
-from .reference import ReferenceBackend
-from .threads import default_num_threads
+from ...errors import BackendUnavailableError
+from ...format import BLOCK_SIZE, BYTES_PER_BLOCK, FP4_BOUNDS, SCALE_BIAS, SCALE_NAN, blocks_in, decoded_dtype, name_of
+from ..memory import ALIGNMENT, HostBackend, address_of, aligned_empty, is_mapped, is_transposed, merged_axes
+from ..reference import ReferenceBackend
+from ..threads import default_num_threads
+from .pool import kernel_address, run, shared_crew
 
 PIECE_BLOCKS = 1 << 11, 1 << 18
 """Fewest and most blocks that a thread claims at a time: 0.125 to 16 MiB of bfloat16.
@@ -153,7 +153,7 @@ def machine_code() -> str:
     """Return the name of the form of machine code that Numba's code generator is given for this processor."""
     from numba.core.registry import cpu_target
 
-    from .cpu_kernels import simd
+    from .kernels import simd
 
     triple, _, features = cpu_target.target_context.codegen().magic_tuple()
     form: str = simd(triple, features)

@@ -20,14 +20,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from . import __version__
-from .errors import MXFP4Error
-from .format import DTYPES, ENCODED_LAYOUTS, RULES, TRANSPOSE
+from .. import __version__
+from ..errors import MXFP4Error
+from ..format import DTYPES, ENCODED_LAYOUTS, RULES, TRANSPOSE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .shards import Progress, Run
+    from ..rewrite.plan import Progress, Run
 
 _INDEX_ITEM = re.compile(r"\s*(?:(\.\.\.)|([+-]?\d+)|([+-]?\d+)?\s*:\s*([+-]?\d+)?\s*(?::\s*([+-]?\d+)?)?)\s*")
 
@@ -81,7 +81,7 @@ def progress_bar(total: int, what: str, *, quiet: bool) -> Iterator[Callable[[in
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from .checkpoint import Checkpoint
+    from ..checkpoint import Checkpoint
     from .report import Stats, collapse, escape, rows, table_lines, to_json
 
     with Checkpoint(args.path, layout=args.layout) as checkpoint:
@@ -108,9 +108,9 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _decode(args: argparse.Namespace) -> int:
-    from .checkpoint import Checkpoint
+    from ..checkpoint import Checkpoint
+    from ..selection import Selection
     from .report import escape, format_bytes
-    from .selection import Selection
 
     with Checkpoint(args.path, layout=args.layout) as checkpoint:
         selection = Selection(checkpoint, args.names, dtype=args.dtype, index=args.index)
@@ -167,7 +167,7 @@ def _run_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from .conversion import convert
+    from ..rewrite.convert import convert
 
     with _shard_bar("converting", quiet=args.quiet) as progress:
         result = convert(
@@ -185,7 +185,7 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _encode(args: argparse.Namespace) -> int:
-    from .encoding import encode_checkpoint
+    from ..rewrite.encode import encode_checkpoint
 
     with _shard_bar("encoding", quiet=args.quiet) as progress:
         result = encode_checkpoint(
@@ -205,7 +205,7 @@ def _print_run(args: argparse.Namespace, result: Run) -> None:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from .verification import verify
+    from ..rewrite.verify import verify
 
     with _shard_bar("verifying", quiet=args.quiet) as progress:
         result = verify(

@@ -16,9 +16,9 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .container import StoredTensor, element
-from .errors import CheckpointError, LayoutError
-from .format import BLOCK_SIZE, BYTES_PER_BLOCK, SCALE_BIAS, TRANSPOSE
+from ..errors import CheckpointError, LayoutError
+from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, SCALE_BIAS, TRANSPOSE
+from ..storage.safetensors import StoredTensor, element
 
 Shape = tuple[int, ...]
 

@@ -25,12 +25,12 @@ from typing import Any, BinaryIO, Final, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .backends.memory import aligned_empty
-from .backends.threads import default_num_threads, parallel_for
-from .checkpoint import Checkpoint, read_json
-from .container import DTYPES, atomic_file, bytes_of, header_bytes, nbytes_of
-from .errors import CheckpointError
-from .report import count, escape, format_bytes
+from ..backends.memory import aligned_empty
+from ..backends.threads import default_num_threads, parallel_for
+from ..checkpoint import Checkpoint, read_json
+from ..cli.report import count, escape, format_bytes
+from ..errors import CheckpointError
+from ..storage.safetensors import DTYPES, atomic_file, bytes_of, header_bytes, nbytes_of
 
 INDEX: Final = "model.safetensors.index.json"
 RECORD: Final = ".mxfp4np.json"

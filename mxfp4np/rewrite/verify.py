@@ -14,16 +14,16 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from .array import MXFP4Array, place_in_whole, swapped
-from .checkpoint import Checkpoint, PathLike, TensorInfo, read_json, weight_map_of
-from .container import DTYPES, element
-from .errors import CheckpointError, LayoutError, TensorNotFoundError
-from .format import DTYPES as DECODED
-from .format import SCALE_BIAS, SCALE_NAN, TRANSPOSE
-from .layouts import is_turned
-from .report import count, escape, format_bytes
-from .selection import select
-from .shards import RECORD, Crew, Progress
+from ..array import MXFP4Array, place_in_whole, swapped
+from ..checkpoint import Checkpoint, PathLike, TensorInfo, read_json, weight_map_of
+from ..cli.report import count, escape, format_bytes
+from ..errors import CheckpointError, LayoutError, TensorNotFoundError
+from ..format import DTYPES as DECODED
+from ..format import SCALE_BIAS, SCALE_NAN, TRANSPOSE
+from ..layouts import is_turned
+from ..selection import select
+from ..storage.safetensors import DTYPES, element
+from .plan import RECORD, Crew, Progress
 
 PIECE_BYTES: Final = 4 << 20
 """Decoded bytes that a thread compares at a time; the reference needs some twenty times as many for itself."""

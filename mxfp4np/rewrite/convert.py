@@ -13,17 +13,17 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import DTypeLike
 
-from .array import swapped
-from .backends import as_numpy
-from .checkpoint import Checkpoint, PathLike, TensorInfo
-from .container import DTYPES, SAFETENSORS_DTYPES
-from .errors import CheckpointError
-from .format import decoded_dtype
-from .layouts import LAYOUTS, METADATA, is_turned
-from .report import count, escape
-from .selection import patterns, select
-from .shards import MAX_SHARD_SIZE, RECORD, Item, Output, Pieces, Plan, Progress, Run, Scratch, Task, make_shards
-from .verification import Verification, compare, count_overflow
+from ..array import swapped
+from ..backends import as_numpy
+from ..checkpoint import Checkpoint, PathLike, TensorInfo
+from ..cli.report import count, escape
+from ..errors import CheckpointError
+from ..format import decoded_dtype
+from ..layouts import LAYOUTS, METADATA, is_turned
+from ..selection import patterns, select
+from ..storage.safetensors import DTYPES, SAFETENSORS_DTYPES
+from .plan import MAX_SHARD_SIZE, RECORD, Item, Output, Pieces, Plan, Progress, Run, Scratch, Task, make_shards
+from .verify import Verification, compare, count_overflow
 
 PIECE_BYTES: Final = 32 << 20
 """Decoded bytes that a thread has in memory at a time. One expert of gpt-oss-20b fits, and can be transposed whole."""

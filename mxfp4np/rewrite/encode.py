@@ -11,17 +11,17 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .array import MXFP4Array, encode, place_in_whole, swapped
-from .checkpoint import Checkpoint, PathLike, TensorInfo
-from .container import DTYPES, element
-from .conversion import QUANTIZATION_KEYS, copied, folder_beside, small_files
-from .errors import LayoutError
-from .format import BLOCK_SIZE, BYTES_PER_BLOCK, ENCODED_LAYOUTS, RULES, SCALE_NAN
-from .format import DTYPES as FLOATS
-from .layouts import LAYOUTS, as_blocks, is_turned
-from .report import count, escape
-from .selection import patterns, select
-from .shards import MAX_SHARD_SIZE, Item, Output, Pieces, Plan, Progress, Run, Scratch, make_shards
+from ..array import MXFP4Array, encode, place_in_whole, swapped
+from ..checkpoint import Checkpoint, PathLike, TensorInfo
+from ..cli.report import count, escape
+from ..errors import LayoutError
+from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, ENCODED_LAYOUTS, RULES, SCALE_NAN
+from ..format import DTYPES as FLOATS
+from ..layouts import LAYOUTS, as_blocks, is_turned
+from ..selection import patterns, select
+from ..storage.safetensors import DTYPES, element
+from .convert import QUANTIZATION_KEYS, copied, folder_beside, small_files
+from .plan import MAX_SHARD_SIZE, Item, Output, Pieces, Plan, Progress, Run, Scratch, make_shards
 
 PIECE_BYTES: Final = 8 << 20
 """Bytes of values that a thread has in memory at a time; finding the errors takes some ten times as many."""

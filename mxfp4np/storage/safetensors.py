@@ -24,9 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from .backends.memory import address_of, aligned_empty
-from .errors import CheckpointError
-from .format import dtype_named
+from ..backends.memory import address_of, aligned_empty
+from ..errors import CheckpointError
+from ..format import dtype_named
 
 DTYPES: Final = {
     "BOOL": (8, "bool"),

@@ -24,10 +24,9 @@ from typing import Any, Final, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import BackendUnavailableError, DeviceMemoryError
-from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, name_of, split
-from . import cuda_kernels
-from .cpu_kernels import (
+from ...errors import BackendUnavailableError, DeviceMemoryError
+from ...format import BLOCK_SIZE, BYTES_PER_BLOCK, name_of, split
+from ..cpu.kernels import (
     CONTEXT,
     CUDA_ERROR_NOT_READY,
     EVENT,
@@ -40,10 +39,11 @@ from .cpu_kernels import (
     PARTS,
     SLOT_NUMBERS,
 )
-from .crew import compiled, kernel_address, shared_crew
-from .cuda_kernels import ROW_AXES, ROWS, THREADS, VALUES, VECTORS
-from .memory import address_of, is_transposed, merged_axes, type_of
-from .threads import default_num_threads
+from ..cpu.pool import compiled, kernel_address, shared_crew
+from ..memory import address_of, is_transposed, merged_axes, type_of
+from ..threads import default_num_threads
+from . import kernels as cuda_kernels
+from .kernels import ROW_AXES, ROWS, THREADS, VALUES, VECTORS
 
 SLOT_BYTES: Final = 1 << 20
 """Bytes that are copied to a device at a time, at most: the bus rests for some microseconds between copies."""

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from .memory import address_of, aligned_empty
-from .threads import most_threads
+from ..memory import address_of, aligned_empty
+from ..threads import most_threads
 
 # Positions in the vectors of a job and of a crew, as in `cpu_kernels`, which is not imported yet.
 HELPERS, UNITS, NEXT = 3, 4, 5
@@ -148,7 +148,7 @@ def _with_cache(compile_: Callable[..., Any], name: str, how: str | int) -> Any:
 
     if numba.config.DISABLE_JIT:
         return None
-    from . import cpu_kernels
+    from . import kernels as cpu_kernels
 
     function = getattr(cpu_kernels, name)
     function = getattr(function, "py_func", function)

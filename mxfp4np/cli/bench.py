@@ -23,16 +23,16 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from . import __version__
-from .array import MXFP4Array
-from .backends import get_backend
-from .backends.cpu import machine_code, stream
-from .backends.memory import address_of, aligned_empty
-from .backends.threads import default_num_threads, parallel_for, usable_cpus
-from .checkpoint import Checkpoint
+from .. import __version__
+from ..array import MXFP4Array
+from ..backends import get_backend
+from ..backends.cpu.driver import machine_code, stream
+from ..backends.memory import address_of, aligned_empty
+from ..backends.threads import default_num_threads, parallel_for, usable_cpus
+from ..checkpoint import Checkpoint
+from ..errors import CheckpointError
+from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, decoded_dtype
 from .demo import ProgressBar
-from .errors import CheckpointError
-from .format import BLOCK_SIZE, BYTES_PER_BLOCK, decoded_dtype
 from .report import count, format_bytes, rows
 
 ROUNDS: Final = 9

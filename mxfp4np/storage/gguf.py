@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import BinaryIO
 
-from .container import DTYPES, StoredTensor, TensorFile
-from .errors import BackendUnavailableError, CheckpointError
+from ..errors import BackendUnavailableError, CheckpointError
+from .safetensors import DTYPES, StoredTensor, TensorFile
 
 
 class GGUFFile(TensorFile):

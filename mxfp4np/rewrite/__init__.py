@@ -1,0 +1,1 @@
+"""Whole checkpoints rewritten in bounded memory: decoded, encoded, verified."""

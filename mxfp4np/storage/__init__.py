@@ -1,0 +1,1 @@
+"""Files: their headers, zero-copy views of their bytes, their writers, and which files are one checkpoint."""
