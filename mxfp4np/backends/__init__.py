@@ -159,7 +159,7 @@ def _get_backend(name: str | None, device: str | None) -> Backend:
 def as_array(array: Any) -> NDArray[Any]:
     """Return a NumPy array, or a view as a CuPy one of what is on a CUDA device."""
     if not isinstance(array, np.ndarray) and hasattr(array, "__cuda_array_interface__"):
-        from .cuda.driver import as_cupy
+        from .cuda.cupy import as_cupy
 
         return as_cupy(array)
     return np.asarray(array)

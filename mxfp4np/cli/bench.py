@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from .. import __version__
 from ..array import MXFP4Array
 from ..backends import get_backend
-from ..backends.cpu.driver import machine_code, stream
+from ..backends.cpu.driver import instruction_set, stream
 from ..backends.memory import address_of, aligned_empty
 from ..backends.threads import default_num_threads, parallel_for, usable_cpus
 from ..checkpoint import Checkpoint
@@ -443,7 +443,7 @@ def machine(*packages: str) -> dict[str, Any]:
     for package in ("mxfp4np", "numpy", "numba", *packages):
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package) if package != "mxfp4np" else __version__
-    return {"cpu": _processor(), "cpus": usable_cpus(), "code": machine_code(), "versions": found}
+    return {"cpu": _processor(), "cpus": usable_cpus(), "code": instruction_set(), "versions": found}
 
 
 def describe(machine: dict[str, Any]) -> str:

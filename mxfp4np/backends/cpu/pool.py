@@ -1,8 +1,17 @@
-"""Compiled functions, and the crew: threads that wait in compiled code for jobs to take part in.
+"""The pool: worker threads that wait in compiled code for tasks, and take part in them without the interpreter.
 
-A job is what `mxfp4np.backends.cpu_kernels` describes. The calling thread does it too, so that a call finishes even
-when all others are at someone else's. Calling others and waiting for them takes no interpreter: threads would hand it
-to each other for longer than small jobs take. It knows nothing of MXFP4.
+A task is a kernel, a job, and a range of units. Threads claim chunks of the range until none is left: the calling
+thread, and workers that are idle when it calls. So a call finishes even if all workers are busy with other calls.
+
+What a worker is at is one number, its field ``task``:
+
+    0                   idle        any caller may assign a task
+    address of a task   assigned    the worker may begin, or the caller may take the task back
+    address + 1         running     the caller waits for the worker
+
+Each step from one to the next is one atomic operation. A worker that is idle looks for a task for a moment, since many
+calls follow each other, and then sleeps by a lock of its own. Locks are those of Python's C API, which need no GIL.
+Workers are daemon threads: they do not keep the interpreter from shutting down. Nothing here knows MXFP4.
 """
 
 from __future__ import annotations
@@ -10,164 +19,182 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from array import array
-from collections.abc import Callable
-from typing import Any
+from typing import Final
 
 import numpy as np
+from numba import types
 
 from ..memory import address_of, aligned_empty
 from ..threads import most_threads
+from .compiler import CompiledFunction, build_once, compile_function
+from .geometry import field_offsets
+from .simd import atomic_add, atomic_load, atomic_replace, call_c, inner, pause
 
-# Positions in the vectors of a job and of a crew, as in `cpu_kernels`, which is not imported yet.
-HELPERS, UNITS, NEXT = 3, 4, 5
-MEMBERS, ACQUIRE, RELEASE, REST_LOCK = 0, 1, 2, 3
-FIRST_MEMBER, MEMBER_NUMBERS, LOCK = 8, 2, 1
+TASK: Final = np.dtype([(name, np.int64) for name in ("kernel", "job", "next", "stop", "chunk")])
+WORKER: Final = np.dtype([(name, np.int64) for name in ("task", "is_asleep", "lock")] + [("unused", np.int64, 5)])
+POOL: Final = np.dtype([(name, np.int64) for name in ("workers", "count", "acquire", "release", "never_released")])
+
+# Fields are read and written atomically, at their offsets.
+KERNEL, JOB, NEXT, STOP, CHUNK = field_offsets(TASK)
+AT, IS_ASLEEP, LOCK, _ = field_offsets(WORKER)
+WORKERS, COUNT, ACQUIRE, RELEASE, NEVER_RELEASED = field_offsets(POOL)
+WORKER_SIZE: Final = WORKER.itemsize
+
+IDLE: Final = 0
+RUNNING: Final = 1
+"""What is added to the address of a task that is running."""
+
+CHUNKS_AT_ONCE: Final = 64
+"""Chunks that the calling thread does before it looks for interrupts: a tenth of a second at most."""
+
+LOOKS: Final = 1 << 12
+"""How often an idle worker looks for a task before it sleeps, 0.1 to 0.2 ms. To wake one takes 50 microseconds."""
+
+SPINS: Final = 1 << 11
+"""How often a caller looks whether workers are done, 20 to 100 microseconds, before it sleeps in between."""
+
+NAP: Final = 50
+"""Microseconds."""
 
 
-class Crew:
-    """Threads that sleep, each by a lock of its own, while there is nothing to do.
+@inner
+def work(task: int) -> int:
+    """Do some chunks of a task; return whether there may be more."""
+    chunk, stop = atomic_load(task + CHUNK), atomic_load(task + STOP)
+    for _ in range(CHUNKS_AT_ONCE):
+        begin = atomic_add(task + NEXT, chunk)
+        if begin >= stop:
+            return 0
+        call_c(atomic_load(task + KERNEL), (atomic_load(task + JOB), begin, min(begin + chunk, stop)))
+    return 1
 
-    The locks are those of Python's C API, which need no interpreter. The threads do not keep it from shutting down:
-    whoever has a job stays until nobody is at it.
-    """
 
-    def __init__(self, size: int) -> None:
-        self._size, self._count, self._lock = size, 0, threading.Lock()
+@inner
+def workers_of(pool: int) -> range:
+    """Return the addresses of the workers."""
+    first = atomic_load(pool + WORKERS)
+    return range(first, first + atomic_load(pool + COUNT) * WORKER_SIZE, WORKER_SIZE)
+
+
+def assign(pool: int, task: int, count: int) -> None:
+    """Assign a task to some workers that are idle, and wake those that sleep."""
+    for worker in workers_of(pool):
+        if count > 0 and atomic_replace(worker + AT, IDLE, task):
+            count -= 1
+            if atomic_replace(worker + IS_ASLEEP, 1, 0):
+                call_c(atomic_load(pool + RELEASE), (atomic_load(worker + LOCK),))
+
+
+def finish(pool: int, task: int) -> None:
+    """Have nobody claim more of a task, and return when no worker is at it any more."""
+    atomic_add(task + NEXT, atomic_load(task + STOP))
+    looks = 0
+    for worker in workers_of(pool):
+        atomic_replace(worker + AT, task, IDLE)  # if it has not begun
+        while atomic_load(worker + AT) == task + RUNNING:
+            looks += 1
+            if looks < SPINS:
+                pause()
+            else:
+                call_c(atomic_load(pool + ACQUIRE), (atomic_load(pool + NEVER_RELEASED), NAP, 0))
+
+
+def serve(pool: int, worker: int) -> None:
+    """Do one task after the other, and sleep in between. It does not return."""
+    while True:
+        looks = 0
+        while atomic_load(worker + AT) == IDLE and looks < LOOKS:
+            pause()
+            looks += 1
+        if looks == LOOKS:
+            atomic_replace(worker + IS_ASLEEP, 0, 1)
+            # Who assigns a task from here on releases the lock, once, and has said so in `is_asleep` before.
+            if atomic_load(worker + AT) == IDLE or not atomic_replace(worker + IS_ASLEEP, 1, 0):
+                call_c(atomic_load(pool + ACQUIRE), (atomic_load(worker + LOCK), -1, 0))
+        task = atomic_load(worker + AT)
+        if task != IDLE and task & RUNNING == 0 and atomic_replace(worker + AT, task, task + RUNNING):
+            while work(task):
+                pass
+            atomic_replace(worker + AT, task + RUNNING, IDLE)
+
+
+class _Pool:
+    """The workers of this process, started when they are first wanted."""
+
+    def __init__(self, functions: dict[str, CompiledFunction]) -> None:
+        self.work, self.assign, self.finish = (functions[name].call for name in ("work", "assign", "finish"))
+        self._serve = functions["serve"].call
+        self._starting = threading.RLock()  # a signal handler may decode too
+        self._workers = aligned_empty((most_threads(),), WORKER)
+        self._workers["task"] = self._workers["is_asleep"] = 0
+        self._workers["lock"] = [_held_lock() for _ in self._workers]
         api = ctypes.pythonapi
-        self._allocate = api.PyThread_allocate_lock
-        self._allocate.restype = ctypes.c_void_p
-        self._vector = aligned_empty((FIRST_MEMBER + MEMBER_NUMBERS * size,), np.dtype(np.int64))
-        self._vector[:] = 0
-        functions = api.PyThread_acquire_lock_timed, api.PyThread_release_lock
-        self._vector[[ACQUIRE, RELEASE]] = [ctypes.cast(function, ctypes.c_void_p).value for function in functions]
-        self._vector[REST_LOCK] = self._held_lock()
-        self.address = address_of(self._vector)
+        acquire, release = (
+            ctypes.cast(function, ctypes.c_void_p).value
+            for function in (api.PyThread_acquire_lock_timed, api.PyThread_release_lock)
+        )
+        self._record = np.array((address_of(self._workers), 0, acquire, release, _held_lock()), POOL)
+        self.address = address_of(self._record)
 
-    def enlist(self, wanted: int) -> int:
-        """Return how many threads there are: as many as are wanted, if there can be."""
-        if self._count < min(wanted, self._size):
-            with self._lock:
-                while self._count < min(wanted, self._size) and self._start():
+    def start(self, wanted: int) -> int:
+        """Return how many workers there are: as many as are wanted, if there can be."""
+        wanted = min(wanted, len(self._workers))
+        if self._record["count"] < wanted:
+            with self._starting:
+                while self._record["count"] < wanted and self._start_one():
                     pass
-        return self._count
+        return min(wanted, int(self._record["count"]))
 
-    def _start(self) -> bool:
-        place = FIRST_MEMBER + MEMBER_NUMBERS * self._count + LOCK
-        if not self._vector[place]:
-            self._vector[place] = self._held_lock()
-        compiled("serve", 2)
-        name = f"mxfp4np_{self._count}"
+    def _start_one(self) -> bool:
+        count = int(self._record["count"])
+        worker = address_of(self._workers) + count * WORKER_SIZE
+        thread = threading.Thread(target=self._serve, args=(self.address, worker), name=f"mxfp4np_{count}", daemon=True)
         try:
-            # If it is interrupted when the thread is there, the next one shares its place: either of them does.
-            threading.Thread(target=self._serve, args=(self._count,), name=name, daemon=True).start()
+            # If an interrupt comes when the thread has started, the next one shares its record: either does a task.
+            thread.start()
         except RuntimeError:  # the interpreter is shutting down, or there can be no more threads
             return False
-        self._count += 1
-        self._vector[MEMBERS] = self._count
+        self._record["count"] = max(count + 1, int(self._record["count"]))
         return True
 
-    def _serve(self, thread: int) -> None:
-        compiled("serve", 2)(self.address, thread)
 
-    def _held_lock(self) -> int:
-        lock: int | None = self._allocate()
-        if not lock:
-            raise MemoryError("the system has no lock left for a thread")
-        ctypes.pythonapi.PyThread_acquire_lock(ctypes.c_void_p(lock), 1)
-        return lock
-
-
-_crew: Crew | None = None
-_crew_lock = threading.Lock()
+def _held_lock() -> int:
+    """Return a new lock of Python's C API, acquired. It is never freed, since a worker may sleep by it."""
+    api = ctypes.pythonapi
+    api.PyThread_allocate_lock.restype = ctypes.c_void_p
+    lock: int | None = api.PyThread_allocate_lock()
+    if not lock:
+        raise MemoryError("the system has no lock left for a thread")
+    api.PyThread_acquire_lock(ctypes.c_void_p(lock), 1)
+    return lock
 
 
-def _forget_crew() -> None:
-    """Start over in a forked child, where the threads of the parent's crew do not exist."""
-    global _crew, _crew_lock
-    _crew, _crew_lock = None, threading.Lock()
+def _compile() -> dict[str, CompiledFunction]:
+    integer = types.int64
+    signatures = {
+        work.py_func: integer(integer),
+        assign: types.void(integer, integer, integer),
+        finish: types.void(integer, integer),
+        serve: types.void(integer, integer),
+    }
+    compiled = {function.__name__: compile_function(function, signatures[function]) for function in signatures}
+    return {name: function for name, function in compiled.items() if function is not None}
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_crew)
+def run(kernel: CompiledFunction, job: int, units: int, chunk: int, num_threads: int) -> None:
+    """Run a kernel over units 0 to ``units - 1`` of the job at an address, in chunks, in several threads.
 
-
-def shared_crew(helpers: int) -> tuple[int, int]:
-    """Return where the crew of this process is, and how many threads of it can help, up to so many."""
-    global _crew  # noqa: PLW0603
-    if _crew is None:
-        with _crew_lock:
-            if _crew is None:
-                _crew = Crew(most_threads())
-    return _crew.address, min(helpers, _crew.enlist(helpers))
-
-
-def run(job: array[int]) -> None:
-    """Do a job of pieces, with others; return, or raise what interrupts it, when nobody is at a piece any more.
-
-    More interrupts change nothing: Python looks for them when a call of compiled code has returned, not before it.
+    Returns, or raises what interrupts it, when no thread is at the job any more.
     """
-    do = compiled("lead" if job[HELPERS] else "work")  # which compiles sooner
-    address, _ = job.buffer_info()
+    functions = build_once("pool", _compile)
+    pool: _Pool = build_once(("pool", os.getpid()), lambda: _Pool(functions))  # a forked child has no workers
+    task_record = np.array((kernel.address, job, 0, units, chunk), TASK)
+    task = address_of(task_record)
+    helpers = pool.start(min(num_threads - 1, -(-units // chunk) - 1))
     try:
-        while do(address):
+        pool.assign(pool.address, task, helpers)
+        while pool.work(task):
             pass
-    except BaseException:
-        job[HELPERS], job[NEXT] = 0, job[UNITS]
-        do(address)  # which calls nobody and finds nothing to do, but waits for others
-        raise
-
-
-_functions: dict[tuple[str, str | int], Any] = {}
-_compiling = threading.Lock()
-
-
-def compiled(name: str, count: int = 1) -> Any:
-    """Return a function of `cpu_kernels` compiled for so many int64, or None where Numba's compiler is switched off."""
-    return _once(_compile, name, count)
-
-
-def kernel_address(name: str, word: str) -> int | None:
-    """Return where a kernel of `cpu_kernels` is, compiled for words of this type, or None as `compiled` does."""
-    kernel = _once(_compile_kernel, name, word)
-    return None if kernel is None else kernel.address
-
-
-def _once(compile_: Callable[..., Any], name: str, how: str | int) -> Any:
-    try:
-        return _functions[name, how]
-    except KeyError:
-        with _compiling:
-            if (name, how) not in _functions:
-                _functions[name, how] = _with_cache(compile_, name, how)
-        return _functions[name, how]
-
-
-def _with_cache(compile_: Callable[..., Any], name: str, how: str | int) -> Any:
-    import numba
-
-    if numba.config.DISABLE_JIT:
-        return None
-    from . import kernels as cpu_kernels
-
-    function = getattr(cpu_kernels, name)
-    function = getattr(function, "py_func", function)
-    try:
-        return compile_(function, how, cache=True)
-    except Exception:  # noqa: BLE001 - no place for a cache, or a broken one, is no reason to fail; anything else fails again
-        return compile_(function, how, cache=False)
-
-
-def _compile(function: Callable[..., Any], count: int, *, cache: bool) -> Any:
-    import numba
-
-    made = numba.njit(nogil=True, cache=cache)(function)
-    made.compile((numba.types.int64,) * count)
-    made.disable_compile()
-    return made
-
-
-def _compile_kernel(function: Callable[..., Any], word: str, *, cache: bool) -> Any:
-    import numba
-
-    return numba.cfunc(numba.types.int32(numba.types.int64, getattr(numba.types, word)), cache=cache)(function)
+    finally:
+        # The first call of this block, before which no interrupt is looked for: the job's memory may be freed after it.
+        pool.finish(pool.address, task)

@@ -1,0 +1,120 @@
+"""Build what is made once per process: compiled functions, and tables they look values up in.
+
+Numba is imported here, on first use. What is built is built whole or not at all: a signal handler may raise anywhere in
+the main thread, in the middle of an import or of Numba's compiler too, and leave them broken for the whole process. So
+each thing is built in a thread of its own, which no signal interrupts, while the caller waits and can be interrupted.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Hashable
+from importlib import import_module
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+from ...errors import BackendUnavailableError
+
+_built: dict[Hashable, Any] = {}
+_building = threading.RLock()  # of the thread that builds, or of one that forks
+
+if hasattr(os, "register_at_fork"):
+    # A child has no thread that would finish what is half built, nor release Numba's own locks: fork before or after.
+    os.register_at_fork(before=_building.acquire, after_in_parent=_building.release, after_in_child=_building.release)
+
+
+def build_once(key: Hashable, make: Callable[[], Any]) -> Any:
+    """Return what ``make`` made when this was first called with this key, or raise what it raised.
+
+    ``make`` must not call this function.
+    """
+    try:
+        return _built[key]
+    except KeyError:
+        pass
+    errors: list[BaseException] = []
+
+    def build() -> None:
+        with _building:
+            try:
+                if key not in _built:
+                    _built[key] = make()
+            except BaseException as error:  # noqa: BLE001 - raised where it was asked for
+                errors.append(error)
+
+    builder = threading.Thread(target=build, name="mxfp4np_build")
+    try:
+        builder.start()
+    except RuntimeError:  # the interpreter is shutting down, or there can be no more threads
+        build()
+    else:
+        builder.join()
+    if errors:
+        raise errors[0]
+    return _built[key]
+
+
+class CompiledFunction:
+    """A function of machine code, of integers of 64 bits, to an integer or nothing.
+
+    Attributes
+    ----------
+    address : int
+        Where other compiled code can call it.
+    call : callable
+        Call it from Python; it does not hold the GIL.
+    """
+
+    def __init__(self, compiled: Any, signature: Any) -> None:
+        self._compiled = compiled  # owns the code
+        self.address: int = compiled.address
+        result = None if signature.return_type.name == "none" else ctypes.c_int64
+        self.call: Any = ctypes.CFUNCTYPE(result, *[ctypes.c_int64] * len(signature.args))(self.address)
+
+
+def compile_function(function: Callable[..., Any], signature: Any) -> CompiledFunction | None:
+    """Compile a function for a signature, or return None where Numba's compiler is switched off."""
+    import numba
+
+    if numba.config.DISABLE_JIT:
+        return None
+    named = FunctionType(function.__code__, function.__globals__, function.__name__, None, function.__closure__)
+    named.__module__ = function.__module__
+    named.__qualname__ = f"{function.__qualname__}_{_digest()}"
+    try:
+        return CompiledFunction(numba.cfunc(signature, cache=True)(named), signature)
+    except Exception:  # noqa: BLE001 - no place for a cache, or a broken one, is no reason to fail; other errors recur
+        return CompiledFunction(numba.cfunc(signature)(named), signature)
+
+
+@functools.cache
+def _digest() -> str:
+    """Return a digest of all sources that are compiled together, as a part of the names in Numba's cache on disk.
+
+    The cache notices changes of the file that a function is in, but not of the files that it calls into.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def compiled_kernel(module: str, name: str, *constants: int) -> CompiledFunction | None:
+    """Return a kernel: what the function ``name`` of a module of this package makes of some constants, compiled."""
+
+    def make() -> CompiledFunction | None:
+        try:
+            kernels = import_module(f".{module}", __package__)
+        except ImportError as error:
+            raise BackendUnavailableError(
+                f"the CPU backend needs Numba ({error}): python -m pip install numba; backend='numpy' works without it"
+            ) from error
+        return compile_function(getattr(kernels, name)(*constants), kernels.KERNEL)
+
+    kernel: CompiledFunction | None = build_once((module, name, *constants), make)
+    return kernel

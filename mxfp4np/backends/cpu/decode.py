@@ -1,0 +1,335 @@
+"""Kernels that decode: rows to rows, and rows to columns.
+
+What they compute: value = E2M1[code] * 2**(scale - 127), rounded to the output's dtype. There are 16 codes and 256
+scales, so a table has all values. It has a line of 64 bytes for each scale: the 16 values as words of 16 bits, then
+their low bytes, then their high bytes. Looking 16 entries up is one byte shuffle on most processors. Words are bfloat16
+or float16; a float32 is the bfloat16 and 16 zero bits, since two bits of mantissa need no more.
+
+How the arrays lie is said by `mxfp4np.backends.cpu.geometry`. A kernel is made by a function whose arguments are
+constants in the compiled code; it decodes units ``start`` to ``stop - 1`` of a job. The caller has checked everything.
+"""
+
+# Numba infers the types of these functions, and has none for mypy.
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import numba
+from llvmlite import ir
+from numba import carray, types
+from numba.extending import intrinsic
+
+from .geometry import JOB
+from .simd import (
+    I8,
+    I16,
+    I32,
+    I64,
+    SIZE_OF_CACHE_LINE,
+    broadcast,
+    byte_lookup,
+    call,
+    inner,
+    load,
+    load_uint8,
+    load_uint16,
+    offset,
+    prefetch,
+    repeated,
+    shuffle,
+    stack_buffer,
+    store,
+    store_fence,
+    store_uint8,
+    store_uint16,
+    store_uint32,
+    target_of,
+    transpose,
+    vector,
+)
+
+TABLE_LINE, LOW_BYTES, HIGH_BYTES = 64, 32, 48
+
+KERNEL = types.void(types.CPointer(numba.from_dtype(JOB)), types.int64, types.int64)
+"""The type of a kernel: a job, and its first unit and the one after its last."""
+
+
+# Looking up the words of 32 codes, a byte each, in a line of the table
+
+
+def lookup_avx512(builder, codes, line):
+    """One permutation of words."""
+    table = load(builder, line, vector(I16, 16), TABLE_LINE)
+    table = shuffle(builder, table, table, [i % 16 for i in range(32)])
+    indices = builder.zext(codes, vector(I16, 32))
+    return call(builder, "llvm.x86.avx512.permvar.hi.512", indices.type, table, indices)
+
+
+def lookup_by_bytes(target):
+    """One shuffle of bytes, or two, for the low bytes of all words, and one for the high bytes."""
+
+    def lookup(builder, codes, line):
+        tables = [load(builder, offset(builder, line, at), vector(I8, 16), 16) for at in (LOW_BYTES, HIGH_BYTES)]
+        low, high = (byte_lookup(builder, target, table, codes) for table in tables)
+        return builder.bitcast(shuffle(builder, low, high, [i // 2 + i % 2 * 32 for i in range(64)]), vector(I16, 32))
+
+    return lookup
+
+
+def lookup_portable(builder, codes, line):
+    """Word by word."""
+    words = ir.Constant(vector(I16, 32), ir.Undefined)
+    for i in range(32):
+        code = builder.zext(builder.extract_element(codes, I32(i)), I64)
+        word = load(builder, builder.add(line, builder.shl(code, I64(1))), I16, 2)
+        words = builder.insert_element(words, word, I32(i))
+    return words
+
+
+LOOKUP = {
+    "avx512": lookup_avx512,
+    "avx2": lookup_by_bytes("avx2"),
+    "ssse3": lookup_by_bytes("ssse3"),
+    "neon": lookup_by_bytes("neon"),
+    "portable": lookup_portable,
+}
+
+
+def codes_of_block(builder, block, *, halves):
+    """Return the 32 codes of the block of 16 bytes at an address, a byte each."""
+    both = load(builder, block, vector(I8, 16))
+    low, high = builder.and_(both, repeated(15, both)), builder.lshr(both, repeated(4, both))
+    return shuffle(builder, low, high, range(32) if halves else [i // 2 + i % 2 * 16 for i in range(32)])
+
+
+def store_words(builder, words, address, itemsize, *, streaming):
+    """Store 32 words of the table as elements of 2 or 4 bytes."""
+    if itemsize == 4:
+        words = builder.zext(words, vector(I32, 32))
+        words = builder.shl(words, repeated(16, words))
+    store(builder, words, address, SIZE_OF_CACHE_LINE if streaming else 1, streaming=streaming)
+
+
+@intrinsic(prefer_literal=True)
+def decode_block(typingctx, block, line, values, itemsize, halves, streaming):
+    """Decode the block at an address by a line of the table to 32 elements; a streaming store needs them aligned."""
+
+    def codegen(context, builder, signature, args):
+        codes = codes_of_block(builder, args[0], halves=halves.literal_value)
+        words = LOOKUP[target_of(context)](builder, codes, args[1])
+        store_words(builder, words, args[2], itemsize.literal_value, streaming=streaming.literal_value)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, itemsize, halves, streaming), codegen
+
+
+# Rows to rows
+
+
+@inner
+def row_addresses(job, row):
+    """Return where the codes, the scales and the values of a row are, counted over all matrices."""
+    matrix = row // job.rows
+    row -= matrix * job.rows
+    return (
+        job.codes + matrix * job.codes_matrix + row * job.codes_row,
+        job.scales + matrix * job.scales_matrix + row * job.scales_row,
+        job.values + matrix * job.values_matrix + row * job.values_row,
+    )
+
+
+@inner
+def decode_elements(job, begin, end, codes, scales, values):
+    """Decode the elements of a row that are in blocks ``begin`` to ``end - 1``, one by one."""
+    for i in range(max(0, 32 * begin - job.start), min(job.length, 32 * end - job.start)):
+        g, j = divmod(job.start + i, 32)
+        byte, is_high = (j % 16, j // 16) if job.halves else (j // 2, j % 2)
+        code = load_uint8(codes + g * job.codes_step + byte) >> 4 * is_high & 15
+        word = job.table + TABLE_LINE * load_uint8(scales + g * job.scales_step) + 2 * code
+        value = values + i * job.values_step
+        if job.itemsize == 4:
+            store_uint32(numba.uint32(load_uint16(word)) << 16, value)
+        else:
+            store_uint16(load_uint16(word), value)
+
+
+def decode_rows(itemsize, halves, streaming):
+    """Return the kernel to rows of any length and start. Its units are blocks, row by row.
+
+    Streaming needs rows of whole blocks, aligned to cache lines.
+    """
+
+    def kernel(pointer, start, stop):
+        job = carray(pointer, 1)[0]
+        table, ahead, codes_step, scales_step = job.table, job.prefetch, job.codes_step, job.scales_step
+        unit = start
+        while unit < stop:
+            row = unit // job.blocks_per_row
+            begin = unit - row * job.blocks_per_row
+            end = min(job.blocks_per_row, begin + stop - unit)
+            codes, scales, values = row_addresses(job, row)
+            first = min(max(begin, job.whole_begin), end)
+            last = max(first, min(end, job.whole_end))
+            if not streaming:
+                decode_elements(job, begin, first, codes, scales, values)
+                decode_elements(job, last, end, codes, scales, values)
+            block, scale = codes + first * codes_step, scales + first * scales_step
+            value = values + (32 * first - job.start) * itemsize
+            for g in range(first, last):
+                if g % 4 == 0:
+                    prefetch(block + ahead)
+                decode_block(block, table + TABLE_LINE * load_uint8(scale), value, itemsize, halves, streaming)
+                block += codes_step
+                scale += scales_step
+                value += 32 * itemsize
+            unit += end - begin
+        if streaming:
+            store_fence()
+
+    return kernel
+
+
+# Rows to columns: codes are transposed, 32 rows at a time, and then looked up as they are. A lane is a row, and rows
+# have scales of their own: values are looked up for scale 127, and their exponents moved by what the scale differs.
+
+GROUP = 128
+"""Rows that are decoded together: 256 bytes or more of each column at a time."""
+
+
+@intrinsic
+def transpose_codes(typingctx, block, row_stride, target):
+    """Transpose the blocks of 32 rows: byte ``i`` of all of them becomes 32 bytes at ``target + i * GROUP``."""
+
+    def codegen(context, builder, signature, args):
+        block, row_stride, target = args
+        rows = []
+        for _ in range(32):
+            rows.append(load(builder, block, vector(I8, 16)))
+            block = builder.add(block, row_stride)
+        for i, column in enumerate(transpose(builder, rows)):
+            store(builder, column, offset(builder, target, i * GROUP), 32)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic(prefer_literal=True)
+def decode_two_columns(typingctx, codes, exponents, line, low, high, itemsize, streaming):
+    """Decode the low four bits of 32 bytes to one address and the high ones to another, by a line of the table.
+
+    The exponents of values that are not zero are increased by 32 words.
+    """
+
+    def codegen(context, builder, signature, args):
+        both = load(builder, args[0], vector(I8, 32), 32)
+        increase = load(builder, args[1], vector(I16, 32), 64)
+        for nibbles, address in (
+            (builder.and_(both, repeated(15, both)), args[3]),
+            (builder.lshr(both, repeated(4, both)), args[4]),
+        ):
+            words = LOOKUP[target_of(context)](builder, nibbles, args[2])
+            is_zero = builder.icmp_unsigned("==", builder.shl(words, repeated(1, words)), repeated(0, words))
+            words = builder.select(is_zero, words, builder.add(words, increase))
+            store_words(builder, words, address, itemsize.literal_value, streaming=streaming.literal_value)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5, itemsize, streaming), codegen
+
+
+@intrinsic
+def scale_exponents(typingctx, scales, least, most, mantissa_bits, target):
+    """Write what to add to words of scale 127 for 32 scales; return whether all of them are in a range."""
+
+    def codegen(context, builder, signature, args):
+        words = builder.zext(load(builder, args[0], vector(I8, 32), 32), vector(I16, 32))
+        least, most, bits = (broadcast(builder, builder.trunc(value, I16), 32) for value in args[1:4])
+        store(builder, builder.shl(builder.sub(words, repeated(127, words)), bits), args[4], 64)
+        outside = builder.or_(builder.icmp_unsigned("<", words, least), builder.icmp_unsigned(">", words, most))
+        return builder.icmp_unsigned("==", builder.bitcast(outside, I32), I32(0))
+
+    return types.boolean(*[types.int64] * 5), codegen
+
+
+def decode_columns(itemsize, halves, streaming):
+    """Return the kernel to transposed values: ``values_row`` is ``itemsize``. Its units are blocks of `GROUP` rows.
+
+    Streaming needs columns that are aligned to cache lines.
+    """
+    between_bytes, between_nibbles = (1, 16) if halves else (2, 1)  # of columns
+    codes_bytes, scales_bytes, exponents_bytes = 16 * GROUP, GROUP, 2 * GROUP
+
+    def kernel(pointer, start, stop):
+        job = carray(pointer, 1)[0]
+        transposed, row_scales = stack_buffer(codes_bytes), stack_buffer(scales_bytes)
+        exponents = stack_buffer(exponents_bytes)
+        groups = (job.rows + GROUP - 1) // GROUP
+        for unit in range(start, stop):
+            group, g = divmod(unit, job.blocks_per_row)
+            matrix, group = divmod(group, groups)
+            codes, scales, values = row_addresses(job, matrix * job.rows + GROUP * group)
+            block, scale = codes + g * job.codes_step, scales + g * job.scales_step
+            rows = min(GROUP, job.rows - GROUP * group)
+            done = rows // 32 * 32 if job.whole_begin <= g < job.whole_end else 0
+            for row in range(done):
+                store_uint8(load_uint8(scale + row * job.scales_row), row_scales + row)
+            for top in range(0, done, 32):
+                source, target = row_scales + top, exponents + 2 * top
+                if not scale_exponents(source, job.least_scale, job.most_scale, job.mantissa_bits, target):
+                    done = 0
+            for top in range(0, done, 32):
+                transpose_codes(block + top * job.codes_row, job.codes_row, transposed + top)
+            for row in range(g % 4, rows, 4):  # a row's next four blocks are one cache line
+                prefetch(block + row * job.codes_row + SIZE_OF_CACHE_LINE)
+            column = values + (32 * g - job.start) * job.values_step
+            line = job.table + TABLE_LINE * 127
+            for byte in range(16 if done else 0):
+                low = column + byte * between_bytes * job.values_step
+                high = low + between_nibbles * job.values_step
+                for top in range(0, done, 32):
+                    source = transposed + byte * GROUP + top
+                    decode_two_columns(source, exponents + 2 * top, line, low, high, itemsize, streaming)
+                    low += 32 * itemsize
+                    high += 32 * itemsize
+            for row in range(done, rows):
+                source = codes + row * job.codes_row, scales + row * job.scales_row
+                decode_elements(job, g, g + 1, *source, values + row * itemsize)
+        if streaming:
+            store_fence()
+
+    return kernel
+
+
+# What memory allows: the same loop as `decode_rows`, and nothing looked up
+
+
+@intrinsic(prefer_literal=True)
+def move_block(typingctx, block, scale, values, itemsize):
+    """Load a block and a scale, and stream 32 elements that are made of their bytes."""
+
+    def codegen(context, builder, signature, args):
+        block, scale, values, _ = args
+        bytes_ = builder.insert_element(load(builder, block, vector(I8, 16)), load(builder, scale, I8), I32(0))
+        bytes_ = shuffle(builder, bytes_, bytes_, [i % 16 for i in range(32 * itemsize.literal_value)])
+        store(builder, bytes_, values, SIZE_OF_CACHE_LINE, streaming=True)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, itemsize), codegen
+
+
+def move_blocks(itemsize):
+    """Return the kernel that streams meaningless bytes to one row. Its units are blocks."""
+
+    def kernel(pointer, start, stop):
+        job = carray(pointer, 1)[0]
+        block, scale = job.codes + start * 16, job.scales + start
+        value = job.values + start * 32 * itemsize
+        for g in range(start, stop):
+            if g % 4 == 0:
+                prefetch(block + job.prefetch)
+            move_block(block, scale, value, itemsize)
+            block += 16
+            scale += 1
+            value += 32 * itemsize
+        store_fence()
+
+    return kernel

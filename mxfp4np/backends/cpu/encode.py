@@ -1,0 +1,247 @@
+"""Kernels that encode: from rows, and from columns.
+
+What they compute: the scale of a block follows from the largest magnitude in it, by the caller's rule; the code of a
+value is that of the E2M1 number nearest to value / 2**(scale - 127), ties to even.
+
+Values are compared by their bits as integers, which have the same order. Of a float32 the first 16 bits count, a
+bfloat16, and whether any other bit is set: if so, the last of the 16 is set. No value reaches or crosses a bound by
+that, since the bounds of scales and codes have three bits of mantissa at most. So a block is 32 words of 16 bits.
+
+The table of a dtype and a rule begins with a byte for each magnitude that can be the largest of a block, by its 15
+bits: the scale. A line of 16 bytes follows for each scale: the largest words with the codes 0 to 6, and the base.
+
+With a base, codes take few instructions. Between powers of two, the bounds of codes are quarters of a binade. With M
+bits of mantissa and `tie` the bit M - 1, which is set half way to an even code, these are counted by
+d = max(0, 2 * word + tie - base) >> (M - 1), where base is 0.25 * 2**(scale - 127) less one quarter:
+
+    d                           0     1 to 6   7 to 9   10, 11   12, 13   14, 15   16, 17   18 to 20
+    value / 2**(scale - 127)    0     0.25     0.75     1.25     1.75     2.5      3.5      5           and more
+    code                        0     1        2        3        4        5        6        7
+
+The base is 0 where a bound is subnormal: then words are compared with all seven bounds.
+"""
+
+# Numba infers the types of these functions, and has none for mypy.
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+from numba import carray, types
+from numba.extending import intrinsic
+
+from .decode import GROUP, row_addresses
+from .simd import (
+    I8,
+    I16,
+    I32,
+    SIZE_OF_CACHE_LINE,
+    broadcast,
+    byte_lookup,
+    call,
+    constants,
+    copy_bytes,
+    inner,
+    load,
+    load_uint8,
+    load_uint16,
+    offset,
+    prefetch,
+    repeated,
+    shuffle,
+    stack_buffer,
+    store,
+    store_uint8,
+    target_of,
+    transpose,
+    vector,
+)
+
+SCALES, LINE, BASE = 1 << 15, 16, 14  # bytes of the table: all scales, a line, and where the base is in it
+
+CODES_FROM_5 = 1, 1, 2, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 7
+"""The codes of d = 5, 6 and so on."""
+
+
+def load_words(builder, address, itemsize):
+    """Return 32 values as words."""
+    if itemsize == 2:
+        return load(builder, address, vector(I16, 32))
+    values = load(builder, address, vector(I32, 32))
+    rest = builder.and_(values, repeated(0xFFFF, values))
+    rest = call(builder, "llvm.umin.v32i32", rest.type, rest, repeated(1, rest))
+    return builder.trunc(builder.or_(builder.lshr(values, repeated(16, values)), rest), vector(I16, 32))
+
+
+@intrinsic(prefer_literal=True)
+def squeeze_block(typingctx, values, target, itemsize):
+    """Write the 32 values at one address as words to another."""
+
+    def codegen(context, builder, signature, args):
+        store(builder, load_words(builder, args[0], itemsize.literal_value), args[1], 64)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, itemsize), codegen
+
+
+@intrinsic
+def largest_magnitude(typingctx, words):
+    """Return the largest of 32 words without their signs."""
+
+    def codegen(context, builder, signature, args):
+        words = load(builder, args[0], vector(I16, 32))
+        words = builder.and_(words, repeated(0x7FFF, words))
+        largest = call(builder, "llvm.vector.reduce.umax.v32i16", I16, words)
+        return builder.zext(largest, args[0].type)
+
+    return types.int64(types.int64), codegen
+
+
+def store_codes(builder, codes, address):
+    """Store 32 codes, a byte each, as a block of 16 bytes."""
+    pairs = builder.bitcast(codes, vector(I16, 16))
+    pairs = builder.or_(pairs, builder.lshr(pairs, repeated(4, pairs)))
+    store(builder, builder.trunc(pairs, vector(I8, 16)), address)
+
+
+@intrinsic
+def encode_by_base(typingctx, words, base, block, mantissa_bits):
+    """Write the codes of 32 words by the base of their scale."""
+
+    def codegen(context, builder, signature, args):
+        words, base, block, mantissa_bits = args
+        words = load(builder, words, vector(I16, 32))
+        shift = broadcast(builder, builder.sub(builder.trunc(mantissa_bits, I16), I16(1)), 32)
+        tie = builder.and_(builder.lshr(words, shift), repeated(1, words))
+        doubled = builder.or_(builder.add(words, words), tie)  # which drops the sign
+        steps = call(builder, "llvm.usub.sat.v32i16", words.type, doubled, broadcast(builder, base, 32))
+        steps = builder.trunc(builder.lshr(steps, shift), vector(I8, 32))
+        codes = call(builder, "llvm.usub.sat.v32i8", steps.type, steps, repeated(5, steps))
+        codes = byte_lookup(builder, target_of(context), constants(I8, CODES_FROM_5), codes)
+        codes = call(builder, "llvm.umin.v32i8", codes.type, codes, steps)  # 0 for 0, and no change else
+        bytes_ = builder.bitcast(words, vector(I8, 64))
+        signs = shuffle(builder, bytes_, bytes_, range(1, 64, 2))
+        is_negative = builder.icmp_signed("<", signs, repeated(0, signs))
+        codes = builder.select(is_negative, builder.or_(codes, repeated(8, codes)), codes)
+        store_codes(builder, codes, block)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.uint16, types.int64, types.int64), codegen
+
+
+@intrinsic
+def encode_by_bounds(typingctx, words, line, block):
+    """Write the codes of 32 words by a line of the table."""
+
+    def codegen(context, builder, signature, args):
+        words = load(builder, args[0], vector(I16, 32))
+        magnitudes = builder.and_(words, repeated(0x7FFF, words))
+        codes = builder.and_(builder.lshr(words, repeated(12, words)), repeated(8, words))
+        for code in range(7):
+            bound = broadcast(builder, load(builder, offset(builder, args[1], 2 * code), I16, 2), 32)
+            codes = builder.add(codes, builder.zext(builder.icmp_signed(">", magnitudes, bound), codes.type))
+        store_codes(builder, builder.trunc(codes, vector(I8, 32)), args[2])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
+
+
+BATCH = 64
+"""Blocks whose scales are found before the first of their codes, which waits for all of its block."""
+
+
+@inner
+def encode_words(job, words, count, codes, codes_step, scales, scales_step):
+    """Encode blocks of words that follow each other to codes and scales that lie a step apart."""
+    table, mantissa_bits = job.table, job.mantissa_bits
+    for i in range(count):
+        scale = load_uint8(table + largest_magnitude(words + 64 * i))
+        store_uint8(scale, scales + i * scales_step)
+    for i in range(count):
+        line = table + SCALES + LINE * load_uint8(scales + i * scales_step)
+        base = load_uint16(line + BASE)
+        if base:
+            encode_by_base(words + 64 * i, base, codes + i * codes_step, mantissa_bits)
+        else:
+            encode_by_bounds(words + 64 * i, line, codes + i * codes_step)
+
+
+def encode_rows(itemsize):
+    """Return the kernel that encodes rows. Its units are blocks, row by row."""
+    block_bytes = 32 * itemsize
+    values_bytes, words_bytes = BATCH * block_bytes, BATCH * 64
+
+    def kernel(pointer, start, stop):
+        job = carray(pointer, 1)[0]
+        gathered, squeezed = stack_buffer(values_bytes), stack_buffer(words_bytes)
+        unit = start
+        while unit < stop:
+            row, g = divmod(unit, job.blocks_per_row)
+            codes, scales, values = row_addresses(job, row)
+            count = min(BATCH, stop - unit, job.blocks_per_row - g)
+            words = values + 32 * g * job.values_step
+            if job.values_step != itemsize:
+                for i in range(32 * count):
+                    copy_bytes(words + i * job.values_step, gathered + i * itemsize, itemsize, False)
+                words = gathered
+            if itemsize == 4:
+                for i in range(count):
+                    squeeze_block(words + i * block_bytes, squeezed + i * 64, itemsize)
+                words = squeezed
+            encode_words(
+                job,
+                words,
+                count,
+                codes + g * job.codes_step,
+                job.codes_step,
+                scales + g * job.scales_step,
+                job.scales_step,
+            )
+            unit += count
+
+    return kernel
+
+
+@intrinsic(prefer_literal=True)
+def transpose_values(typingctx, values, stride, target, itemsize):
+    """Write 32 runs of 32 values as the words of 32 blocks, each of which has one value of every run."""
+
+    def codegen(context, builder, signature, args):
+        values, stride, target, _ = args
+        runs = []
+        for _ in range(32):
+            runs.append(load_words(builder, values, itemsize.literal_value))
+            values = builder.add(values, stride)
+        for i, words in enumerate(transpose(builder, runs)):
+            store(builder, words, offset(builder, target, 64 * i), 64)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, itemsize), codegen
+
+
+def encode_columns(itemsize):
+    """Return the kernel that encodes transposed values, whose ``values_row`` is ``itemsize``, of 32 rows or more.
+
+    Its units are blocks of `GROUP` rows.
+    """
+    tile_bytes, words_bytes = 32 * itemsize, 32 * 64
+
+    def kernel(pointer, start, stop):
+        job = carray(pointer, 1)[0]
+        words = stack_buffer(words_bytes)
+        groups = (job.rows + GROUP - 1) // GROUP
+        for unit in range(start, stop):
+            group, g = divmod(unit, job.blocks_per_row)
+            matrix, group = divmod(group, groups)
+            for top in range(GROUP * group, min(job.rows, GROUP * (group + 1)), 32):
+                first = min(top, job.rows - 32)  # the last tile may encode rows again
+                codes, scales, values = row_addresses(job, matrix * job.rows + first)
+                values += 32 * g * job.values_step
+                for i in range(32, 64):
+                    for at in range(0, tile_bytes, SIZE_OF_CACHE_LINE):
+                        prefetch(values + i * job.values_step + at)
+                transpose_values(values, job.values_step, words, itemsize)
+                codes += g * job.codes_step
+                scales += g * job.scales_step
+                encode_words(job, words, 32, codes, job.codes_row, scales, job.scales_row)
+
+    return kernel

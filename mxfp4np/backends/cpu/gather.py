@@ -1,0 +1,59 @@
+"""The kernel that gathers bytes: from runs that lie a stride apart to memory that a device copies from."""
+
+# Numba infers the types of these functions, and has none for mypy.
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+from typing import Final
+
+import numba
+import numpy as np
+from numba import carray, types
+
+from .simd import SIZE_OF_CACHE_LINE, copy_bytes, inner, prefetch, store_fence
+
+GATHER: Final = np.dtype(
+    [
+        (name, np.int64)
+        for name in (
+            *("source", "run_bytes", "run_stride"),  # the first run, how long runs are, and how far apart
+            "skip",  # bytes of the runs to leave out
+            "target",  # where the others follow each other
+        )
+    ]
+)
+
+KERNEL = types.void(types.CPointer(numba.from_dtype(GATHER)), types.int64, types.int64)
+
+PREFETCH_BYTES: Final = 2048
+
+
+@inner
+def copy_run(source, target, count):
+    """Copy bytes, a cache line at a time while there is one, and past the cache where lines are aligned."""
+    for _ in range(count // SIZE_OF_CACHE_LINE):
+        prefetch(source + PREFETCH_BYTES)
+        if target % SIZE_OF_CACHE_LINE == 0:
+            copy_bytes(source, target, SIZE_OF_CACHE_LINE, True)
+        else:
+            copy_bytes(source, target, SIZE_OF_CACHE_LINE, False)
+        source += SIZE_OF_CACHE_LINE
+        target += SIZE_OF_CACHE_LINE
+    for i in range(count % SIZE_OF_CACHE_LINE):
+        copy_bytes(source + i, target + i, 1, False)
+
+
+def gather():
+    """Return the kernel. Its units are bytes of the target."""
+
+    def kernel(pointer, start, stop):
+        job = carray(pointer, 1)[0]
+        while start < stop:
+            run, offset = divmod(job.skip + start, job.run_bytes)
+            count = min(stop - start, job.run_bytes - offset)
+            copy_run(job.source + run * job.run_stride + offset, job.target + start, count)
+            start += count
+        store_fence()
+
+    return kernel

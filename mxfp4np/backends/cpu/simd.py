@@ -1,0 +1,279 @@
+"""Vectors, stack memory, prefetches and atomics for Numba's kernels, as LLVM IR.
+
+Numba has no types for SIMD registers, so what works on a whole register is an intrinsic: a function that emits LLVM IR.
+The first half of this file are helpers to emit it, the second half intrinsics that kernels call with addresses. Nothing
+here knows MXFP4. Importing this module imports Numba and compiles nothing.
+"""
+
+# Numba infers the types of these functions, and has none for mypy.
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+
+SIZE_OF_CACHE_LINE = 64
+"""Bytes."""
+
+inner = njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+"""Compile a function that only compiled code calls, in a tenth of the time."""
+
+
+# Which instructions there are
+
+
+def instruction_set(triple: str, features: str) -> str:
+    """Return the widest instruction set that has a form here, by LLVM's target triple and list of features."""
+    enabled = features.split(",")
+    if "+avx512bw" in enabled:
+        return "avx512"
+    if "+avx2" in enabled:
+        return "avx2"
+    if "+ssse3" in enabled:
+        return "ssse3"
+    if triple.startswith("aarch64"):
+        return "neon"
+    return "portable"
+
+
+def target_of(context):
+    """Return the instruction set of a code generator."""
+    triple, _, features = context.codegen().magic_tuple()
+    return instruction_set(triple, features)
+
+
+def _is_x86(context):
+    return "+sse2" in context.codegen().magic_tuple()[2].split(",")
+
+
+# Emitting IR
+
+
+def vector(element, count):
+    """Return a vector type."""
+    return ir.VectorType(element, count)
+
+
+def constants(element, values):
+    """Return a constant vector."""
+    return ir.Constant(vector(element, len(values)), [ir.Constant(element, value) for value in values])
+
+
+def repeated(value, like):
+    """Return a constant vector of the type of ``like`` that repeats a value."""
+    return constants(like.type.element, [value] * like.type.count)
+
+
+def broadcast(builder, value, count):
+    """Return a vector that repeats a number."""
+    first = builder.insert_element(ir.Constant(vector(value.type, count), ir.Undefined), value, I32(0))
+    return shuffle(builder, first, first, [0] * count)
+
+
+def shuffle(builder, first, second, order):
+    """Return the lanes of two vectors in the given order; lanes of the second follow those of the first."""
+    return builder.shuffle_vector(first, second, constants(I32, order))
+
+
+def transpose(builder, rows):
+    """Return the columns of 2**n vectors that have so many lanes, or half as many."""
+    # Interleaving two vectors moves the highest bit of a vector's number behind the bits of a lane's number. Cutting
+    # the result in two moves the highest bit of a lane's number behind the bits of a vector's.
+    count = len(rows)
+    for _ in range(count.bit_length() - 1):
+        half, lanes = len(rows) // 2, rows[0].type.count
+        order = [i // 2 + i % 2 * lanes for i in range(2 * lanes)]
+        parts = [order] if lanes < count else [order[:lanes], order[lanes:]]
+        rows = [shuffle(builder, rows[i], rows[i + half], part) for i in range(half) for part in parts]
+    return rows
+
+
+def byte_lookup(builder, target, table, indices):
+    """Return the byte of a vector of 16 that each of 32 bytes, 0 to 15, is the index of."""
+    if target in ("avx512", "avx2"):  # whose shuffle works on halves of a register
+        table = shuffle(builder, table, table, [i % 16 for i in range(32)])
+        return call(builder, "llvm.x86.avx2.pshuf.b", indices.type, table, indices)
+    if target in ("ssse3", "neon"):
+        name = {"ssse3": "llvm.x86.ssse3.pshuf.b.128", "neon": "llvm.aarch64.neon.tbl1.v16i8"}[target]
+        halves = [shuffle(builder, indices, indices, range(i, i + 16)) for i in (0, 16)]
+        return shuffle(builder, *(call(builder, name, half.type, table, half) for half in halves), range(32))
+    found = repeated(0, indices)
+    for i in range(16):
+        entry = broadcast(builder, builder.extract_element(table, I32(i)), 32)
+        found = builder.select(builder.icmp_unsigned("==", indices, repeated(i, indices)), entry, found)
+    return found
+
+
+def call(builder, name, result, *arguments):
+    """Call an LLVM intrinsic by its full name."""
+    function_type = ir.FunctionType(result, [argument.type for argument in arguments])
+    return builder.call(builder.module.declare_intrinsic(name, (), function_type), arguments)
+
+
+def offset(builder, address, count):
+    """Return an address ``count`` bytes further."""
+    return builder.add(address, ir.Constant(address.type, count))
+
+
+def load(builder, address, type_, align=1):
+    """Load a value from an address."""
+    return builder.load(builder.inttoptr(address, type_.as_pointer()), align=align)
+
+
+def store(builder, value, address, align=1, *, streaming=False):
+    """Store a value to an address; ``streaming`` stores go past the cache and need an alignment of their size."""
+    instruction = builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=align)
+    if streaming:
+        instruction.set_metadata("nontemporal", builder.module.add_metadata([I32(1)]))
+
+
+# Intrinsics for memory
+
+
+@intrinsic(prefer_literal=True)
+def stack_buffer(typingctx, nbytes):
+    """Return the address of ``nbytes`` bytes on the stack, aligned to a cache line."""
+
+    def codegen(context, builder, signature, args):
+        memory = cgutils.alloca_once(builder, I8, nbytes.literal_value)
+        memory.align = SIZE_OF_CACHE_LINE
+        return builder.ptrtoint(memory, I64)
+
+    return types.int64(nbytes), codegen
+
+
+def _loader(numba_type, llvm_type):
+    @intrinsic
+    def load_number(typingctx, address):
+        """Read a number at an address of any alignment."""
+
+        def codegen(context, builder, signature, args):
+            return load(builder, args[0], llvm_type)
+
+        return numba_type(types.int64), codegen
+
+    return load_number
+
+
+load_uint8, load_uint16 = _loader(types.uint8, I8), _loader(types.uint16, I16)
+
+
+def _storer(numba_type):
+    @intrinsic
+    def store_number(typingctx, value, address):
+        """Write a number, cut to the type's width, to an address of any alignment."""
+
+        def codegen(context, builder, signature, args):
+            store(builder, *args)
+            return context.get_dummy_value()
+
+        return types.void(numba_type, types.int64), codegen
+
+    return store_number
+
+
+store_uint8, store_uint16, store_uint32 = (_storer(type_) for type_ in (types.uint8, types.uint16, types.uint32))
+
+
+@intrinsic(prefer_literal=True)
+def copy_bytes(typingctx, source, target, count, streaming):
+    """Copy ``count`` bytes, a literal, from one address to another; streaming if ``target`` is aligned to a line."""
+
+    def codegen(context, builder, signature, args):
+        value = load(builder, args[0], vector(I8, count.literal_value))
+        is_streaming = streaming.literal_value
+        align = SIZE_OF_CACHE_LINE if is_streaming else 1
+        store(builder, value, args[1], align, streaming=is_streaming)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, count, streaming), codegen
+
+
+@intrinsic
+def prefetch(typingctx, address):
+    """Ask for the cache line at an address, which need not exist."""
+
+    def codegen(context, builder, signature, args):
+        pointer = builder.inttoptr(args[0], I8.as_pointer())
+        arguments = pointer, I32(0), I32(3), I32(1)  # to read, into all levels of the cache, as data
+        signature = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
+        builder.call(builder.module.declare_intrinsic("llvm.prefetch", (pointer.type,), signature), arguments)
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@intrinsic
+def store_fence(typingctx):
+    """Order streaming stores before whatever tells another thread that they are done."""
+
+    def codegen(context, builder, signature, args):
+        if _is_x86(context):
+            call(builder, "llvm.x86.sse.sfence", ir.VoidType())
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+# Intrinsics for numbers that several threads change
+
+
+@intrinsic
+def atomic_load(typingctx, address):
+    """Read the int64 at an address as the last thread left it."""
+
+    def codegen(context, builder, signature, args):
+        return builder.load_atomic(builder.inttoptr(args[0], I64.as_pointer()), "seq_cst", 8)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def atomic_add(typingctx, address, value):
+    """Add to the int64 at an address, and return what it was."""
+
+    def codegen(context, builder, signature, args):
+        return builder.atomic_rmw("add", builder.inttoptr(args[0], I64.as_pointer()), args[1], "seq_cst")
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def atomic_replace(typingctx, address, old, new):
+    """Replace the int64 at an address if it is ``old``; return whether it was."""
+
+    def codegen(context, builder, signature, args):
+        pointer = builder.inttoptr(args[0], I64.as_pointer())
+        return builder.extract_value(builder.cmpxchg(pointer, args[1], args[2], "seq_cst", "seq_cst"), 1)
+
+    return types.boolean(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def pause(typingctx):
+    """Tell the processor that this is a loop that waits."""
+
+    def codegen(context, builder, signature, args):
+        if _is_x86(context):
+            call(builder, "llvm.x86.sse2.pause", ir.VoidType())
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def call_c(typingctx, function, arguments):
+    """Call the C function at an address with a tuple of integers, and ignore what it returns."""
+
+    def codegen(context, builder, signature, args):
+        integers = [builder.extract_value(args[1], i) for i in range(len(arguments))]
+        function_type = ir.FunctionType(ir.VoidType(), [integer.type for integer in integers])
+        builder.call(builder.inttoptr(args[0], function_type.as_pointer()), integers)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, arguments), codegen

@@ -1,0 +1,63 @@
+"""The tables that kernels look values up in, made by the reference backend, whose bits all forms of kernels give."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...format import BLOCK_SIZE, BYTES_PER_BLOCK, FP4_BOUNDS, SCALE_BIAS, SCALE_NAN, decoded_dtype
+from ..memory import aligned_empty
+from ..reference import ReferenceBackend
+
+MANTISSA_BITS: Final = {"bfloat16": 7, "float16": 10}
+EXPONENT_BIAS: Final = {"bfloat16": 127, "float16": 15}
+
+NORMAL_SCALES: Final = {"bfloat16": (2, 252), "float16": (114, 140)}
+"""The first and last scale with which no value is subnormal, infinite or NaN."""
+
+
+def word_name(dtype: np.dtype[Any]) -> str:
+    """Return the dtype of the words that tables hold for a dtype: of a float32, these are its first 16 bits."""
+    return "float16" if dtype == np.float16 else "bfloat16"
+
+
+def decode_table(name: str) -> NDArray[np.uint8]:
+    """Return the table that `mxfp4np.backends.cpu.decode` describes, of bfloat16 or float16."""
+    codes = np.arange(0, 16, 2, dtype=np.uint8) | (np.arange(1, 16, 2, dtype=np.uint8) << 4)
+    blocks = np.broadcast_to(np.tile(codes, 2), (256, 1, BYTES_PER_BLOCK))
+    values = np.empty((256, BLOCK_SIZE), decoded_dtype(name))
+    ReferenceBackend().decode(blocks, np.arange(256, dtype=np.uint8)[:, None], values)
+    words = values[:, :16].copy().view("<u2")
+    table = aligned_empty((256, 64), np.dtype(np.uint8))
+    table[:, :32] = words.view(np.uint8)
+    table[:, 32:48], table[:, 48:] = words & 255, words >> 8
+    return table
+
+
+def encode_table(name: str, rule: str) -> NDArray[np.uint8]:
+    """Return the table that `mxfp4np.backends.cpu.encode` describes, for values of bfloat16 or float16."""
+    magnitudes = np.arange(1 << 15, dtype=np.uint16).view(decoded_dtype(name))
+    values = np.zeros((magnitudes.size, BLOCK_SIZE), magnitudes.dtype)
+    values[:, 0] = magnitudes
+    blocks, scales = np.empty((magnitudes.size, 1, BYTES_PER_BLOCK), np.uint8), np.empty((magnitudes.size, 1), np.uint8)
+    ReferenceBackend().encode(values, blocks, scales, rule=rule)
+
+    finite = magnitudes[scales[:, 0] != SCALE_NAN].astype(np.float64)
+    exponents = np.arange(256) - SCALE_BIAS
+    bounds = np.ldexp(FP4_BOUNDS, exponents[:, None])
+    lines = np.empty((256, 8), np.uint16)
+    lines[:, 0:7:2] = np.searchsorted(finite, bounds[:, 0::2], side="right") - 1  # half way is still the even code
+    lines[:, 1:7:2] = np.searchsorted(finite, bounds[:, 1::2], side="left") - 1
+
+    bits = MANTISSA_BITS[name]
+    smallest = (exponents - 2 + EXPONENT_BIAS[name]) << bits  # the word of the smallest bound, if it is normal
+    bases = 2 * smallest - (1 << (bits - 1)) + 1
+    lines[:, 7] = np.where((smallest > 0) & (bases < 1 << 16), bases, 0)
+    lines[SCALE_NAN] = [0x7FFF] * 7 + [0xFFFF]  # all codes are 0
+
+    table = aligned_empty((scales.size + lines.nbytes,), np.dtype(np.uint8))
+    table[: scales.size] = scales[:, 0]
+    table[scales.size :] = lines.view(np.uint8).ravel()
+    return table
