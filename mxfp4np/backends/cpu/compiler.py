@@ -105,7 +105,11 @@ def _digest() -> str:
 
 
 def compiled_kernel(module: str, name: str, *constants: int) -> CompiledFunction | None:
-    """Return a kernel: what the function ``name`` of a module of this package makes of some constants, compiled."""
+    """Return a kernel: what the function ``name`` of a module of this package makes of some constants, compiled.
+
+    A kernel takes the address of a job, a record of the module's dtype ``RECORD``, and does its units ``start`` to
+    ``stop - 1``.
+    """
 
     def make() -> CompiledFunction | None:
         try:
@@ -114,7 +118,10 @@ def compiled_kernel(module: str, name: str, *constants: int) -> CompiledFunction
             raise BackendUnavailableError(
                 f"the CPU backend needs Numba ({error}): python -m pip install numba; backend='numpy' works without it"
             ) from error
-        return compile_function(getattr(kernels, name)(*constants), kernels.KERNEL)
+        import numba
+
+        record, integer = numba.types.CPointer(numba.from_dtype(kernels.RECORD)), numba.types.int64
+        return compile_function(getattr(kernels, name)(*constants), numba.types.void(record, integer, integer))
 
     kernel: CompiledFunction | None = build_once((module, name, *constants), make)
     return kernel

@@ -50,8 +50,8 @@ from .simd import (
 
 TABLE_LINE, LOW_BYTES, HIGH_BYTES = 64, 32, 48
 
-KERNEL = types.void(types.CPointer(numba.from_dtype(JOB)), types.int64, types.int64)
-"""The type of a kernel: a job, and its first unit and the one after its last."""
+RECORD = JOB
+"""What kernels of this file read."""
 
 
 # Looking up the words of 32 codes, a byte each, in a line of the table

@@ -30,6 +30,7 @@ from numba import carray, types
 from numba.extending import intrinsic
 
 from .decode import GROUP, row_addresses
+from .geometry import JOB
 from .simd import (
     I8,
     I16,
@@ -55,6 +56,9 @@ from .simd import (
     transpose,
     vector,
 )
+
+RECORD = JOB
+"""What kernels of this file read."""
 
 SCALES, LINE, BASE = 1 << 15, 16, 14  # bytes of the table: all scales, a line, and where the base is in it
 

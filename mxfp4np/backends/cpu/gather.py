@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from typing import Final
 
-import numba
 import numpy as np
-from numba import carray, types
+from numba import carray
 
 from .simd import SIZE_OF_CACHE_LINE, copy_bytes, inner, prefetch, store_fence
 
@@ -24,7 +23,8 @@ GATHER: Final = np.dtype(
     ]
 )
 
-KERNEL = types.void(types.CPointer(numba.from_dtype(GATHER)), types.int64, types.int64)
+RECORD = GATHER
+"""What the kernel reads."""
 
 PREFETCH_BYTES: Final = 2048
 

@@ -57,7 +57,7 @@ NAP: Final = 50
 """Microseconds."""
 
 
-@inner
+@inner  # type: ignore[untyped-decorator]
 def work(task: int) -> int:
     """Do some chunks of a task; return whether there may be more."""
     chunk, stop = atomic_load(task + CHUNK), atomic_load(task + STOP)
@@ -69,7 +69,7 @@ def work(task: int) -> int:
     return 1
 
 
-@inner
+@inner  # type: ignore[untyped-decorator]
 def workers_of(pool: int) -> range:
     """Return the addresses of the workers."""
     first = atomic_load(pool + WORKERS)
