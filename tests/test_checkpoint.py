@@ -17,7 +17,7 @@ from contract import run_python
 
 import mxfp4np
 from mxfp4np import CheckpointError, LayoutError, MXFP4Array, TensorNotFoundError
-from mxfp4np.storage.safetensors import header_bytes, write_safetensors
+from mxfp4np.storage.writer import header_bytes, write_safetensors
 
 DATA = Path(__file__).parent / "data"
 IO = ("mmap", "pread")

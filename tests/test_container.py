@@ -23,8 +23,10 @@ from hypothesis import strategies as st
 
 import mxfp4np
 from mxfp4np import CheckpointError, MXFP4Array
-from mxfp4np.storage import safetensors as container
-from mxfp4np.storage.safetensors import DTYPES, SAFETENSORS_DTYPES, SafetensorsFile, write_safetensors
+from mxfp4np.storage import writer
+from mxfp4np.storage.dtypes import DTYPES, SAFETENSORS_DTYPES
+from mxfp4np.storage.safetensors import SafetensorsFile
+from mxfp4np.storage.writer import write_safetensors
 
 IO = ("mmap", "pread")
 both_io = pytest.mark.parametrize("io", IO)
@@ -1116,7 +1118,7 @@ def test_others_read_what_is_written(tmp_path, awkward):
 
 
 def test_array_larger_than_a_piece(tmp_path, monkeypatch):
-    monkeypatch.setattr("mxfp4np.checkpoint.WRITE_BYTES", 1000)
+    monkeypatch.setattr("mxfp4np.files.WRITE_BYTES", 1000)
     array = np.arange(60_000, dtype=np.int32).reshape(60, 50, 20)
     mxfp4np.save_file({"x": array, "t": array.T, "b": array.astype(">i4")}, tmp_path / "x.safetensors")
     loaded = safetensors.numpy.load_file(tmp_path / "x.safetensors")
@@ -1196,7 +1198,7 @@ def test_packed_arrays_round_trip(tmp_path, io):
 @pytest.mark.parametrize("count", [0, 1, 30])
 def test_tensors_saved_as_they_come(tmp_path, monkeypatch, room, count):
     """Whether the header fits into the room left for it, or the data has to be moved, one way or the other."""
-    monkeypatch.setattr(container, "HEADER_ROOM", room)
+    monkeypatch.setattr(writer, "HEADER_ROOM", room)
     rng = np.random.default_rng(0)
     shapes = [(int(rng.integers(0, 5000)), 3) for _ in range(count)]
     arrays = {f"t{i}": rng.integers(0, 256, shape, np.uint8).astype(dtype_of(i)) for i, shape in enumerate(shapes)}
@@ -1222,7 +1224,7 @@ def dtype_of(i):
 
 
 def test_data_moved_in_many_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(container, "HEADER_ROOM", 64)
+    monkeypatch.setattr(writer, "HEADER_ROOM", 64)
     array = np.arange(5 << 20, dtype=np.uint64)  # 40 MiB, of which 16 are moved at a time
     mxfp4np.save_file(iter([("x", array)]), tmp_path / "m.safetensors")
     assert np.array_equal(safetensors.numpy.load_file(tmp_path / "m.safetensors")["x"], array)

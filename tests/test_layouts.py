@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 import mxfp4np
 from mxfp4np import CheckpointError, LayoutError, MXFP4Array, TensorNotFoundError
 from mxfp4np.cli import main
-from mxfp4np.layouts import LAYOUTS
-from mxfp4np.storage.safetensors import write_safetensors
+from mxfp4np.layouts.swizzle import swizzled_shape, unswizzle
+from mxfp4np.storage.writer import write_safetensors
 
 DATA = Path(__file__).parent / "data"
 SAMPLES = {
@@ -252,12 +252,10 @@ def test_inline_blocks_are_read_at_once_not_one_by_one(tmp_path, monkeypatch):
 
 @given(lead=st.lists(st.integers(1, 3), max_size=1), rows=st.integers(1, 300), groups=st.integers(1, 11))
 def test_swizzled_scales_against_a_direct_loop(lead, rows, groups):
-    layout = next(layout for layout in LAYOUTS if layout.name == "torchao-swizzled")
-    blocks = (*lead, rows, groups, 16)
-    shape = layout.scales_shape(blocks)
+    shape = swizzled_shape((*lead, rows, groups))
     assert shape == (*lead, 32 * -(-rows // 128), 16 * -(-groups // 4))
     flat = np.random.default_rng(rows).integers(0, 256, int(np.prod(shape)), np.uint8)
-    actual = layout.view_scales(flat, blocks)
+    actual = unswizzle(flat, (*lead, rows, groups))
     across = -(-groups // 4)
     planes = flat.reshape(-1, int(np.prod(shape[-2:])))
     for plane, found in zip(planes, actual.reshape(-1, rows, groups), strict=True):
@@ -494,8 +492,8 @@ def test_the_config_tells(tmp_path, file, text, layout, reason):
 
 def test_config_is_read_only_where_headers_do_not_tell(monkeypatch):
     read = []
-    actual = mxfp4np.Checkpoint._beside
-    monkeypatch.setattr(mxfp4np.Checkpoint, "_beside", lambda self, file: read.append(file) or actual(self, file))
+    actual = mxfp4np.Checkpoint._read_beside
+    monkeypatch.setattr(mxfp4np.Checkpoint, "_read_beside", lambda self, file: read.append(file) or actual(self, file))
     for sample in SAMPLES:
         with mxfp4np.Checkpoint(DATA / sample) as ckpt:
             assert not read

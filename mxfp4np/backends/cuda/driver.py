@@ -25,7 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import BackendUnavailableError, DeviceMemoryError
-from ...format import BLOCK_SIZE, BYTES_PER_BLOCK, name_of, split
+from ...format import BLOCK_SIZE, BYTES_PER_BLOCK, name_of
+from ...shapes import split
 from ..cpu.kernels import (
     CONTEXT,
     CUDA_ERROR_NOT_READY,
