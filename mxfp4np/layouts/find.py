@@ -129,7 +129,7 @@ def _as_codes(codes: StoredTensor, stored: Mapping[str, StoredTensor]) -> Iterat
                 layout = group[0]
                 scales = None if layout.scales is None else stored.get(stem + layout.scales)
                 if scales is None:
-                    packed = not layout.named_packed or layout.blocks(codes.byte_shape) is not None
+                    packed = not layout.named_packed or layout.blocks_shape(codes.byte_shape) is not None
                 elif layout.without and stem + layout.without in stored:
                     packed = False
                 else:

@@ -15,7 +15,7 @@ from ..storage.tensorfile import StoredTensor
 from .evidence import Documents
 from .find import Candidate, UnresolvedTensor
 from .packed import PackedTensor
-from .table import METADATA, Layout, Shape, as_blocks
+from .table import METADATA, Layout, Shape
 
 NVFP4_SCALES: Final = (".weight_scale_2", ".weight_global_scale", "._weight_per_tensor_scale")
 """Suffixes of the second, global scale of NVFP4 tensors; MXFP4 has none."""
@@ -111,7 +111,11 @@ class Resolver:
         assert codes is not None  # candidates without are not complete
         _check_dtypes(layout, codes, scales)
         self._refuse_global_scale(layout, codes)
-        blocks = _blocks_of(layout, codes)
+        blocks = layout.blocks_shape(codes.byte_shape)
+        if blocks is None:
+            size = layout.block_bytes
+            rows = f"[..., {size}], one block to a row" if layout.blocks_axis else f"with rows of {size}-byte blocks"
+            raise _mismatch(codes, f"shape {rows}", list(codes.shape))
         if scales is not None:
             _check_scales(layout, codes, scales, blocks)
         if self._documents.contradict(layout, name):
@@ -145,17 +149,6 @@ def _check_dtypes(layout: Layout, codes: StoredTensor, scales: StoredTensor | No
         if scales.dtype == "F8_E4M3":
             raise _other_format(codes, "NVFP4", f"{expected} scales", "F8_E4M3 scales")
         raise _mismatch(scales, f"dtype {expected}", scales.dtype)
-
-
-def _blocks_of(layout: Layout, codes: StoredTensor) -> Shape:
-    blocks = layout.blocks(codes.byte_shape)
-    if blocks is None:
-        size = BYTES_PER_BLOCK + (layout.scales is None)
-        rows = f"[..., {size}], one block to a row"
-        if layout.blocks is not as_blocks:
-            rows = f"with rows of {size}-byte blocks"
-        raise _mismatch(codes, f"shape {rows}", list(codes.shape))
-    return blocks
 
 
 def _check_scales(layout: Layout, codes: StoredTensor, scales: StoredTensor, blocks: Shape) -> None:

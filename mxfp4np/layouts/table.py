@@ -5,7 +5,7 @@ To add one, add its entry to `LAYOUTS`; see docs/adding-a-layout.md. The table k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -33,28 +33,6 @@ class Evidence(NamedTuple):
     """Keys, at any depth, and patterns of which one must match a value there. None: the key may be missing."""
 
 
-# Shape of the blocks, [..., G, bytes of a block], from the shape of the packed tensor, whose last axis is in bytes.
-
-
-def as_blocks(shape: Shape) -> Shape | None:
-    """Return the shape of blocks that are rows of the tensor; None if it has other rows."""
-    return shape if shape[-1:] == (BYTES_PER_BLOCK,) else None
-
-
-def as_rows(shape: Shape) -> Shape | None:
-    """Return the shape of blocks that follow each other in rows; None if rows are not whole blocks."""
-    return _blocks_in_rows(shape, BYTES_PER_BLOCK)
-
-
-def as_inline(shape: Shape) -> Shape | None:
-    """Return the shape of blocks in rows that begin with their scale, one byte; None if rows are not whole blocks."""
-    return _blocks_in_rows(shape, 1 + BYTES_PER_BLOCK)
-
-
-def _blocks_in_rows(shape: Shape, size: int) -> Shape | None:
-    return (*shape[:-1], shape[-1] // size, size) if shape and shape[-1] % size == 0 else None
-
-
 @dataclass(frozen=True)
 class Layout:
     """A producer's way to store a tensor.
@@ -68,8 +46,8 @@ class Layout:
         What replaces these suffixes in the logical name.
     codes_dtypes, scales_dtypes : tuple of str
         As headers spell them. Both are viewed as bytes, whatever their dtype.
-    blocks : callable
-        `as_blocks`, `as_rows` or `as_inline`.
+    blocks_axis : bool
+        Whether codes have an axis for the bytes of a block, ``[.., G, 16]``, not rows of blocks, ``[.., 16 * G]``.
     swizzled : bool
         Whether scales lie in tiles of 128 rows and 4 columns; see `swizzle`.
     bias : int
@@ -94,7 +72,7 @@ class Layout:
     weight: str = ".weight"
     codes_dtypes: tuple[str, ...] = ("U8",)
     scales_dtypes: tuple[str, ...] = ("U8",)
-    blocks: Callable[[Shape], Shape | None] = as_rows
+    blocks_axis: bool = False
     swizzled: bool = False
     bias: int = 0
     order: str = "pairs"
@@ -114,88 +92,70 @@ class Layout:
         """Whether the header has metadata of each tensor."""
         return any(evidence.source == METADATA for evidence in self.evidence)
 
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block in the packed tensor: of its codes, and of its scale if that is among them."""
+        return BYTES_PER_BLOCK + (self.scales is None)
+
+    def blocks_shape(self, shape: Shape) -> Shape | None:
+        """Return ``[..., G, block_bytes]`` for a packed tensor of this shape in bytes; None if its rows do not fit."""
+        *lead, length = shape
+        if self.blocks_axis:
+            return shape if length == self.block_bytes else None
+        return (*lead, length // self.block_bytes, self.block_bytes) if length % self.block_bytes == 0 else None
+
     def scales_shape(self, blocks: Shape) -> Shape:
-        """Return the shape of the scale tensor that belongs to blocks."""
+        """Return the shape of the scale tensor that belongs to blocks of this shape."""
         return swizzled_shape(blocks[:-1]) if self.swizzled else blocks[:-1]
 
 
-def _torchao(name: str, *, swizzled: bool) -> Layout:
-    values: dict[str, tuple[str | None, ...]] = {"elem_dtype": ("float4_e2m1fn_x2",), "block_size": ("32",)}
-    values["is_swizzled_scales"] = ("true",) if swizzled else ("false", None)
-    evidence = (Evidence(METADATA, values),)
-    scales_dtypes = ("F8_E8M0",)
-    return Layout(
-        name, "._weight_qdata", "._weight_scale", scales_dtypes=scales_dtypes, swizzled=swizzled, evidence=evidence
-    )
-
+_QUARK = Evidence("config.json", {"quant_method": ("quark",), "dtype": ("fp4",)})
+_QUARK_MX = Evidence("config.json", {"quant_method": ("quark",), "dtype": ("mx",), "mx_element_dtype": ("fp4", None)})
+_MODELOPT = Evidence("config.json", {"quant_algo": ("*mxfp4*",)})
+_MODELSLIM = Evidence("quant_model_description.json")
+_DEEPSEEK = Evidence("config.json", {"expert_dtype": ("fp4",)})
+_MLX = Evidence("config.json", {"mode": ("mxfp4",)})
+_TORCHAO = Evidence(
+    METADATA, {"elem_dtype": ("float4_e2m1fn_x2",), "block_size": ("32",), "is_swizzled_scales": ("false", None)}
+)
+_SWIZZLED = Evidence(METADATA, {**_TORCHAO.values, "is_swizzled_scales": ("true",)})
+_E8M0 = ("F8_E8M0",)
 
 LAYOUTS: Final = (
-    Layout("gpt-oss", ".blocks", ".scales", weight="", blocks=as_blocks, gate_up=("mlp1_weight", "mlp1_bias")),
+    Layout("gpt-oss", ".blocks", ".scales", "", blocks_axis=True, gate_up=("mlp1_weight", "mlp1_bias")),
     Layout(
         "gpt-oss-hf",
         "_blocks",
         "_scales",
-        weight="",
-        blocks=as_blocks,
+        "",
+        blocks_axis=True,
         gate_up=("gate_up_proj", "gate_up_proj_bias"),
         transposed=True,
     ),
     Layout("compressed-tensors", ".weight_packed", ".weight_scale"),
-    Layout(
-        "quark",
-        ".weight",
-        ".weight_scale",
-        evidence=(Evidence("config.json", {"quant_method": ("quark",), "dtype": ("fp4",)}),),
-        headers_suffice=False,
-    ),
+    Layout("quark", ".weight", ".weight_scale", evidence=(_QUARK,), headers_suffice=False),
     Layout(
         "modelopt",
         ".weight",
         ".weight_scale",
-        evidence=(
-            Evidence("config.json", {"quant_algo": ("*mxfp4*",)}),
-            Evidence("hf_quant_config.json", {"quant_algo": ("*mxfp4*",)}),
-        ),
+        evidence=(_MODELOPT, _MODELOPT._replace(source="hf_quant_config.json")),
         headers_suffice=False,
     ),
+    Layout("modelslim", ".weight", ".weight_scale", evidence=(_MODELSLIM,), headers_suffice=False),
+    Layout("quark-mx", ".weight", None, bias=SCALE_BIAS, evidence=(_QUARK_MX,), headers_suffice=False),
+    Layout("deepseek", ".weight", ".scale", codes_dtypes=("I8", "F4"), scales_dtypes=_E8M0, evidence=(_DEEPSEEK,)),
+    Layout("mlx", ".weight", ".scales", codes_dtypes=("U32",), without=".biases", evidence=(_MLX,)),
+    Layout("torchao", "._weight_qdata", "._weight_scale", scales_dtypes=_E8M0, evidence=(_TORCHAO,)),
     Layout(
-        "modelslim",
-        ".weight",
-        ".weight_scale",
-        evidence=(Evidence("quant_model_description.json"),),
-        headers_suffice=False,
+        "torchao-swizzled",
+        "._weight_qdata",
+        "._weight_scale",
+        scales_dtypes=_E8M0,
+        swizzled=True,
+        evidence=(_SWIZZLED,),
     ),
-    Layout(
-        "quark-mx",
-        ".weight",
-        None,
-        blocks=as_inline,
-        bias=SCALE_BIAS,
-        evidence=(
-            Evidence("config.json", {"quant_method": ("quark",), "dtype": ("mx",), "mx_element_dtype": ("fp4", None)}),
-        ),
-        headers_suffice=False,
-    ),
-    Layout(
-        "deepseek",
-        ".weight",
-        ".scale",
-        codes_dtypes=("I8", "F4"),
-        scales_dtypes=("F8_E8M0",),
-        evidence=(Evidence("config.json", {"expert_dtype": ("fp4",)}),),
-    ),
-    Layout(
-        "mlx",
-        ".weight",
-        ".scales",
-        codes_dtypes=("U32",),
-        without=".biases",
-        evidence=(Evidence("config.json", {"mode": ("mxfp4",)}),),
-    ),
-    _torchao("torchao", swizzled=False),
-    _torchao("torchao-swizzled", swizzled=True),
     Layout("uqff", ".weight", ".weight.scales"),
-    Layout("gguf", "", None, weight="", codes_dtypes=("MXFP4",), blocks=as_inline, order="halves"),
+    Layout("gguf", "", None, "", codes_dtypes=("MXFP4",), order="halves"),
 )
 
 

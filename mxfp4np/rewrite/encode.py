@@ -19,7 +19,7 @@ from ..errors import LayoutError
 from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, RULES, SCALE_NAN
 from ..format import DTYPES as FLOATS
 from ..info import TensorInfo
-from ..layouts.table import ENCODED_LAYOUTS, LAYOUTS, as_blocks
+from ..layouts.table import ENCODED_LAYOUTS, LAYOUTS
 from ..layouts.table import wants_transpose as is_turned
 from ..selection import patterns, select
 from ..shapes import place_in_whole, swapped
@@ -261,7 +261,7 @@ def _encoded(info: TensorInfo, layout: str, transpose: str, rule: str) -> Encode
     known, turned = _LAYOUTS[layout], is_turned(layout, info.shape, transpose)
     *rows, size = swapped(info.shape) if turned else info.shape
     scales, dtype = (*rows, size // BLOCK_SIZE), known.codes_dtypes[0]
-    if known.blocks is as_blocks:
+    if known.blocks_axis:
         codes = (*scales, BYTES_PER_BLOCK)
     else:
         codes = (*rows, size // BLOCK_SIZE * BYTES_PER_BLOCK * 8 // DTYPES[dtype][0])
