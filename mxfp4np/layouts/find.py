@@ -56,22 +56,22 @@ class UnresolvedTensor(NamedTuple):
         return tuple(dict.fromkeys(tensor for candidate in self.candidates for tensor in candidate.stored))
 
 
-def _groups_by_suffix(part: str) -> dict[str, dict[str, list[Group]]]:
-    """Return for each dtype the suffixes of codes or scales, and for each suffix the groups that use it."""
+def _suffixes(part: str) -> dict[str, list[tuple[str, Group]]]:
+    """Return for each dtype the suffixes of names of codes or scales, and the layouts that use them."""
     groups: dict[tuple[str, str | None], list[Layout]] = {}
     for layout in LAYOUTS:
         groups.setdefault((layout.codes, layout.scales), []).append(layout)
-    found: dict[str, dict[str, list[Group]]] = {}
+    found: dict[str, list[tuple[str, Group]]] = {}
     for group in groups.values():
         suffix = getattr(group[0], part)
         if suffix is not None:
             for dtype in {dtype for layout in group for dtype in getattr(layout, f"{part}_dtypes")}:
-                found.setdefault(dtype, {}).setdefault(suffix, []).append(tuple(group))
+                found.setdefault(dtype, []).append((suffix, tuple(group)))
     return found
 
 
-_CODES: Final = _groups_by_suffix("codes")
-_SCALES: Final = _groups_by_suffix("scales")
+_CODES: Final = _suffixes("codes")
+_SCALES: Final = _suffixes("scales")
 
 
 def find_tensors(
@@ -103,7 +103,8 @@ def find_tensors(
                         packed[name] = UnresolvedTensor(name, (*before.candidates, candidate))
                     else:
                         raise _same_name(candidate.stored, before.stored, name)
-                    names.update((part.name, name) for part in candidate.stored)
+                    for part in candidate.stored:
+                        names[part.name] = name
     found: dict[str, StoredTensor | UnresolvedTensor] = {}
     for name, tensor in stored.items():
         value = packed[names[name]] if name in names else tensor
@@ -122,56 +123,51 @@ def _same_name(some: Sequence[StoredTensor], others: Sequence[StoredTensor], nam
 
 def _as_codes(codes: StoredTensor, stored: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Candidate]]:
     """Yield the logical names and candidates in which a tensor is codes."""
-    for suffix, groups in _CODES[codes.dtype].items():
-        if codes.name.endswith(suffix):
-            stem = codes.name.removesuffix(suffix)
-            for group in groups:
-                layout = group[0]
-                scales = None if layout.scales is None else stored.get(stem + layout.scales)
-                if scales is None:
-                    packed = not layout.named_packed or layout.blocks_shape(codes.byte_shape) is not None
-                elif layout.without and stem + layout.without in stored:
-                    packed = False
-                else:
-                    packed = (
-                        layout.named_packed
-                        or scales.dtype in (*layout.scales_dtypes, "F8_E4M3")
-                        or _one_scale_per_block(codes, scales)
-                    )
-                if packed:
-                    yield stem + layout.weight, Candidate(group, codes, scales)
+    for suffix, group in _CODES[codes.dtype]:
+        if not codes.name.endswith(suffix):
+            continue
+        stem, layout = codes.name.removesuffix(suffix), group[0]
+        scales = None if layout.scales is None else stored.get(stem + layout.scales)
+        if scales is None:
+            packed = not layout.named_packed or layout.blocks_shape(codes.byte_shape) is not None
+        elif layout.without and stem + layout.without in stored:
+            packed = False
+        else:
+            packed = (
+                layout.named_packed
+                or scales.dtype in (*layout.scales_dtypes, "F8_E4M3")
+                or _one_scale_per_block(codes, scales)
+            )
+        if packed:
+            yield stem + layout.weight, Candidate(group, codes, scales)
 
 
 def _as_scales(
     scales: StoredTensor, stored: Mapping[str, StoredTensor], documents: Documents
 ) -> Iterator[tuple[str, Candidate]]:
     """Yield the logical names and candidates in which a tensor is scales, its codes missing or of a wrong dtype."""
-    lone: dict[str, list[Candidate]] = {}
+    lone: dict[str, list[Candidate]] = {}  # by logical name
     has_codes = False
-    for suffix, groups in _SCALES[scales.dtype].items():
-        if scales.name.endswith(suffix):
-            stem = scales.name.removesuffix(suffix)
-            for group in groups:
-                layout = group[0]
-                codes = stored.get(stem + layout.codes)
-                if codes is None:
-                    lone.setdefault(stem + layout.weight, []).append(Candidate(group, None, scales))
-                    continue
-                has_codes = True
-                packed = (layout.named_packed and scales.dtype == "U8") or _one_scale_per_block(codes, scales)
-                if packed and codes.dtype not in (*layout.codes_dtypes, *FLOAT8_DTYPES):
-                    yield stem + layout.weight, Candidate(group, codes, scales)
+    for suffix, group in _SCALES[scales.dtype]:
+        if not scales.name.endswith(suffix):
+            continue
+        stem, layout = scales.name.removesuffix(suffix), group[0]
+        codes = stored.get(stem + layout.codes)
+        if codes is None:
+            lone.setdefault(stem + layout.weight, []).append(Candidate(group, None, scales))
+            continue
+        has_codes = True
+        packed = (layout.named_packed and scales.dtype == "U8") or _one_scale_per_block(codes, scales)
+        if packed and codes.dtype not in (*layout.codes_dtypes, *FLOAT8_DTYPES):
+            yield stem + layout.weight, Candidate(group, codes, scales)
     if lone and not has_codes:
-        names = list(lone)
-        if len(names) > 1:
-            supported = [
-                name
-                for name, candidates in lone.items()
-                if any(documents.support(layout, name) for one in candidates for layout in one.layouts)
-            ]
-            names = supported or names
-        for candidate in lone[names[0]]:
-            yield names[0], candidate
+        name = next(iter(lone))
+        if len(lone) > 1:  # documents are read only if they are needed
+            supported = (
+                n for n, found in lone.items() if any(documents.support(x, n) for c in found for x in c.layouts)
+            )
+            name = next(supported, name)
+        yield from ((name, candidate) for candidate in lone[name])
 
 
 def _one_scale_per_block(codes: StoredTensor, scales: StoredTensor) -> bool:
