@@ -164,7 +164,9 @@ def _as_scales(
         name = next(iter(lone))
         if len(lone) > 1:  # documents are read only if they are needed
             supported = (
-                n for n, found in lone.items() if any(documents.support(x, n) for c in found for x in c.layouts)
+                name
+                for name, candidates in lone.items()
+                if any(documents.support(layout, name) for one in candidates for layout in one.layouts)
             )
             name = next(supported, name)
         yield from ((name, candidate) for candidate in lone[name])
