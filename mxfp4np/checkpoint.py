@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any, Final, Self
 
 import numpy as np
@@ -56,6 +55,20 @@ class Checkpoint(Mapping[str, Any]):
         The layout of all tensors whose names match it, for instance ``"quark"``; shapes and dtypes are still checked.
         By default, and for all other tensors, it is detected.
 
+    Attributes
+    ----------
+    device : str
+        As given.
+    files : list of Path
+    index : Path or None
+        The index that named the files.
+    folder : Path
+        Of the index, or else of the first file.
+    stamps : tuple of (str, int, int)
+        Of each file as it was opened: name, size in bytes, time of the last change in nanoseconds.
+    metadata : dict of str to str
+        The ``__metadata__`` of all files, merged; of values that differ, that of the first file.
+
     Raises
     ------
     FileNotFoundError
@@ -89,15 +102,17 @@ class Checkpoint(Mapping[str, Any]):
         if io not in ("mmap", "pread"):
             raise ValueError(f"io must be 'mmap' or 'pread', found {io!r}")
         self.device, self._backend = device, get_backend(device=device)
-        files, index = find_files(path)
-        self._reopen = partial(Checkpoint, index or files, device, io=io, layout=layout)
-        self._index, self._folder = index, (index or files[0]).parent
+        self.files, self.index = find_files(path)
+        self.folder = (self.index or self.files[0]).parent
+        self._reopen = partial(Checkpoint, self.index or self.files, device, io=io, layout=layout)
         self._files: list[TensorFile] = []
         self._stored: dict[str, StoredTensor] = {}
-        for file in files:
+        for file in self.files:
             self._add(open_file(file, io))
-        if index is not None:
-            check_index(index, self._stored)
+        if self.index is not None:
+            check_index(self.index, self._stored)
+        self.stamps = tuple((file.path.name, *file.stamp) for file in self._files)
+        self.metadata = {key: text for file in reversed(self._files) for key, text in file.metadata.items()}
         documents = Documents(self.metadata, self._read_beside)
         self._tensors = find_tensors(self._stored, documents)
         self._resolver = Resolver(self._stored, documents, layout)
@@ -130,8 +145,6 @@ class Checkpoint(Mapping[str, Any]):
     def __contains__(self, name: object) -> bool:
         return name in self._tensors or split_gate_up(name, self._tensors) is not None
 
-    # Context manager
-
     def __enter__(self) -> Self:
         return self
 
@@ -145,37 +158,9 @@ class Checkpoint(Mapping[str, Any]):
         self._backend.release()
 
     def __repr__(self) -> str:
-        return f"<Checkpoint of {len(self)} tensors in {len(self._files)} files at {str(self._folder)!r}>"
+        return f"<Checkpoint of {len(self)} tensors in {len(self._files)} files at {str(self.folder)!r}>"
 
-    # Contents
-
-    @property
-    def files(self) -> list[Path]:
-        """The files that were opened."""
-        return [file.path for file in self._files]
-
-    @property
-    def index(self) -> Path | None:
-        """The index that named the files, if there is one."""
-        return self._index
-
-    @property
-    def folder(self) -> Path:
-        """The folder of the index, or else of the first file."""
-        return self._folder
-
-    @property
-    def stamps(self) -> tuple[tuple[str, int, int], ...]:
-        """Name, size in bytes and time of the last change in nanoseconds of each file, as it was opened."""
-        return tuple((file.path.name, *file.stamp) for file in self._files)
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        """The ``__metadata__`` of all files, merged; of values that differ, that of the first file."""
-        merged: dict[str, str] = {}
-        for file in reversed(self._files):
-            merged.update(file.metadata)
-        return merged
+    # Headers
 
     @property
     def config(self) -> dict[str, Any]:
@@ -190,7 +175,7 @@ class Checkpoint(Mapping[str, Any]):
 
     def _read_beside(self, file: str) -> dict[str, Any] | None:
         """Return the JSON object in a file of the folder, None if there is no such file."""
-        path = self._folder / file
+        path = self.folder / file
         return read_json(path) if path.exists() else None
 
     @property
@@ -420,7 +405,7 @@ class Checkpoint(Mapping[str, Any]):
         return self._resolved[name], rows
 
     def _not_found(self, name: object) -> str:
-        where = f"no tensor {name!r} in {self._folder}"
+        where = f"no tensor {name!r} in {self.folder}"
         if not isinstance(name, str):
             return f"{where}: names are strings"
         if name in self._stored:

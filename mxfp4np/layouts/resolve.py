@@ -50,15 +50,11 @@ class Resolver:
             for candidate in tensor.candidates
         ]
         candidates = [candidate for candidate in forced if candidate.layouts] or list(tensor.candidates)
-        complete = [candidate for candidate in candidates if candidate.codes and candidate.scales] or [
-            candidate
-            for candidate in candidates
-            if candidate.codes and candidate.layouts[0].scales is None and self._certain(candidate.layouts[0], name)
-        ]
+        complete = [candidate for candidate in candidates if candidate.codes and candidate.scales]
+        if not complete:  # scales may be in the blocks
+            inline = [candidate for candidate in candidates if candidate.layouts[0].scales is None]
+            complete = [x for x in inline if x.layouts[0].headers_suffice or self._supported(x.layouts[0], name)]
         return self._choose(name, complete) if complete else self._lone(name, candidates)
-
-    def _certain(self, layout: Layout, name: str) -> bool:
-        return layout.headers_suffice or self._supported(layout, name)
 
     def _supported(self, layout: Layout, name: str) -> bool:
         return layout.name == self._forced or self._documents.support(layout, name) is not None

@@ -23,15 +23,7 @@ JSON_LIMIT: Final = 100_000_000
 
 
 def find_files(path: PathLike | Sequence[PathLike]) -> tuple[list[Path], Path | None]:
-    """Return the files of a checkpoint, and its index if it was found by one.
-
-    Raises
-    ------
-    FileNotFoundError
-        If a folder or a list has no files, or if files that the index names are missing.
-    CheckpointError
-        If the index is malformed, or if there are several.
-    """
+    """Return the files of a checkpoint, and the index that names them if there is one; raise if a file is missing."""
     if not isinstance(path, str | os.PathLike):
         files = [Path(file).absolute() for file in path]
         if not files:
@@ -70,13 +62,7 @@ def _find_index(folder: Path) -> Path | None:
 
 
 def weight_map_of(index: Path) -> dict[str, str]:
-    """Return the file that an index names for each tensor.
-
-    Raises
-    ------
-    CheckpointError
-        If it is malformed, or names a file outside its folder.
-    """
+    """Return the file that an index names for each tensor; refuse files outside its folder."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(
@@ -109,13 +95,7 @@ def check_index(index: Path, stored: Mapping[str, StoredTensor]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file.
-
-    Raises
-    ------
-    CheckpointError
-        If it holds anything else, or is larger than `JSON_LIMIT`.
-    """
+    """Return the JSON object in a file; refuse anything else, and files larger than `JSON_LIMIT`."""
     with open_regular(path) as file:
         if os.fstat(file.fileno()).st_size > JSON_LIMIT:
             raise CheckpointError(f"{path}: expected a JSON file of at most {JSON_LIMIT:,} bytes, found a larger one")
