@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 import mxfp4np
-from mxfp4np.storage.safetensors import write_safetensors
+from mxfp4np.storage.writer import write_safetensors
 
 ROWS, GROUPS = 8192, 256
 

@@ -18,7 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from mxfp4np.storage.safetensors import header_bytes
+from mxfp4np.storage.writer import header_bytes
 
 TENSORS, FILES = 497_220, 96
 OPEN = """

@@ -13,8 +13,10 @@ from numpy.typing import DTypeLike, NDArray
 
 from .array import MXFP4Array
 from .checkpoint import Checkpoint
-from .format import as_dtype, decoded_dtype, split
-from .storage.safetensors import SAFETENSORS_DTYPES, atomic_file, bytes_of, write_safetensors
+from .format import as_dtype, decoded_dtype
+from .shapes import split
+from .storage.dtypes import SAFETENSORS_DTYPES
+from .storage.writer import atomic_file, bytes_of, write_safetensors
 
 PIECE_BYTES: Final = 32 << 20
 """Decoded bytes in memory at a time."""

@@ -3,7 +3,10 @@
 One hypothesis profile: machines here are shared, so that no single example has a deadline.
 """
 
+import ml_dtypes
+import numpy as np
 import pytest
+from helpers import pair, save_raw
 from hypothesis import settings
 
 from mxfp4np import cli
@@ -41,3 +44,20 @@ def refused(command):
         return err.rstrip("\n")
 
     return run
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Two files, a pair across them, and no index."""
+    packed = pair(2, 3, 4)
+    save_raw(
+        tmp_path / "a.safetensors",
+        {"w.blocks": packed.blocks, "one": np.arange(6, dtype=np.float32).reshape(2, 3)},
+        {"format": "pt", "both": "first"},
+    )
+    save_raw(
+        tmp_path / "b.safetensors",
+        {"w.scales": packed.scales, "two": np.array([1, 2, 3], ml_dtypes.bfloat16)},
+        {"other": "yes", "both": "second"},
+    )
+    return tmp_path

@@ -35,15 +35,14 @@ def oracle(blocks, scales, dtype, order="pairs"):
 RULES = {"even": (3.5, "right"), "floor": (4, "right"), "rceil": (6, "left"), "ceil": (4, "left")}
 """A rule gives the largest e with ``bound * 2**e <= a`` ("right"), or the smallest with ``bound * 2**e >= a`` ("left").
 
-In the words of the formulas: with floor, ``2**e`` is the largest that ``a`` contains 4 times; so with even, once ``a``
-is rounded to one bit behind the point, half up, from 3.5 to 4; with ceil and rceil, it is the smallest that covers
-``a`` 4 or 6 times.
+With floor, ``2**e`` is the largest power with ``4 * 2**e <= a``; with even the same, after ``a`` is rounded half up to
+one bit after the binary point, from 3.5 to 4; with ceil and rceil it is the smallest with 4 or 6 times ``2**e >= a``.
 """
 
 
 @np.errstate(invalid="ignore")
 def encode_oracle(x, rule):
-    """Encode by search: of all scales for the rule's, and of all values for the nearest, even codes first."""
+    """Encode by search: for the rule's scale among all scales, and for the nearest of all values, even codes first."""
     values = x.astype(np.float64).reshape(*x.shape[:-1], x.shape[-1] // 32, 32)
     largest = np.abs(values).max(axis=-1)
     bound, side = RULES[rule]
@@ -189,7 +188,7 @@ def indices(draw, shape):
 
 @contextlib.contextmanager
 def interrupted_after(seconds):
-    """Raise KeyboardInterrupt once so many seconds have gone by."""
+    """Raise KeyboardInterrupt once, after ``seconds``."""
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
     try:
         signal.setitimer(signal.ITIMER_REAL, seconds)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mxfp4np
-from mxfp4np.format import split
+from mxfp4np.shapes import split
 
 
 @pytest.fixture

@@ -22,7 +22,9 @@ from mxfp4np.backends import threads
 from mxfp4np.rewrite import convert as conversion
 from mxfp4np.rewrite.convert import convert
 from mxfp4np.rewrite.plan import INDEX, RECORD
-from mxfp4np.storage.safetensors import SafetensorsFile, header_bytes, nbytes_of, write_safetensors
+from mxfp4np.storage.dtypes import nbytes_of
+from mxfp4np.storage.safetensors import SafetensorsFile
+from mxfp4np.storage.writer import header_bytes, write_safetensors
 
 DATA = Path(__file__).parent / "data"
 ORIGINAL, HF, DEEPSEEK = DATA / "gpt_oss_original", DATA / "gpt_oss_hf", DATA / "deepseek_v4"

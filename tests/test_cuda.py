@@ -35,11 +35,11 @@ from contract import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mxfp4np.backends.cpu.kernels import FILLERS, LEADER
 
 import mxfp4np
 from mxfp4np.backends import get_backend
 from mxfp4np.backends.cpu import pool as crew
-from mxfp4np.backends.cpu.kernels import FILLERS, LEADER
 from mxfp4np.backends.cuda import driver as cuda_backend
 from mxfp4np.cli import bench
 from mxfp4np.format import RULES

@@ -10,7 +10,8 @@ import pytest
 import mxfp4np
 from mxfp4np import CheckpointError, LayoutError
 from mxfp4np.cli import main
-from mxfp4np.format import ENCODED_LAYOUTS, RULES
+from mxfp4np.format import RULES
+from mxfp4np.layouts.table import ENCODED_LAYOUTS
 from mxfp4np.rewrite import encode as encoding
 from mxfp4np.rewrite.encode import FORMS, Errors, plan_encoding
 

@@ -3,23 +3,18 @@
 import json
 import pickle
 import shutil
-import sys
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 from contract import assert_same_bits, oracle
-from hypothesis import given
-from hypothesis import strategies as st
+from helpers import BACKENDS, CODES, DATA, FLOATS, SCALES, answers, both_io, pair_of, problem, write_tensors
 
 import mxfp4np
-from mxfp4np import CheckpointError, LayoutError, MXFP4Array, TensorNotFoundError
+from mxfp4np import LayoutError, MXFP4Array, TensorNotFoundError
 from mxfp4np.cli import main
-from mxfp4np.layouts import LAYOUTS
-from mxfp4np.storage.safetensors import write_safetensors
+from mxfp4np.storage.writer import write_safetensors
 
-DATA = Path(__file__).parent / "data"
 SAMPLES = {
     "gpt_oss_original": "gpt-oss",
     "gpt_oss_hf": "gpt-oss-hf",
@@ -32,25 +27,7 @@ SAMPLES = {
     "torchao": "torchao",
     "torchao_swizzled": "torchao-swizzled",
 }
-BACKENDS = ["numpy", "cpu"]
-both_io = pytest.mark.parametrize("io", ["mmap", "pread"])
 every_sample = pytest.mark.parametrize("sample", SAMPLES)
-
-
-def answers(sample):
-    with np.load(DATA / sample / "expected.npz") as golden:
-        return {name: golden[name] for name in golden if not name.endswith("__in_out")}
-
-
-def write(path, tensors, metadata=None):
-    """Write tensors given as (dtype, array), the dtype as headers spell it, whose shape counts its elements."""
-    bits = {"F4": 4, "F6_E2M3": 6, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8}
-    specs = {}
-    for name, (dtype, array) in tensors.items():
-        size = bits.get(dtype, 8 * array.itemsize)
-        specs[name] = (dtype, (*array.shape[:-1], array.shape[-1] * array.itemsize * 8 // size))
-    write_safetensors(path, specs, [np.ascontiguousarray(array) for _, array in tensors.values()], metadata)
-    return path
 
 
 def reshard(sample, folder):
@@ -66,31 +43,7 @@ def reshard(sample, folder):
 
 
 RNG = np.random.default_rng(5)
-CODES = RNG.integers(0, 256, (6, 64), np.uint8)  # 6 rows of 128 values
-SCALES = RNG.integers(100, 150, (6, 4), np.uint8)
 VALUES = oracle(CODES.reshape(6, 4, 16), SCALES, "float32")
-FLOATS = np.ones((6, 4), np.float32)
-
-
-def pair(codes, scales, codes_dtype="U8", scales_dtype="U8", /, **arrays):
-    return {
-        codes: (codes_dtype, arrays.get("codes", CODES)),
-        scales: (scales_dtype, arrays.get("scales", SCALES)),
-    }
-
-
-def problem(path, name, **options):
-    """Return what info, get and packed all say is wrong; listing works."""
-    with mxfp4np.Checkpoint(path, **options) as ckpt:
-        assert name in list(ckpt)
-        messages = []
-        for call in (ckpt.info, ckpt.get, ckpt.packed):
-            with pytest.raises(LayoutError) as info:
-                call(name)
-            messages.append(str(info.value))
-        assert len(set(messages)) == 1
-        assert main(["inspect", str(path)]) == 0
-        return messages[0]
 
 
 # Samples
@@ -180,7 +133,7 @@ def test_deepseek_fp8_weights_under_the_same_names_are_plain():
 
 
 def test_modelslim(tmp_path):
-    write(tmp_path / "m.safetensors", pair("a.weight", "a.weight_scale"))
+    write_tensors(tmp_path / "m.safetensors", pair_of("a.weight", "a.weight_scale"))
     (tmp_path / "quant_model_description.json").write_text('{"a.weight": "W4A8_MXFP"}')
     with mxfp4np.Checkpoint(tmp_path) as ckpt:
         assert ckpt.info("a.weight").layout == "modelslim"
@@ -190,8 +143,8 @@ def test_modelslim(tmp_path):
 
 @both_io
 def test_uqff(tmp_path, io):
-    tensors = pair("a.weight", "a.weight.scales") | {"a.weight.format": ("U8", np.array([7], np.uint8))}
-    write(tmp_path / "model.uqff", tensors)
+    tensors = pair_of("a.weight", "a.weight.scales") | {"a.weight.format": ("U8", np.array([7], np.uint8))}
+    write_tensors(tmp_path / "model.uqff", tensors)
     for path in (tmp_path, tmp_path / "model.uqff"):
         with mxfp4np.Checkpoint(path, io=io) as ckpt:
             assert set(ckpt) == {"a.weight", "a.weight.format"}
@@ -201,7 +154,7 @@ def test_uqff(tmp_path, io):
 
 def old_quark(folder, scales=SCALES, **config):
     inline = np.concatenate([(scales - np.uint8(127))[..., None], CODES.reshape(6, 4, 16)], axis=-1)
-    write(folder / "m.safetensors", {"a.weight": ("U8", inline.reshape(6, -1)), "b": ("U8", CODES)})
+    write_tensors(folder / "m.safetensors", {"a.weight": ("U8", inline.reshape(6, -1)), "b": ("U8", CODES)})
     said = {"quantization_config": {"quant_method": "quark", "global_quant_config": {"weight": config}}}
     (folder / "config.json").write_text(json.dumps(said))
     return folder
@@ -230,7 +183,7 @@ def test_old_quark_of_another_element_is_not_decoded(tmp_path):
 
 def test_old_quark_that_does_not_fit(tmp_path):
     (tmp_path / "config.json").write_text('{"quant_method": "quark", "dtype": "mx"}')
-    path = write(tmp_path / "m.safetensors", {"a.weight": ("U8", CODES)})
+    path = write_tensors(tmp_path / "m.safetensors", {"a.weight": ("U8", CODES)})
     assert problem(path, "a.weight") == (
         f"{path}: tensor 'a.weight': expected shape with rows of 17-byte blocks, found [6, 64]"
     )
@@ -247,72 +200,27 @@ def test_inline_blocks_are_read_at_once_not_one_by_one(tmp_path, monkeypatch):
     assert len(reads) == 1
 
 
-# torchao's swizzle
-
-
-@given(lead=st.lists(st.integers(1, 3), max_size=1), rows=st.integers(1, 300), groups=st.integers(1, 11))
-def test_swizzled_scales_against_a_direct_loop(lead, rows, groups):
-    layout = next(layout for layout in LAYOUTS if layout.name == "torchao-swizzled")
-    blocks = (*lead, rows, groups, 16)
-    shape = layout.scales_shape(blocks)
-    assert shape == (*lead, 32 * -(-rows // 128), 16 * -(-groups // 4))
-    flat = np.random.default_rng(rows).integers(0, 256, int(np.prod(shape)), np.uint8)
-    actual = layout.view_scales(flat, blocks)
-    across = -(-groups // 4)
-    planes = flat.reshape(-1, int(np.prod(shape[-2:])))
-    for plane, found in zip(planes, actual.reshape(-1, rows, groups), strict=True):
-        for row in range(rows):
-            for column in range(groups):
-                tile = row // 128 * across + column // 4
-                place = 512 * tile + 16 * (row % 32) + 4 * (row % 128 // 32) + column % 4
-                assert found[row, column] == plane[place]
-
-
-@both_io
-@pytest.mark.parametrize(("rows", "groups"), [(1, 1), (127, 4), (128, 3), (129, 5), (300, 9)])
-def test_swizzled_scales_of_many_tiles(tmp_path, io, rows, groups):
-    codes = RNG.integers(0, 256, (rows, 16 * groups), np.uint8)
-    scales = RNG.integers(0, 256, (rows, groups), np.uint8)
-    down, across = -(-rows // 128), -(-groups // 4)
-    padded = np.zeros((128 * down, 4 * across), np.uint8)
-    padded[:rows, :groups] = scales
-    tiles = padded.reshape(down, 4, 32, across, 4).transpose(0, 3, 2, 1, 4).reshape(32 * down, 16 * across)
-    tensors = pair("a._weight_qdata", "a._weight_scale", "U8", "F8_E8M0", codes=codes, scales=tiles)
-    path = write(tmp_path / "m.safetensors", tensors)  # without metadata: the shape tells
-    values = oracle(codes.reshape(rows, groups, 16), scales, "float32")
-    with mxfp4np.Checkpoint(path, io=io) as ckpt:
-        assert ckpt.info("a.weight").layout == "torchao-swizzled"
-        assert_same_bits(ckpt.get("a.weight", dtype="float32"), values)
-        assert_same_bits(ckpt.get("a.weight", dtype="float32", index=np.s_[-1:, 3:]), values[-1:, 3:])
-
-
-@pytest.mark.parametrize("said", [{"elem_dtype": "float8_e4m3fn"}, {"block_size": 16}, {"is_swizzled_scales": True}])
-def test_metadata_that_contradicts_the_headers_is_an_error(tmp_path, said):
-    metadata = {"elem_dtype": {"_data": "float4_e2m1fn_x2"}, "block_size": 32, "is_swizzled_scales": False} | said
-    tensors = pair("a._weight_qdata", "a._weight_scale", "U8", "F8_E8M0")
-    path = write(tmp_path / "m.safetensors", tensors, {"a.weight": json.dumps(metadata)})
-    assert "__metadata__ of 'a.weight' with elem_dtype float4_e2m1fn_x2" in problem(path, "a.weight")
-
-
 # Look-alikes: what is not MXFP4 is refused, or plain
 
+SIXTEENS = np.ones((6, 8), np.uint8)  # a scale for 16 values
 NVFP4 = {
-    "ModelOpt": pair("a.weight", "a.weight_scale", "U8", "F8_E4M3", scales=np.ones((6, 8), np.uint8))
+    "ModelOpt": pair_of("a.weight", "a.weight_scale", "U8", "F8_E4M3", scales=SIXTEENS)
     | {"a.weight_scale_2": ("F32", np.ones(1, np.float32))},
-    "a global scale alone": pair("a.weight", "a.weight_scale") | {"a.weight_scale_2": ("F32", np.ones(1, np.float32))},
-    "compressed-tensors": pair("a.weight_packed", "a.weight_scale", "U8", "F8_E4M3", scales=np.ones((6, 8), np.uint8))
+    "a global scale alone": pair_of("a.weight", "a.weight_scale")
+    | {"a.weight_scale_2": ("F32", np.ones(1, np.float32))},
+    "compressed-tensors": pair_of("a.weight_packed", "a.weight_scale", "U8", "F8_E4M3", scales=SIXTEENS)
     | {"a.weight_global_scale": ("F32", np.ones(1, np.float32))},
-    "compressed-tensors, scales as bytes": pair("a.weight_packed", "a.weight_scale", scales=np.ones((6, 8), np.uint8)),
-    "MLX": pair("a.weight", "a.scales", "U32", codes=CODES.view(np.uint32), scales=np.ones((6, 8), np.uint8)),
-    "torchao": pair("a._weight_qdata", "a._weight_scale", "U8", "F8_E4M3", scales=np.ones((6, 8), np.uint8)),
-    "groups of 32, but F8_E4M3": pair("a.weight_packed", "a.weight_scale", "U8", "F8_E4M3"),
+    "compressed-tensors, scales as bytes": pair_of("a.weight_packed", "a.weight_scale", scales=SIXTEENS),
+    "MLX": pair_of("a.weight", "a.scales", "U32", codes=CODES.view(np.uint32), scales=SIXTEENS),
+    "torchao": pair_of("a._weight_qdata", "a._weight_scale", "U8", "F8_E4M3", scales=SIXTEENS),
+    "groups of 32, but F8_E4M3": pair_of("a.weight_packed", "a.weight_scale", "U8", "F8_E4M3"),
 }
 
 
 @pytest.mark.parametrize("case", NVFP4)
 @pytest.mark.parametrize("layout", [None, "quark"])
 def test_nvfp4_is_refused_by_name(tmp_path, case, layout):
-    path = write(tmp_path / "m.safetensors", NVFP4[case])
+    path = write_tensors(tmp_path / "m.safetensors", NVFP4[case])
     message = problem(path, "a.weight", layout=layout)
     assert message.startswith(f"{path}: tensor 'a.")
     assert "is NVFP4, not MXFP4: expected" in message
@@ -323,25 +231,27 @@ def test_nvfp4_is_refused_by_name(tmp_path, case, layout):
 
 def test_mxfp8_in_bytes_is_refused_by_name(tmp_path):
     words = RNG.integers(0, 256, (6, 128), np.uint8)
-    path = write(tmp_path / "m.safetensors", pair("a.weight", "a.scales", "U32", codes=words.view(np.uint32)))
+    path = write_tensors(
+        tmp_path / "m.safetensors", pair_of("a.weight", "a.scales", "U32", codes=words.view(np.uint32))
+    )
     assert "is MXFP8, not MXFP4: expected a scale for 16 bytes, found one for 32" in problem(path, "a.weight")
 
 
 BYTES = RNG.integers(0, 120, (6, 128), np.uint8)
 PLAIN = {
-    "MXFP8 of compressed-tensors": pair("a.weight", "a.weight_scale", "F8_E4M3", codes=BYTES),
-    "MXFP8 of torchao": pair("a._weight_qdata", "a._weight_scale", "F8_E4M3", "F8_E8M0", codes=BYTES),
-    "FP8 of DeepSeek": pair("a.weight", "a.scale", "F8_E4M3", "F8_E8M0", codes=BYTES, scales=SCALES[:1, :1]),
-    "FP8 with as many scales": pair("a.weight", "a.scale", "F8_E4M3", "F8_E8M0"),
-    "affine MLX": pair("a.weight", "a.scales", "U32", "F32", codes=CODES.view(np.uint32), scales=FLOATS)
+    "MXFP8 of compressed-tensors": pair_of("a.weight", "a.weight_scale", "F8_E4M3", codes=BYTES),
+    "MXFP8 of torchao": pair_of("a._weight_qdata", "a._weight_scale", "F8_E4M3", "F8_E8M0", codes=BYTES),
+    "FP8 of DeepSeek": pair_of("a.weight", "a.scale", "F8_E4M3", "F8_E8M0", codes=BYTES, scales=SCALES[:1, :1]),
+    "FP8 with as many scales": pair_of("a.weight", "a.scale", "F8_E4M3", "F8_E8M0"),
+    "affine MLX": pair_of("a.weight", "a.scales", "U32", "F32", codes=CODES.view(np.uint32), scales=FLOATS)
     | {"a.biases": ("F32", FLOATS)},
-    "int4 of compressed-tensors": pair(
+    "int4 of compressed-tensors": pair_of(
         "a.weight_packed", "a.weight_scale", "I32", "F16", codes=CODES.view(np.int32), scales=FLOATS.astype(np.float16)
     )
     | {"a.weight_shape": ("I64", np.array([6, 128]))},
-    "int8": pair("a.weight", "a.scale", "I8", "F32", scales=FLOATS[:, :1]),
-    "int8 of ModelSlim": pair("a.weight", "a.weight_scale", "I8", "F32", scales=FLOATS[:, :1]),
-    "int4 of ModelOpt": pair("a.weight", "a.weight_scale", "U8", "F32", scales=FLOATS[:3, :1]),
+    "int8": pair_of("a.weight", "a.scale", "I8", "F32", scales=FLOATS[:, :1]),
+    "int8 of ModelSlim": pair_of("a.weight", "a.weight_scale", "I8", "F32", scales=FLOATS[:, :1]),
+    "int4 of ModelOpt": pair_of("a.weight", "a.weight_scale", "U8", "F32", scales=FLOATS[:3, :1]),
     "bytes": {"a.weight": ("U8", CODES), "b": ("U8", CODES), "num_blocks": ("U8", CODES[0, :3])},
     "words": {"a.weight": ("U32", CODES.view(np.uint32)), "b.weight": ("I8", CODES.view(np.int8))},
 }
@@ -349,7 +259,7 @@ PLAIN = {
 
 @pytest.mark.parametrize("case", PLAIN)
 def test_what_is_not_packed_is_plain(tmp_path, case):
-    path = write(tmp_path / "m.safetensors", PLAIN[case])
+    path = write_tensors(tmp_path / "m.safetensors", PLAIN[case])
     with mxfp4np.Checkpoint(path) as ckpt:
         assert set(ckpt) == set(PLAIN[case])
         for name, (dtype, array) in PLAIN[case].items():
@@ -362,43 +272,43 @@ def test_what_is_not_packed_is_plain(tmp_path, case):
 
 MISFITS = {
     "float32 scales": (
-        pair("a.weight_packed", "a.weight_scale", "U8", "F32", scales=FLOATS),
+        pair_of("a.weight_packed", "a.weight_scale", "U8", "F32", scales=FLOATS),
         "'a.weight_scale': expected dtype U8, found F32",
     ),
     "float32 scales of a plain name": (
-        pair("a.weight", "a.weight_scale", "U8", "F32", scales=FLOATS),
+        pair_of("a.weight", "a.weight_scale", "U8", "F32", scales=FLOATS),
         "'a.weight_scale': expected dtype U8, found F32",
     ),
     "float32 scales of DeepSeek": (
-        pair("a.weight", "a.scale", "I8", "F32", scales=FLOATS),
+        pair_of("a.weight", "a.scale", "I8", "F32", scales=FLOATS),
         "'a.scale': expected dtype F8_E8M0, found F32",
     ),
     "float32 scales of MLX": (
-        pair("a.weight", "a.scales", "U32", "F32", codes=CODES.view(np.uint32), scales=FLOATS),
+        pair_of("a.weight", "a.scales", "U32", "F32", codes=CODES.view(np.uint32), scales=FLOATS),
         "'a.scales': expected dtype U8, found F32",
     ),
     "float32 scales of torchao": (
-        pair("a._weight_qdata", "a._weight_scale", "U8", "F32", scales=FLOATS),
+        pair_of("a._weight_qdata", "a._weight_scale", "U8", "F32", scales=FLOATS),
         "'a._weight_scale': expected dtype F8_E8M0, found F32",
     ),
     "too few scales": (
-        pair("a.weight_packed", "a.weight_scale", scales=SCALES[:, :3]),
+        pair_of("a.weight_packed", "a.weight_scale", scales=SCALES[:, :3]),
         "'a.weight_scale': expected shape [6, 4] to go with [6, 64] of 'a.weight_packed', found [6, 3]",
     ),
     "other rows": (
-        pair("a.weight", "a.scale", "I8", "F8_E8M0", scales=SCALES[:5]),
+        pair_of("a.weight", "a.scale", "I8", "F8_E8M0", scales=SCALES[:5]),
         "'a.scale': expected shape [6, 4] to go with [6, 64] of 'a.weight', found [5, 4]",
     ),
     "rows of no whole blocks": (
-        pair("a.weight_packed", "a.weight_scale", codes=CODES[:, :60]),
+        pair_of("a.weight_packed", "a.weight_scale", codes=CODES[:, :60]),
         "'a.weight_packed': expected shape with rows of 16-byte blocks, found [6, 60]",
     ),
     "codes of another dtype": (
-        pair("a.weight_packed", "a.weight_scale", "I32", codes=CODES.view(np.int32)),
+        pair_of("a.weight_packed", "a.weight_scale", "I32", codes=CODES.view(np.int32)),
         "'a.weight_packed': expected dtype U8, found I32",
     ),
     "codes of another dtype that fit": (
-        pair("a.weight", "a.scale", "U8", "F8_E8M0"),
+        pair_of("a.weight", "a.scale", "U8", "F8_E8M0"),
         "'a.weight': expected dtype I8 or F4, found U8",
     ),
 }
@@ -407,7 +317,7 @@ MISFITS = {
 @pytest.mark.parametrize("case", MISFITS)
 def test_a_pair_that_looks_packed_and_does_not_fit_is_an_error(tmp_path, case):
     tensors, says = MISFITS[case]
-    path = write(tmp_path / "m.safetensors", tensors)
+    path = write_tensors(tmp_path / "m.safetensors", tensors)
     assert problem(path, "a.weight") == f"{path}: tensor {says}"
 
 
@@ -421,7 +331,7 @@ def test_f4_rows_of_no_whole_bytes_are_no_blocks(tmp_path):
 def test_lone_codes_whose_config_says_packed(tmp_path):
     (tmp_path / "config.json").write_text('{"quantization": {"mode": "mxfp4"}, "expert_dtype": "fp4"}')
     tensors = {"a.weight": ("U32", CODES.view(np.uint32)), "b.weight": ("I8", CODES), "c.weight": ("U8", CODES)}
-    path = write(tmp_path / "m.safetensors", tensors)
+    path = write_tensors(tmp_path / "m.safetensors", tensors)
     assert "expected 'a.scales'" in problem(path, "a.weight")
     assert "expected 'b.scale'" in problem(path, "b.weight")
     with mxfp4np.Checkpoint(path) as ckpt:
@@ -432,7 +342,7 @@ def test_lone_codes_whose_config_says_packed(tmp_path):
 
 
 def ambiguous(folder, config=None):
-    write(folder / "m.safetensors", pair("a.weight", "a.weight_scale") | {"b": ("F32", FLOATS)})
+    write_tensors(folder / "m.safetensors", pair_of("a.weight", "a.weight_scale") | {"b": ("F32", FLOATS)})
     if config is not None:
         (folder / "config.json").write_text(config)
     return folder
@@ -494,8 +404,8 @@ def test_the_config_tells(tmp_path, file, text, layout, reason):
 
 def test_config_is_read_only_where_headers_do_not_tell(monkeypatch):
     read = []
-    actual = mxfp4np.Checkpoint._beside
-    monkeypatch.setattr(mxfp4np.Checkpoint, "_beside", lambda self, file: read.append(file) or actual(self, file))
+    actual = mxfp4np.Checkpoint._read_beside
+    monkeypatch.setattr(mxfp4np.Checkpoint, "_read_beside", lambda self, file: read.append(file) or actual(self, file))
     for sample in SAMPLES:
         with mxfp4np.Checkpoint(DATA / sample) as ckpt:
             assert not read
@@ -532,7 +442,7 @@ def test_forcing_what_it_is_changes_nothing(sample):
 def test_forcing_leaves_other_names_alone_and_is_still_checked(tmp_path):
     with mxfp4np.Checkpoint(DATA / "mlx", layout="quark") as ckpt:
         assert {ckpt.info(name).layout for name in ckpt} == {"mlx"}
-    path = write(tmp_path / "m.safetensors", {"a.weight": ("U8", CODES)})
+    path = write_tensors(tmp_path / "m.safetensors", {"a.weight": ("U8", CODES)})
     assert "expected shape with rows of 17-byte blocks" in problem(path, "a.weight", layout="quark-mx")
     assert "expected 'a.weight_scale'" in problem(path, "a.weight", layout="quark")
     with pytest.raises(ValueError, match=r"layout must be one of gpt-oss, .*, found 'GPTQ'"):
@@ -540,8 +450,8 @@ def test_forcing_leaves_other_names_alone_and_is_still_checked(tmp_path):
 
 
 def test_codes_with_two_scale_tensors_are_ambiguous(tmp_path):
-    tensors = pair("a.weight", "a.weight_scale") | {"a.weight.scales": ("U8", SCALES)}
-    path = write(tmp_path / "m.safetensors", tensors)
+    tensors = pair_of("a.weight", "a.weight_scale") | {"a.weight.scales": ("U8", SCALES)}
+    path = write_tensors(tmp_path / "m.safetensors", tensors)
     assert "could be quark or modelopt or modelslim or uqff" in problem(path, "a.weight")
     for layout in ("quark", "uqff"):
         with mxfp4np.Checkpoint(path, layout=layout) as ckpt:
@@ -549,8 +459,8 @@ def test_codes_with_two_scale_tensors_are_ambiguous(tmp_path):
 
 
 def test_scales_with_two_tensors_of_codes_are_ambiguous(tmp_path):
-    tensors = pair("a.weight", "a.weight_scale") | {"a.weight_packed": ("U8", CODES[::-1])}
-    path = write(tmp_path / "m.safetensors", tensors)
+    tensors = pair_of("a.weight", "a.weight_scale") | {"a.weight_packed": ("U8", CODES[::-1])}
+    path = write_tensors(tmp_path / "m.safetensors", tensors)
     assert "could be quark or modelopt or modelslim or compressed-tensors" in problem(path, "a.weight")
     with mxfp4np.Checkpoint(path, layout="quark") as ckpt:
         assert_same_bits(ckpt.get("a.weight", dtype="float32"), VALUES)
@@ -608,7 +518,7 @@ def test_only_rows_that_alternate_have_halves():
 
 def test_fused_weights_of_other_models_have_no_halves(tmp_path):
     tensors = {"a.gate_up_proj": ("F32", FLOATS), "a.gate_up_proj_bias": ("F32", FLOATS)}
-    with mxfp4np.Checkpoint(write(tmp_path / "m.safetensors", tensors)) as ckpt:
+    with mxfp4np.Checkpoint(write_tensors(tmp_path / "m.safetensors", tensors)) as ckpt:
         assert "a.gate_up_proj/gate" not in ckpt
         assert "a.gate_up_proj_bias/up" not in ckpt
 
@@ -618,12 +528,12 @@ def test_fused_weights_of_other_models_have_no_halves(tmp_path):
 
 def test_inspect_lists_what_a_mixed_checkpoint_holds_and_why(tmp_path, capsys):
     tensors = (
-        pair("a.weight_packed", "a.weight_scale")
-        | pair("b.weight", "b.scale", "I8", "F8_E8M0")
-        | pair("c.weight", "c.scale", "F8_E4M3", "F8_E8M0", codes=BYTES)
+        pair_of("a.weight_packed", "a.weight_scale")
+        | pair_of("b.weight", "b.scale", "I8", "F8_E8M0")
+        | pair_of("c.weight", "c.scale", "F8_E4M3", "F8_E8M0", codes=BYTES)
         | {"d.weight": ("F32", FLOATS), "e.weight_packed": ("U8", CODES)}
     )
-    path = write(tmp_path / "m.safetensors", tensors)
+    path = write_tensors(tmp_path / "m.safetensors", tensors)
     assert main(["inspect", str(path), "--json"]) == 0
     found = {row["name"]: row for row in json.loads(capsys.readouterr().out)["tensors"]}
     assert set(found) == {"a.weight", "b.weight", "c.weight", "c.scale", "d.weight", "e.weight"}
@@ -659,102 +569,3 @@ def test_halves_are_saved_in_pairs(tmp_path):
     assert array[2:].replace(blocks[2:], scales[2:]).order == "halves"
     part = array[1, 5:99]
     assert_same_bits(part.in_pairs().decode(), part.decode())
-
-
-# GGUF
-
-
-def test_gguf_without_its_package_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(mxfp4np.BackendUnavailableError, match=r"model\.gguf: GGUF files need .*'mxfp4np\[gguf\]'"):
-        mxfp4np.Checkpoint(DATA / "gguf")
-
-
-@pytest.mark.gguf
-class TestGGUF:
-    @pytest.fixture(autouse=True)
-    def package(self):
-        return pytest.importorskip("gguf", reason="needs the gguf extra; tox -e peers has it")
-
-    @both_io
-    @pytest.mark.parametrize("backend", BACKENDS)
-    def test_sample(self, io, backend):
-        expected = answers("gguf")
-        with mxfp4np.Checkpoint(DATA / "gguf", io=io) as ckpt:
-            assert set(ckpt) == set(expected)
-            for name, values in expected.items():
-                found = ckpt.get(name, dtype="float32", backend=backend)
-                assert np.array_equal(found, values)
-                index = np.s_[1:3, ..., 5:77]
-                if values.ndim > 1:
-                    assert ckpt.info(name).layout == "gguf"
-                    assert ckpt.info(name).reason == "tensor type, MXFP4"
-                    assert np.array_equal(ckpt.get(name, dtype="float32", backend=backend, index=index), values[index])
-                    shares = np.shares_memory(ckpt.packed(name).blocks, ckpt.stored[name])
-                    assert shares == (io == "mmap")
-                for place, piece in ckpt.chunks(name, 4096, dtype="float32", backend=backend):
-                    assert np.array_equal(piece, values[place])
-
-    def test_every_byte_under_every_scale_but_nan_is_what_gguf_gives(self, tmp_path, package):
-        memory = np.empty((255, 16, 17), np.uint8)
-        memory[..., 0] = np.arange(255)[:, None]
-        memory[..., 1:] = np.arange(256).reshape(16, 16)
-        mxfp4 = package.GGMLQuantizationType.MXFP4
-        writer = package.GGUFWriter(tmp_path / "m.gguf", "llama")
-        writer.add_tensor("w", memory.reshape(255, -1), raw_dtype=mxfp4)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        with mxfp4np.Checkpoint(tmp_path / "m.gguf") as ckpt:
-            for dtype in ("bfloat16", "float16", "float32"):
-                expected = oracle(memory[..., 1:], memory[..., 0], dtype, "halves")
-                assert_same_bits(ckpt.get("w", dtype=dtype), expected)
-            found = ckpt.get("w", dtype="float32")
-            with np.errstate(over="ignore"):
-                theirs = package.dequantize(memory.reshape(255, -1), mxfp4)
-            assert np.array_equal(found, theirs)
-            assert np.signbit(found).sum() > np.signbit(theirs).sum()  # -0.0 is kept here
-
-    def test_all_other_types(self, tmp_path, package):
-        rng = np.random.default_rng(0)
-        arrays = {kind: rng.normal(size=(3, 64)).astype(kind) for kind in ("float16", "float32", "float64")}
-        arrays |= {kind: rng.integers(-9, 9, (2, 3, 5)).astype(kind) for kind in ("int8", "int16", "int32", "int64")}
-        types = package.GGMLQuantizationType
-        quantised = {name: package.quantize(arrays["float32"], types[name]) for name in ("BF16", "Q8_0", "Q4_0")}
-        writer = package.GGUFWriter(tmp_path / "m.gguf", "llama")
-        writer.add_string("general.name", "test")
-        for name, array in arrays.items():
-            writer.add_tensor(name, array)
-        for name, array in quantised.items():
-            writer.add_tensor(name, array.view(np.uint8), raw_dtype=types[name])
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        with mxfp4np.Checkpoint(tmp_path / "m.gguf") as ckpt:
-            assert ckpt.metadata["general.name"] == "test"
-            for name, array in arrays.items():
-                assert_same_bits(ckpt[name], array)
-            assert ckpt.info("BF16").dtype == "BF16"
-            assert ckpt["BF16"].dtype == ml_dtypes.bfloat16
-            assert ckpt["BF16"].shape == (3, 64)
-            assert np.allclose(ckpt["BF16"].astype(np.float32), arrays["float32"], rtol=2**-8)
-            for name in ("Q8_0", "Q4_0"):
-                assert ckpt.info(name).dtype == name
-                assert np.array_equal(ckpt[name], quantised[name])
-            assert [piece.dtype for _, piece in ckpt.chunks("Q8_0")] == [np.uint8]
-        assert main(["inspect", str(tmp_path / "m.gguf")]) == 0
-
-    @pytest.mark.parametrize("size", [0, 3, 20, 60, 200, 20_000])
-    def test_truncated(self, tmp_path, size):
-        path = tmp_path / "m.gguf"
-        path.write_bytes((DATA / "gguf" / "model.gguf").read_bytes()[:size])
-        with pytest.raises(CheckpointError, match=r"m\.gguf: "):
-            mxfp4np.Checkpoint(path)
-
-    def test_not_gguf(self, tmp_path):
-        path = tmp_path / "m.gguf"
-        path.write_bytes((DATA / "mlx" / "model.safetensors").read_bytes())
-        with pytest.raises(CheckpointError, match=r"m\.gguf: not a valid GGUF file: GGUF magic invalid"):
-            mxfp4np.Checkpoint(path)

@@ -82,12 +82,12 @@ def test_everything_public_has_a_docstring(name):
                     assert function.__doc__, f"{name}.{key}.{member}"
 
 
-@pytest.mark.parametrize("name", ["mxfp4np.array", "mxfp4np.checkpoint"])
+@pytest.mark.parametrize("name", ["mxfp4np.array", "mxfp4np.checkpoint", "mxfp4np.codec", "mxfp4np.files"])
 def test_public_docstrings_are_numpydoc_with_an_example(name):
     module = importlib.import_module(name)
     for key in mxfp4np.__all__:
         value = vars(module).get(key)
-        if getattr(value, "__module__", None) == name and key != "TensorInfo":
+        if getattr(value, "__module__", None) == name:
             for section in ("Parameters", "Examples"):
                 assert f"{section}\n    {'-' * len(section)}\n" in value.__doc__, f"{key}: {section}"
 

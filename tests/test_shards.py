@@ -18,7 +18,9 @@ import mxfp4np
 from mxfp4np.rewrite import plan as shards
 from mxfp4np.rewrite.convert import Copied, plan_conversion
 from mxfp4np.rewrite.plan import INDEX, RECORD, Output, Plan, Shard, make_shards, run_tasks, split_into_shards
-from mxfp4np.storage.safetensors import DTYPES, SafetensorsFile, header_bytes, nbytes_of
+from mxfp4np.storage.dtypes import DTYPES, nbytes_of
+from mxfp4np.storage.safetensors import SafetensorsFile
+from mxfp4np.storage.writer import header_bytes
 
 DATA = Path(__file__).parent / "data"
 

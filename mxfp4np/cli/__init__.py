@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from .. import __version__
 from ..errors import MXFP4Error
-from ..format import DTYPES, ENCODED_LAYOUTS, RULES, TRANSPOSE
+from ..format import DTYPES, RULES
+from ..layouts.table import ENCODED_LAYOUTS, TRANSPOSE
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from ..backends.memory import aligned_empty
 from ..backends.threads import default_num_threads
 from ..checkpoint import Checkpoint
-from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, dtype_named, split
+from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, dtype_named
 from ..selection import Selection
-from ..storage.safetensors import write_safetensors
+from ..shapes import split
+from ..storage.writer import write_safetensors
 from .report import collapse, count, escape, format_bytes, rows, table_lines
 
 EXPERTS: Final = 8

@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..array import MXFP4Array
-from ..checkpoint import Checkpoint, TensorInfo
+from ..checkpoint import Checkpoint
 from ..errors import CheckpointError, LayoutError
 from ..format import FP4_VALUES, SCALE_BIAS, SCALE_NAN
+from ..info import TensorInfo
 
 STATS_BYTES: Final = 4 << 20
 """Packed bytes looked at together; counting takes about eight times as much memory."""

@@ -13,15 +13,18 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import DTypeLike
 
-from ..array import swapped
 from ..backends import as_numpy
-from ..checkpoint import Checkpoint, PathLike, TensorInfo
+from ..checkpoint import Checkpoint
 from ..cli.report import count, escape
 from ..errors import CheckpointError
 from ..format import decoded_dtype
-from ..layouts import LAYOUTS, METADATA, is_turned
+from ..info import TensorInfo
+from ..layouts.table import LAYOUTS, METADATA
+from ..layouts.table import wants_transpose as is_turned
 from ..selection import patterns, select
-from ..storage.safetensors import DTYPES, SAFETENSORS_DTYPES
+from ..shapes import swapped
+from ..storage.discover import PathLike
+from ..storage.dtypes import DTYPES, SAFETENSORS_DTYPES
 from .plan import MAX_SHARD_SIZE, RECORD, Item, Output, Pieces, Plan, Progress, Run, Scratch, Task, make_shards
 from .verify import Verification, compare, count_overflow
 

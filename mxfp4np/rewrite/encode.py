@@ -11,15 +11,20 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..array import MXFP4Array, encode, place_in_whole, swapped
-from ..checkpoint import Checkpoint, PathLike, TensorInfo
+from ..array import MXFP4Array
+from ..checkpoint import Checkpoint
 from ..cli.report import count, escape
+from ..codec import encode
 from ..errors import LayoutError
-from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, ENCODED_LAYOUTS, RULES, SCALE_NAN
+from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, RULES, SCALE_NAN
 from ..format import DTYPES as FLOATS
-from ..layouts import LAYOUTS, as_blocks, is_turned
+from ..info import TensorInfo
+from ..layouts.table import ENCODED_LAYOUTS, LAYOUTS
+from ..layouts.table import wants_transpose as is_turned
 from ..selection import patterns, select
-from ..storage.safetensors import DTYPES, element
+from ..shapes import place_in_whole, swapped
+from ..storage.discover import PathLike
+from ..storage.dtypes import DTYPES, element
 from .convert import QUANTIZATION_KEYS, copied, folder_beside, small_files
 from .plan import MAX_SHARD_SIZE, Item, Output, Pieces, Plan, Progress, Run, Scratch, make_shards
 
@@ -256,7 +261,7 @@ def _encoded(info: TensorInfo, layout: str, transpose: str, rule: str) -> Encode
     known, turned = _LAYOUTS[layout], is_turned(layout, info.shape, transpose)
     *rows, size = swapped(info.shape) if turned else info.shape
     scales, dtype = (*rows, size // BLOCK_SIZE), known.codes_dtypes[0]
-    if known.blocks is as_blocks:
+    if known.blocks_axis:
         codes = (*scales, BYTES_PER_BLOCK)
     else:
         codes = (*rows, size // BLOCK_SIZE * BYTES_PER_BLOCK * 8 // DTYPES[dtype][0])

@@ -27,10 +27,12 @@ from numpy.typing import NDArray
 
 from ..backends.memory import aligned_empty
 from ..backends.threads import default_num_threads, parallel_for
-from ..checkpoint import Checkpoint, read_json
+from ..checkpoint import Checkpoint
 from ..cli.report import count, escape, format_bytes
 from ..errors import CheckpointError
-from ..storage.safetensors import DTYPES, atomic_file, bytes_of, header_bytes, nbytes_of
+from ..storage.discover import read_json
+from ..storage.dtypes import DTYPES, nbytes_of
+from ..storage.writer import atomic_file, bytes_of, header_bytes
 
 INDEX: Final = "model.safetensors.index.json"
 RECORD: Final = ".mxfp4np.json"

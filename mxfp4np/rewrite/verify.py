@@ -14,15 +14,19 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from ..array import MXFP4Array, place_in_whole, swapped
-from ..checkpoint import Checkpoint, PathLike, TensorInfo, read_json, weight_map_of
+from ..array import MXFP4Array
+from ..checkpoint import Checkpoint
 from ..cli.report import count, escape, format_bytes
 from ..errors import CheckpointError, LayoutError, TensorNotFoundError
 from ..format import DTYPES as DECODED
-from ..format import SCALE_BIAS, SCALE_NAN, TRANSPOSE
-from ..layouts import is_turned
+from ..format import SCALE_BIAS, SCALE_NAN
+from ..info import TensorInfo
+from ..layouts.table import TRANSPOSE
+from ..layouts.table import wants_transpose as is_turned
 from ..selection import select
-from ..storage.safetensors import DTYPES, element
+from ..shapes import place_in_whole, swapped
+from ..storage.discover import PathLike, read_json, weight_map_of
+from ..storage.dtypes import DTYPES, element
 from .plan import RECORD, Crew, Progress
 
 PIECE_BYTES: Final = 4 << 20

@@ -1,1 +1,1 @@
-"""Files: their headers, zero-copy views of their bytes, their writers, and which files are one checkpoint."""
+"""Files: their headers, zero-copy views of their bytes, their writers, and which files form one checkpoint."""

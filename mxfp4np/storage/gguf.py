@@ -1,6 +1,6 @@
-"""One GGUF file: its tensor table is read through the gguf package, its data like that of every other file.
+"""Read the header of a GGUF file with the gguf package; see `tensorfile` for its data.
 
-Imported only where such a file is opened, as is the package.
+This module, and with it the package, is imported only when such a file is opened.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import BinaryIO
 
 from ..errors import BackendUnavailableError, CheckpointError
-from .safetensors import DTYPES, StoredTensor, TensorFile
+from .dtypes import DTYPES
+from .tensorfile import StoredTensor, TensorFile
 
 
 class GGUFFile(TensorFile):

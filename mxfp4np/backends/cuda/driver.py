@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import BackendUnavailableError, DeviceMemoryError
-from ...format import BLOCK_SIZE, BYTES_PER_BLOCK, name_of, split
+from ...format import BLOCK_SIZE, BYTES_PER_BLOCK, name_of
+from ...shapes import split
 from ..memory import is_transposed, merged_axes, type_of
 from ..threads import default_num_threads
 from . import kernels

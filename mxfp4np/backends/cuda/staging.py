@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import BackendUnavailableError, DeviceMemoryError
-from ...format import split
+from ...shapes import split
 from ..cpu.compiler import CompiledFunction, compiled_kernel
 from ..memory import address_of, merged_axes
 from .cupy import first_line

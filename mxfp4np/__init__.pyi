@@ -1,0 +1,18 @@
+from .array import MXFP4Array as MXFP4Array
+from .checkpoint import Checkpoint as Checkpoint
+from .codec import decode as decode
+from .codec import encode as encode
+from .errors import BackendUnavailableError as BackendUnavailableError
+from .errors import CheckpointError as CheckpointError
+from .errors import DeviceMemoryError as DeviceMemoryError
+from .errors import LayoutError as LayoutError
+from .errors import MXFP4Error as MXFP4Error
+from .errors import TensorNotFoundError as TensorNotFoundError
+from .files import load_file as load_file
+from .files import save_file as save_file
+from .info import TensorInfo as TensorInfo
+from .rewrite.convert import convert as convert
+from .rewrite.encode import encode_checkpoint as encode_checkpoint
+from .rewrite.verify import verify as verify
+
+__version__: str

@@ -1,0 +1,171 @@
+"""Decide the layout of a tensor that seems to be packed: dtypes, shapes and evidence, checked against each other.
+
+What fits no layout is refused with the reason, and so is what fits several without evidence for one. What is another
+format, such as NVFP4, is refused by its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from ..errors import LayoutError
+from ..format import BLOCK_SIZE, BYTES_PER_BLOCK
+from ..storage.tensorfile import StoredTensor
+from .evidence import Documents
+from .find import Candidate, UnresolvedTensor
+from .packed import PackedTensor
+from .table import METADATA, Layout, Shape
+
+NVFP4_SCALES: Final = (".weight_scale_2", ".weight_global_scale", "._weight_per_tensor_scale")
+"""Suffixes of the second, global scale of NVFP4 tensors; MXFP4 has none."""
+
+
+class Resolver:
+    """Decides the layouts of the tensors of one checkpoint.
+
+    Parameters
+    ----------
+    stored : mapping of str to StoredTensor
+        All tensors of the files.
+    documents : Documents
+    forced : str, optional
+        The layout that the caller asks for, of tensors that have it among their candidates.
+    """
+
+    def __init__(self, stored: Mapping[str, StoredTensor], documents: Documents, forced: str | None) -> None:
+        self._stored, self._documents, self._forced = stored, documents, forced
+
+    def resolve(self, tensor: UnresolvedTensor) -> PackedTensor | StoredTensor:
+        """Return the tensor in its layout, or the stored tensor if it is plain after all.
+
+        Raises
+        ------
+        LayoutError
+            If codes or scales are missing or inconsistent, or if there are several layouts.
+        """
+        name = tensor.name
+        forced = [
+            candidate._replace(layouts=tuple(layout for layout in candidate.layouts if layout.name == self._forced))
+            for candidate in tensor.candidates
+        ]
+        candidates = [candidate for candidate in forced if candidate.layouts] or list(tensor.candidates)
+        complete = [candidate for candidate in candidates if candidate.codes and candidate.scales]
+        if not complete:  # scales may be in the blocks
+            inline = [candidate for candidate in candidates if candidate.layouts[0].scales is None]
+            complete = [x for x in inline if x.layouts[0].headers_suffice or self._supported(x.layouts[0], name)]
+        return self._choose(name, complete) if complete else self._lone(name, candidates)
+
+    def _supported(self, layout: Layout, name: str) -> bool:
+        return layout.name == self._forced or self._documents.support(layout, name) is not None
+
+    def _choose(self, name: str, candidates: list[Candidate]) -> PackedTensor:
+        """Return the one candidate that fits, or of several the one that has evidence."""
+        fitting: list[PackedTensor] = []
+        errors: list[LayoutError] = []
+        for candidate in candidates:
+            for layout in candidate.layouts:
+                try:
+                    fitting.append(self._fit(name, layout, candidate))
+                except LayoutError as error:
+                    errors.append(error)
+        if not fitting:
+            raise errors[0]
+        chosen = fitting if len(fitting) == 1 else [x for x in fitting if self._documents.support(x.layout, name)]
+        if len(chosen) != 1 or not chosen[0].reason:
+            raise self._undecided(name, chosen or fitting)
+        return chosen[0]
+
+    def _lone(self, name: str, candidates: list[Candidate]) -> StoredTensor:
+        """Return a tensor that is plain; raise if its codes or its scales are missing."""
+        lone = candidates[0].stored[0]
+        layouts = [layout for candidate in candidates for layout in candidate.layouts if layout.scales is not None]
+        supported = [layout for layout in layouts if self._supported(layout, name)]
+        is_codes = candidates[0].codes is not None
+        if is_codes and not supported and not layouts[0].named_packed and lone.dtype != "F4":
+            return lone
+        stem = name.removesuffix(layouts[0].weight)
+        missing = dict.fromkeys(repr(f"{stem}{x.scales if is_codes else x.codes}") for x in supported or layouts)
+        raise LayoutError(
+            f"{lone.file.path}: tensor {lone.name!r} is half of an MXFP4 pair: expected {' or '.join(missing)} in one "
+            "of the checkpoint's files, found none; open the folder that holds all shards"
+        )
+
+    def _undecided(self, name: str, choices: Sequence[PackedTensor]) -> LayoutError:
+        codes = choices[0].codes
+        names = [packed.layout.name for packed in choices]
+        methods = sorted(self._documents.values("config.json", name, "quant_method"))
+        found = f"config.json says quant_method {', '.join(methods)}" if methods else "no file beside it says"
+        return LayoutError(
+            f"{codes.file.path}: tensor {codes.name!r}: expected one layout, found that it could be "
+            f"{' or '.join(names)}, and {found}{self._documents.problem}: force one, as with layout={names[0]!r}"
+        )
+
+    def _fit(self, name: str, layout: Layout, candidate: Candidate) -> PackedTensor:
+        """Return a candidate in one layout; raise if dtypes, shapes or metadata do not match it."""
+        codes, scales = candidate.codes, candidate.scales
+        assert codes is not None  # candidates without are not complete
+        _check_dtypes(layout, codes, scales)
+        self._refuse_global_scale(layout, codes)
+        blocks = layout.blocks_shape(codes.byte_shape)
+        if blocks is None:
+            size = layout.block_bytes
+            rows = f"[..., {size}], one block to a row" if layout.blocks_axis else f"with rows of {size}-byte blocks"
+            raise _mismatch(codes, f"shape {rows}", list(codes.shape))
+        if scales is not None:
+            _check_scales(layout, codes, scales, blocks)
+        if self._documents.contradict(layout, name):
+            values = layout.evidence[0].values
+            expected = ", ".join(f"{key} {' or '.join(filter(None, patterns))}" for key, patterns in values.items())
+            raise _mismatch(codes, f"{METADATA} of {name!r} with {expected}", "other metadata")
+        return PackedTensor(name, layout, codes, scales, blocks, self._reason(name, layout, candidate))
+
+    def _refuse_global_scale(self, layout: Layout, codes: StoredTensor) -> None:
+        stem = codes.name.removesuffix(layout.codes)
+        for suffix in NVFP4_SCALES:
+            if layout.codes and stem + suffix in self._stored:
+                raise _other_format(codes, "NVFP4", "no global scale", repr(stem + suffix))
+
+    def _reason(self, name: str, layout: Layout, candidate: Candidate) -> str:
+        if layout.name == self._forced:
+            return f"layout={layout.name!r}"
+        if not layout.headers_suffice:
+            return self._documents.support(layout, name) or ""
+        kind = "suffix pair" if candidate.scales else "tensor type"
+        headers = f"{kind}, {'/'.join(tensor.dtype for tensor in candidate.stored)}"
+        support = self._documents.support(layout, name) if layout.has_metadata else None
+        return f"{headers}, {support}" if support else headers
+
+
+def _check_dtypes(layout: Layout, codes: StoredTensor, scales: StoredTensor | None) -> None:
+    if codes.dtype not in layout.codes_dtypes:
+        raise _mismatch(codes, f"dtype {' or '.join(layout.codes_dtypes)}", codes.dtype)
+    if scales is not None and scales.dtype not in layout.scales_dtypes:
+        expected = " or ".join(layout.scales_dtypes)
+        if scales.dtype == "F8_E4M3":
+            raise _other_format(codes, "NVFP4", f"{expected} scales", "F8_E4M3 scales")
+        raise _mismatch(scales, f"dtype {expected}", scales.dtype)
+
+
+def _check_scales(layout: Layout, codes: StoredTensor, scales: StoredTensor, blocks: Shape) -> None:
+    expected = layout.scales_shape(blocks)
+    if scales.shape == expected and scales.shape:
+        return
+    if len(blocks) > 1 and scales.shape == (*blocks[:-2], 2 * blocks[-2]):
+        raise _other_format(codes, "NVFP4", f"a scale for {BLOCK_SIZE} values", "one for 16")
+    if len(blocks) > 1 and scales.shape == (*blocks[:-2], blocks[-2] / 2):
+        raise _other_format(codes, "MXFP8", f"a scale for {BYTES_PER_BLOCK} bytes", "one for 32")
+    raise _mismatch(
+        scales, f"shape {list(expected)} to go with {list(codes.shape)} of {codes.name!r}", list(scales.shape)
+    )
+
+
+def _mismatch(tensor: StoredTensor, expected: str, found: object) -> LayoutError:
+    return LayoutError(f"{tensor.file.path}: tensor {tensor.name!r}: expected {expected}, found {found}")
+
+
+def _other_format(codes: StoredTensor, name: str, expected: str, found: str) -> LayoutError:
+    return LayoutError(
+        f"{codes.file.path}: tensor {codes.name!r} is {name}, not MXFP4: expected {expected}, found {found}; its bytes "
+        "are in .stored"
+    )

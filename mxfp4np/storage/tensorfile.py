@@ -1,0 +1,233 @@
+"""One file of tensors: where each lies, and views of the bytes, mapped or read.
+
+The header of a format is read by a subclass (`safetensors`, `gguf`). This module knows nothing of MXFP4 or of how
+models name their tensors.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import stat
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..backends.memory import address_of, aligned_empty
+from ..errors import CheckpointError
+from ..format import dtype_named
+from .dtypes import element
+
+
+class StoredTensor(NamedTuple):
+    """One tensor as its file describes it: a header entry, and a place in the file."""
+
+    name: str
+    dtype: str
+    """As the header spells it, for instance ``"BF16"``; of a GGUF file also ``"MXFP4"`` or ``"Q8_0"``."""
+    shape: tuple[int, ...]
+    """As in the header; F4 and F6 dtypes count elements, GGUF's own dtypes bytes."""
+    file: TensorFile
+    offset: int
+    """In bytes, from the beginning of the file."""
+    nbytes: int
+
+    @property
+    def byte_shape(self) -> tuple[int, ...]:
+        """Shape as bytes, along the last axis; flat if a row is not a whole number of bytes."""
+        *rows, length = self.shape or (1,)
+        bits = length * element(self.dtype)[0]
+        return (*rows, bits // 8) if bits % 8 == 0 else (self.nbytes,)
+
+    @property
+    def array_shape(self) -> tuple[int, ...]:
+        """Shape as an array; elements below a byte stay packed in bytes."""
+        return self.shape if element(self.dtype)[0] >= 8 else self.byte_shape
+
+    def array(self, index: Any = None) -> Any:
+        """Return the tensor in its stored dtype, or the part of it that a NumPy index selects.
+
+        A mapped file gives a read-only view. Of a file that is read, a basic index reads only what it selects.
+        """
+        memory = self.file.view(self)
+        whole = memory.view(dtype_named(element(self.dtype)[1])).reshape(self.array_shape)
+        if index is None:
+            return self.file.read(self, memory, whole)
+        part = whole[index]
+        if isinstance(part, np.ndarray) and np.may_share_memory(part, memory):
+            return self.file.read(self, memory, part)
+        return self.file.read(self, memory, whole)[index]  # a scalar, or a copy by an advanced index
+
+
+class StoredArrays(Mapping[str, Any]):
+    """The arrays of stored tensors by name, each made when it is asked for."""
+
+    def __init__(self, tensors: Mapping[str, StoredTensor]) -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> Any:
+        return self._tensors[name].array()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+class TensorFile:
+    """One file of tensors, header read and validated, data untouched; a subclass for each format.
+
+    Parameters
+    ----------
+    path : Path
+    io : {"mmap", "pread"}
+        Map the file, or read each tensor when it is asked for. If a mapped file is truncated, the process that reads
+        it is killed; ``"pread"`` raises an error.
+
+    Attributes
+    ----------
+    tensors : dict of str to StoredTensor
+        In the order of their bytes.
+    metadata : dict of str to str
+    stamp : tuple of int
+        Size in bytes, and time of the last change in nanoseconds.
+
+    Raises
+    ------
+    CheckpointError
+        If this is not a valid file of the format.
+    OSError
+        If it cannot be opened.
+    """
+
+    def __init__(self, path: Path, io: str = "mmap") -> None:
+        self.path, self.io = path, io
+        self.tensors: dict[str, StoredTensor] = {}
+        self.metadata: dict[str, str] = {}
+        self._map: NDArray[np.uint8] | None = None
+        self._file: BinaryIO | None = None
+        self._closed = False
+        self._lock = threading.Lock()
+        with open_regular(path) as file:
+            self.stamp = _stamp(file)
+            self._read_header(file)
+
+    def _read_header(self, file: BinaryIO) -> None:
+        """Set `tensors` and `metadata`."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Release the file. A map stays as long as there is a view of it."""
+        with self._lock:
+            self._closed, self._map = True, None
+            if self._file is not None:
+                self._file.close()
+                self._file = None
+
+    def view(self, tensor: StoredTensor) -> NDArray[np.uint8]:
+        """Return the tensor's bytes, flat: a view of the map, or of reserved memory that stands for it (see `read`)."""
+        with self._lock:
+            if self._closed:
+                raise CheckpointError(f"{self.path}: this checkpoint is closed")
+            if self.io == "pread":
+                if self._file is None:
+                    self._file = self._reopen()
+                return _reserved(tensor.nbytes)
+            if self._map is None:
+                with self._reopen() as file:  # the map keeps the file open
+                    try:
+                        self._map = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+                    except (OSError, ValueError) as error:
+                        raise CheckpointError(f"{self.path}: cannot be mapped ({error}): try io='pread'") from error
+            return self._map[tensor.offset : tensor.offset + tensor.nbytes]
+
+    def _reopen(self) -> BinaryIO:
+        # A checkpoint may have more files than a process may keep open, so each is opened again when first needed.
+        file = open_regular(self.path)
+        if _stamp(file) != self.stamp:
+            file.close()
+            raise CheckpointError(f"{self.path}: was replaced or changed after it was opened: open it again")
+        return file
+
+    def read(self, tensor: StoredTensor, memory: NDArray[np.uint8], part: NDArray[Any]) -> NDArray[Any]:
+        """Return ``part`` with the bytes of the file in it.
+
+        Parameters
+        ----------
+        tensor : StoredTensor
+        memory : (nbytes,) uint8
+            What `view` returned.
+        part : array
+            Any view of ``memory``.
+
+        Returns
+        -------
+        array
+            ``part`` itself if the file is mapped. Otherwise a new array, into which only the bytes of ``part`` are
+            read.
+        """
+        if self.io != "pread":
+            return part
+        out = aligned_empty(part.shape, part.dtype)
+        if not out.size:
+            return out
+        axis, nbytes = part.ndim, part.itemsize  # the axes from `axis` on are contiguous: nbytes to one read
+        while axis and (part.shape[axis - 1] == 1 or part.strides[axis - 1] == nbytes):
+            axis -= 1
+            nbytes *= part.shape[axis]
+        begin = tensor.offset + address_of(part) - address_of(memory)
+        target = out.reshape(-1).view(np.uint8).data
+        for i, index in enumerate(np.ndindex(part.shape[:axis])):
+            offset = begin + sum(k * stride for k, stride in zip(index, part.strides[:axis], strict=True))
+            self._read_into(target[i * nbytes : (i + 1) * nbytes], offset, tensor)
+        return out
+
+    def _read_into(self, target: memoryview, offset: int, tensor: StoredTensor) -> None:
+        while target:
+            count = self._pread(target, offset)
+            if not count:
+                raise CheckpointError(
+                    f"{self.path}: truncated after it was opened: tensor {tensor.name!r} ends at byte "
+                    f"{tensor.offset + tensor.nbytes:,}, the file at {offset:,}"
+                )
+            target, offset = target[count:], offset + count
+
+    def _pread(self, target: memoryview, offset: int) -> int:
+        if self._file is None:
+            raise CheckpointError(f"{self.path}: this checkpoint is closed")
+        if hasattr(os, "preadv"):
+            return os.preadv(self._file.fileno(), [target], offset)
+        with self._lock:
+            self._file.seek(offset)
+            return self._file.readinto(target)  # type: ignore[attr-defined, no-any-return]
+
+
+def _reserved(nbytes: int) -> NDArray[np.uint8]:
+    """Return pages that are reserved and never touched: only their addresses matter."""
+    length = max(1, nbytes)
+    if hasattr(mmap, "MAP_PRIVATE"):  # private and read-only, so that they count against no limit
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        memory = mmap.mmap(-1, length, flags=flags, prot=mmap.PROT_READ)
+    else:
+        memory = mmap.mmap(-1, length)
+    return np.frombuffer(memory, np.uint8)[:nbytes]
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file to read, unbuffered; refuse pipes and devices."""
+    # Without O_NONBLOCK, opening a pipe that nobody writes to would wait for ever.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise CheckpointError(f"{path}: not a regular file")
+    return os.fdopen(descriptor, "rb", buffering=0)
+
+
+def _stamp(file: BinaryIO) -> tuple[int, int]:
+    found = os.fstat(file.fileno())
+    return found.st_size, found.st_mtime_ns
