@@ -20,10 +20,9 @@ from numba.core.registry import cpu_target
 
 import mxfp4np
 from mxfp4np import MXFP4Array
+from mxfp4np.backends.cpu import decode, pool, simd
 from mxfp4np.backends.cpu import driver as cpu
-from mxfp4np.backends.cpu import kernels as cpu_kernels
-from mxfp4np.backends.cpu import pool as crew
-from mxfp4np.backends.memory import address_of, aligned_empty, is_mapped
+from mxfp4np.backends.memory import address_of, aligned_empty
 
 SSSE3 = "+sse,+sse2,+sse3,+ssse3,+cx16,-sse4.1,-avx,-avx2,-avx512f,-avx512bw"
 AVX2 = "+sse,+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+popcnt,+avx,+avx2,+bmi,+bmi2,+fma,+xsave,-avx512f,-avx512bw"
@@ -34,17 +33,14 @@ FORMS = {
     "generic": ({"NUMBA_CPU_NAME": "generic"}, "", "portable"),
 }
 
-SMALL = {"ALONE_BLOCKS": 8, "THREAD_BLOCKS": 8}  # so that others lend a hand with little
-READINGS = "row by row", "in sequence", "crosswise"
+SMALL = {"ALONE_BLOCKS": 8, "THREAD_BLOCKS": 8}  # so that workers take part in little
 
 EXHAUSTIVE = """
 import itertools, sys
 sys.path.insert(0, sys.argv[1])
 import numpy as np
-from numba.core.registry import cpu_target
 from contract import DTYPES, RULES, assert_encodes, assert_same_bits, every_magnitude, every_pair, oracle
 from mxfp4np.backends.cpu import driver as cpu
-from mxfp4np.backends.cpu import kernels as cpu_kernels
 from mxfp4np.backends.memory import aligned_empty
 import mxfp4np
 
@@ -84,8 +80,7 @@ for dtype, rule in itertools.product(DTYPES, RULES):
     turned = np.asfortranarray(x.reshape(-1, 64))
     for part in (x, x.reshape(-1, 3200), x[::2], x.reshape(-1, 64)[:, ::2], x.reshape(-1)[5:-27], turned):
         assert_encodes(part, rule)
-triple, _, features = cpu_target.target_context.codegen().magic_tuple()
-print(cpu_kernels.simd(triple, features))
+print(cpu.instruction_set())
 """
 
 
@@ -115,7 +110,7 @@ def test_every_form_of_machine_code_is_exact(form):
     ],
 )
 def test_the_form_follows_from_triple_and_features(triple, features, form):
-    assert cpu_kernels.simd(triple, features) == form
+    assert simd.instruction_set(triple, features) == form
 
 
 def test_arm_looks_up_with_tbl():
@@ -124,8 +119,9 @@ def test_arm_looks_up_with_tbl():
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [address] * 3), "decode")
     builder = ir.IRBuilder(function.append_basic_block())
     block, line, out = function.args
-    words = cpu_kernels.decoded("neon", builder, block, line)
-    cpu_kernels.store_words(builder, words, out, 16, 16, streaming=False)
+    codes = decode.codes_of_block(builder, block, halves=False)
+    words = decode.LOOKUP["neon"](builder, codes, line)
+    decode.store_words(builder, words, out, 2, streaming=False)
     builder.ret_void()
     try:
         llvm.initialize_all_targets()
@@ -196,7 +192,7 @@ def test_small_pieces_past_the_cache_and_not(data, streaming, transpose):
     memory[:] = 0x55
     out = memory[skew:][: math.prod(shape) * expected.itemsize].view(expected.dtype).reshape(shape)
     out = out[..., pad : pad + expected.shape[-1]]
-    limits = {**SMALL, "PIECE_BLOCKS": (3, 17), "STREAMING_BYTES": 0 if streaming else sys.maxsize}
+    limits = {**SMALL, "CHUNK_BLOCKS": (3, 17), "STREAMING_BYTES": 0 if streaming else sys.maxsize}
     with mock.patch.multiple(cpu, **limits):
         part.decode(out=out, transpose=transpose, num_threads=data.draw(st.integers(1, 3)))
     assert_same_bits(out, expected)
@@ -208,21 +204,19 @@ def test_small_pieces_past_the_cache_and_not(data, streaming, transpose):
 @pytest.mark.parametrize("order", ["pairs", "halves"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_of_any_length_and_alignment_past_the_cache(dtype, order, length):
-    """Rows that follow each other, and rows with gaps, long enough to go around the ring that lines are made in."""
+    """Rows that follow each other, and rows with gaps."""
     rng = np.random.default_rng(length)
     rows, groups = 60_000 // length, length // 32 + 2
     blocks, scales = rng.integers(0, 256, (rows, groups, 16), np.uint8), rng.integers(0, 255, (rows, groups), np.uint8)
     whole = oracle(blocks, scales, dtype, order)
-    cases = itertools.product((0, 1, 16, 31), (0, 2, 31, 32), (0, 7))
-    for (start, skew, gap), reading in zip(cases, itertools.cycle(READINGS)):
+    for start, skew, gap in itertools.product((0, 1, 16, 31), (0, 2, 31, 32), (0, 7)):
         expected = whole[:, start : start + length]
         memory = aligned_empty((rows * (length + gap) * whole.itemsize + 128,), np.dtype(np.uint8))
         memory[:] = 0x55
         out = memory[skew:][: rows * (length + gap) * whole.itemsize].view(whole.dtype).reshape(rows, length + gap)
         out = out[:, :length]
         part = MXFP4Array(blocks, scales, order)[:, start : start + length]
-        limits = {**SMALL, "PIECE_BLOCKS": (501, 501), "STREAMING_BYTES": 0}
-        with mock.patch.multiple(cpu, **limits, _reading=lambda reading=reading: reading):
+        with mock.patch.multiple(cpu, **SMALL, CHUNK_BLOCKS=(501, 501), STREAMING_BYTES=0):
             part.decode(out=out, num_threads=2)
         assert_same_bits(out, expected)
         out[...] = np.full((), 0x55, np.uint8).repeat(whole.itemsize).view(whole.dtype)[0]
@@ -230,135 +224,58 @@ def test_rows_of_any_length_and_alignment_past_the_cache(dtype, order, length):
 
 
 def memory_at(offset, shape, strides):
-    """Return an array of float16, of strides in elements, that begins so many bytes behind a line of the cache."""
+    """Return an array of float16, of strides in elements, whose address is ``offset`` bytes after a cache line's."""
     out = aligned_empty((100_000,), np.dtype(np.uint8))[offset:][:99_000].view(np.float16)
     return np.lib.stride_tricks.as_strided(out, shape, [2 * stride for stride in strides])
 
 
 @pytest.mark.parametrize(
-    ("index", "offset", "strides", "cached", "streamed"),
+    ("index", "offset", "strides", "name", "streamed"),
     [
-        (np.s_[:], 0, (128, 1), "decode_pieces", "decode_pieces"),
-        (np.s_[::2, 32:96], 0, (64, 1), "decode_pieces", "decode_pieces"),
-        (np.s_[:], 0, (160, 1), "decode_pieces", "decode_pieces"),  # rows with gaps, of whole lines
-        (np.s_[:], 0, (136, 1), "decode_pieces", "past_pieces"),  # of a part of a line
-        (np.s_[:], 2, (128, 1), "decode_pieces", "past_pieces"),
-        (np.s_[:], 1, (128, 1), "decode_pieces", "ring_pieces"),
-        (np.s_[:, 5:], 0, (123, 1), "ragged_pieces", "past_pieces"),
-        (np.s_[:, :100], 0, (128, 1), "ragged_pieces", "past_pieces"),
-        (np.s_[:, 5:36], 0, (128, 1), "ragged_pieces", "ragged_pieces"),  # shorter than a line
-        (np.s_[:], 0, (256, 2), "ragged_pieces", "ragged_pieces"),
-        (np.s_[:], 0, (1, 20), "transpose_pieces", "transpose_pieces"),
+        (np.s_[:], 0, (128, 1), "decode_rows", True),
+        (np.s_[::2, 32:96], 0, (64, 1), "decode_rows", True),
+        (np.s_[:], 0, (160, 1), "decode_rows", True),  # rows with gaps, of whole lines
+        (np.s_[:], 0, (136, 1), "decode_rows", False),  # of a part of a line
+        (np.s_[:], 2, (128, 1), "decode_rows", False),
+        (np.s_[:], 1, (128, 1), "decode_rows", False),
+        (np.s_[:, 5:], 0, (123, 1), "decode_rows", False),
+        (np.s_[:, :100], 0, (128, 1), "decode_rows", False),
+        (np.s_[:], 0, (256, 2), "decode_rows", False),
+        (np.s_[:], 0, (1, 32), "decode_columns", True),
+        (np.s_[:], 0, (1, 20), "decode_columns", False),
+        (np.s_[:, 5:], 0, (1, 32), "decode_columns", True),
     ],
 )
-def test_the_kernel_follows_from_where_rows_lie(index, offset, strides, cached, streamed):
-    """One is for whole rows, whose elements are next to each other, in whole lines of the cache if they go past it."""
-    if streamed == "past_pieces":
-        streamed = "join_pieces" if cpu.machine_code() == "avx512" else "ring_pieces"
+def test_the_kernel_follows_from_where_rows_lie(index, offset, strides, name, streamed):
+    """Whole and aligned cache lines are streamed, if they are many."""
     rng = np.random.default_rng(0)
     part = MXFP4Array(rng.integers(0, 256, (20, 4, 16), np.uint8), rng.integers(0, 256, (20, 4), np.uint8))[index]
     out = memory_at(offset, part.shape, strides)
-    for streaming_bytes, name in ((sys.maxsize, cached), (0, streamed)):
+    for streaming_bytes, streaming in ((sys.maxsize, False), (0, streamed)):
         with (
             mock.patch.object(cpu, "STREAMING_BYTES", streaming_bytes),
-            mock.patch.object(cpu, "_decoder", wraps=cpu._decoder) as decoder,
+            mock.patch.object(cpu, "compiled_kernel", wraps=cpu.compiled_kernel) as compiled,
         ):
             part.decode(out=out)
-        assert decoder.call_args.args[0] == name
+        assert compiled.call_args.args == ("decode", name, 2, False, streaming)
         assert_same_bits(out, oracle(part.blocks, part.scales, "float16")[:, part.start :][:, : part.shape[1]])
 
 
-@pytest.mark.parametrize("reading", READINGS)
 @pytest.mark.parametrize(
-    ("index", "near", "apart"),
-    [
-        (np.s_[:], False, 0),
-        (np.s_[:, ::2], True, 1 + 4096 // 320),
-        (np.s_[:, ::3], False, 1 + 4096 // 480),
-        (np.s_[:, ::40], False, 1 + 128 // 30),
-        (np.s_[:, ::-2], False, 0),
-        (np.s_[..., 64:256], True, 1 + 4096 // 160),
-        (np.s_[..., 70:250], True, 1 + 4096 // 160),
-        (np.s_[..., :128], True, 0),
-        (np.s_[..., :96], False, 0),
-    ],
+    "index",
+    [np.s_[..., :3], np.s_[:, ::2, :, ::3], np.s_[::2, ::2, ::2, 1:, 5:], np.s_[:, :, ::-1, :3, 40:70], np.s_[0]],
 )
-def test_how_rows_with_gaps_are_read(index, near, apart, reading):
+def test_arrays_of_more_axes_than_a_job_has(index):
     rng = np.random.default_rng(0)
-    blocks, scales = rng.integers(0, 256, (3, 40, 10, 16), np.uint8), rng.integers(0, 256, (3, 40, 10), np.uint8)
-    part, expected = MXFP4Array(blocks, scales)[index], oracle(blocks, scales, "float16")[index]
-    out = aligned_empty(expected.shape, expected.dtype)
-    with (
-        mock.patch.multiple(cpu, _reading=lambda: reading, _second_level_bytes=lambda: 1 << 20),
-        mock.patch.object(cpu, "_run", wraps=cpu._run) as run,
-        mock.patch.object(cpu, "STREAMING_BYTES", 0),
-    ):
-        assert_same_bits(part.decode(out=out), expected)
-    arrays = run.call_args.args[1]
-    assert arrays[cpu_kernels.GAPS_TOO - cpu.ARRAYS] == (near and reading == "in sequence")
-    assert arrays[cpu_kernels.APART - cpu.ARRAYS] == (apart if reading == "crosswise" else 0)
-
-
-@pytest.mark.parametrize(("blocks", "is_crosswise"), [(4, False), (5, True), (224, True), (225, False)])
-def test_rows_of_some_lengths_are_asked_for_crosswise_past_the_cache(blocks, is_crosswise):
-    memory = np.zeros((300, 450, 16), np.uint8), np.zeros((300, 450), np.uint8), np.zeros((300, 450 * 32), np.float32)
-    part = tuple(array[:, : blocks * (array.shape[1] // 450)] for array in memory)
-    with mock.patch.multiple(cpu, _reading=lambda: "crosswise", _second_level_bytes=lambda: 1 << 20):
-        past, _ = cpu._arrays(*part, streaming=True)
-        through, _ = cpu._arrays(*part)
-    assert (past[cpu_kernels.APART - cpu.ARRAYS] > 0) == is_crosswise
-    assert through[cpu_kernels.APART - cpu.ARRAYS] == 0
-
-
-@pytest.mark.parametrize(("cache", "short", "long"), [(64, False, False), (256, True, False), (1024, True, True)])
-def test_rows_are_asked_for_crosswise_where_the_cache_has_room(cache, short, long):
-    with mock.patch.object(cpu, "_second_level_bytes", return_value=cache << 10):
-        assert (cpu._crosswise(90, 2880) > 0, cpu._crosswise(224, 7168) > 0) == (short, long)
-
-
-@pytest.mark.parametrize(("text", "size"), [("2048K\n", 2 << 20), ("", 256 << 10), (None, 256 << 10)])
-def test_the_size_of_the_second_level_cache(text, size):
-    with mock.patch.object(Path, "read_text", side_effect=OSError if text is None else [text]):
-        assert cpu._second_level_bytes.__wrapped__() == size
-
-
-def test_crosswise_asks_for_every_line_of_every_row_once():
-    """What a decoder of rows with gaps asks for, but its first and last group, line by line."""
-    far = cpu_kernels._far.py_func
-    per_row, apart, block_row, count = 10, 3, 320, 63
-    lines = -(-per_row // 4)
-    geometry = {
-        cpu_kernels.APART: apart,
-        cpu_kernels.BLOCKS_PER_ROW: per_row,
-        cpu_kernels.ROW_AXIS_BLOCKS: block_row,
-        cpu_kernels.BLOCKS_STEP: 16,
-    }
-    asked, place, group, left = [], 0, 0, per_row * count
-    with mock.patch.object(cpu_kernels, "number", lambda geometry, index: geometry[index]):
-        for row in range(count - lines * apart):
-            ahead, stride, place, group = far(geometry, -1, left, place, group)
-            asked += [row * block_row + ahead + k * stride for k in range(lines)]
-            left -= per_row
-        assert far(geometry, -1, left, place, group)[:2] == (-1, 64)
-    assert sorted(asked) == [row * block_row + 64 * k for row in range(lines * apart, count) for k in range(lines)]
-    together = [{address // block_row for address in asked[i : i + lines]} for i in range(0, len(asked), lines)]
-    assert all(max(rows) - min(rows) == apart * (lines - 1) for rows in together)
-
-
-@pytest.mark.parametrize(
-    ("name", "triple", "reading"),
-    [
-        ("znver4", "x86_64-unknown-linux-gnu", "in sequence"),
-        ("sapphirerapids", "x86_64-unknown-linux-gnu", "crosswise"),
-        ("generic", "aarch64-unknown-linux-gnu", "row by row"),
-    ],
-)
-def test_which_processors_read_how(name, triple, reading):
-    with (
-        mock.patch.object(llvm, "get_host_cpu_name", return_value=name),
-        mock.patch.object(llvm, "get_process_triple", return_value=triple),
-    ):
-        assert cpu._reading.__wrapped__() == reading
+    shape = (4, 3, 4, 6, 3)
+    blocks, scales = rng.integers(0, 256, (*shape, 16), np.uint8), rng.integers(0, 256, shape, np.uint8)
+    whole = oracle(blocks, scales, "float16")
+    part, expected = MXFP4Array(blocks, scales)[index], whole[index]
+    assert_same_bits(part.decode("float16"), expected)
+    assert_same_bits(part.decode("float16", transpose=True), expected.swapaxes(-1, -2))
+    values = rng.standard_normal((4, 3, 4, 6, 96)).astype(np.float16)
+    for x in (values[:, ::2, :, ::3], values[::2, ::2, ::2, 1:], values.swapaxes(0, 2)[:, ::2, ::-1]):
+        assert_encodes(x, "even")
 
 
 def test_strides_of_axes_of_one_element_mean_nothing():
@@ -398,9 +315,9 @@ def test_results_of_every_size_are_aligned():
 def test_as_many_threads_as_there_is_work_for(monkeypatch, blocks, asked, used):
     monkeypatch.setattr(cpu, "ALONE_BLOCKS", 1 << 11)
     monkeypatch.setattr(cpu, "THREAD_BLOCKS", 1 << 10)
-    monkeypatch.setattr(cpu, "PIECE_BLOCKS", (1, 1))
-    found = [1]
-    monkeypatch.setattr(cpu, "shared_crew", lambda helpers: (found.append(helpers + 1), crew.shared_crew(helpers))[1])
+    monkeypatch.setattr(cpu, "CHUNK_BLOCKS", (1, 1))
+    found, run = [1], pool.Pool.run
+    monkeypatch.setattr(pool.Pool, "run", lambda *job: (found.append(job[-1]), run(*job)))
     count = int(blocks * cpu.THREAD_BLOCKS)
     codes, scales = np.full((count, 16), 0x22, np.uint8), np.full(count, 127, np.uint8)
     assert np.all(mxfp4np.decode(codes, scales, num_threads=asked) == 1)
@@ -410,7 +327,7 @@ def test_as_many_threads_as_there_is_work_for(monkeypatch, blocks, asked, used):
 @given(x=values(max_side=70, max_axes=1), rule=st.sampled_from(sorted(RULES)), threads=st.integers(1, 3))
 @settings(max_examples=200)
 def test_small_pieces_of_values(x, rule, threads):
-    with mock.patch.multiple(cpu, **SMALL, PIECE_BLOCKS=(3, 17)):
+    with mock.patch.multiple(cpu, **SMALL, CHUNK_BLOCKS=(3, 17)):
         assert_encodes(x, rule, num_threads=threads)
 
 
@@ -439,43 +356,8 @@ def test_rows_that_are_columns_in_memory(rows, dtype):
         turned = part.swapaxes(-1, -2)
         memory = np.full((*turned.shape[:-1], 2 * turned.shape[-1] // 32, 19), 99, np.uint8)
         out = MXFP4Array(memory[..., ::2, 1:17], memory[..., ::2, 17])
-        with mock.patch.multiple(cpu, **SMALL, PIECE_BLOCKS=(200, 200)):
+        with mock.patch.multiple(cpu, **SMALL, CHUNK_BLOCKS=(200, 200)):
             assert_encodes(turned, "even", out=out, num_threads=2)
         memory[..., ::2, 1:18] = 99
         assert np.all(memory == 99)
     assert x.tobytes() == before
-
-
-@pytest.mark.parametrize("order", ["pairs", "halves"])
-def test_pages_of_maps_are_read_by_pieces_and_give_the_same_values(tmp_path, order):
-    rng = np.random.default_rng(0)
-    blocks, scales = rng.integers(0, 256, (3, 608, 90, 16), np.uint8), rng.integers(0, 256, (3, 608, 90), np.uint8)
-    mxfp4np.save_file({"scales": scales, "blocks": blocks}, tmp_path / "x.safetensors")
-    with mxfp4np.Checkpoint(tmp_path) as ckpt:
-        mapped = MXFP4Array(ckpt.stored["blocks"], ckpt.stored["scales"], order)
-    assert is_mapped(mapped[1:].blocks)
-    assert not is_mapped(blocks[1:])
-    whole = MXFP4Array(blocks, scales, order)
-    for index in [np.s_[...], np.s_[:, ::2], np.s_[::-1, 5:600], np.s_[..., 64:2816], np.s_[:2, :, 5:2870], np.s_[::2]]:
-        assert mapped[index].scales.size > cpu.ALONE_BLOCKS
-        for transpose in (False, True):
-            expected = whole[index].decode(transpose=transpose)
-            assert_same_bits(mapped[index].decode(transpose=transpose, num_threads=3), expected)
-            with mock.patch.object(cpu, "PIECE_BLOCKS", (90, 1000)), mock.patch.object(cpu, "run") as run:
-                run.side_effect = crew.run
-                assert_same_bits(mapped[index].decode(transpose=transpose, num_threads=3), expected)
-            job = run.call_args.args[0]
-            assert 0 < job[cpu_kernels.READ] <= job[cpu_kernels.UNITS]  # ahead of what was decoded
-            assert job[cpu_kernels.READING] == 0
-
-
-def test_the_driver_and_the_kernels_number_alike():
-    positions = {name: value for name, value in vars(crew).items() if name.isupper()}
-    assert positions.items() <= vars(cpu_kernels).items()
-    assert len(positions) == 10
-    assert cpu.ARRAYS == cpu_kernels.BLOCKS_ADDRESS
-    ours = ["OUT_ADDRESS", "TABLE_ADDRESS", "OUT_STEP", "BLOCKS_PER_ROW", "START", "LENGTH", "ITEMSIZE", "STREAMING"]
-    for name in [*ours, "ROW_AXIS_OUT"]:
-        assert getattr(cpu, name) + cpu.ARRAYS == getattr(cpu_kernels, name)
-    assert cpu.AXIS_NUMBERS == cpu_kernels.AXIS_NUMBERS
-    assert cpu.GROUPS_ABREAST == cpu_kernels.TILES_ABREAST

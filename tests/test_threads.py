@@ -12,7 +12,6 @@ import threading
 import time
 import warnings
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -20,8 +19,8 @@ from contract import run_python
 
 import mxfp4np
 from mxfp4np.backends import threads
+from mxfp4np.backends.cpu import compiler, pool
 from mxfp4np.backends.cpu import driver as cpu
-from mxfp4np.backends.cpu import pool as crew
 
 BLOCKS = 300_000  # several chunks, so that the pool is used
 
@@ -62,9 +61,9 @@ def test_threads_that_decode_first_at_once_share_one_table():
     code = """
         import threading, time
         import numpy as np, mxfp4np
-        from mxfp4np.backends.cpu import driver as cpu
+        from mxfp4np.backends.cpu import tables
 
-        class Slow(cpu.ReferenceBackend):
+        class Slow(tables.ReferenceBackend):
             calls = 0
 
             def decode(self, *args, **options):
@@ -72,7 +71,7 @@ def test_threads_that_decode_first_at_once_share_one_table():
                 super().decode(*args, **options)
                 time.sleep(0.2)
 
-        cpu.ReferenceBackend = Slow
+        tables.ReferenceBackend = Slow
         pair = np.full((3, 1, 16), 0x21, np.uint8), np.full((3, 1), 127, np.uint8)
         found = []
         work = lambda: found.append(float(mxfp4np.decode(*pair).astype("f4").sum()))
@@ -165,28 +164,121 @@ def test_an_interrupted_caller_waits_for_helpers_and_tells_of_it():
     assert ended.is_set()
 
 
-def test_after_an_interrupt_nothing_is_decoded_any_more():
+def test_after_an_interrupt_nothing_is_decoded_any_more(monkeypatch):
     blocks, scales = make(0)
     out = np.empty(32 * BLOCKS, np.float32)
-    compiled = crew.compiled
+    mxfp4np.decode(blocks, scales, out=out, num_threads=2)
+    own = compiler.worker_pool()
 
-    def interrupting(*key):
-        def lead(job):
-            if ctypes.c_int64.from_address(job + 8 * crew.NEXT).value:
-                return compiled("lead")(job)  # to end it
-            compiled("call_crew")(job)
-            while ctypes.c_int64.from_address(job + 8 * crew.NEXT).value == 0:
-                time.sleep(0.0001)
-            raise KeyboardInterrupt
+    def interrupted(task):
+        record = np.frombuffer((ctypes.c_char * pool.TASK.itemsize).from_address(task), pool.TASK)[0]
+        while record["next"] == 0:
+            time.sleep(0.0001)
+        raise KeyboardInterrupt
 
-        return lead if key == ("lead",) else compiled(*key)
-
-    with mock.patch.object(crew, "compiled", interrupting), mock.patch.object(cpu, "PIECE_BLOCKS", (1, 1)):
-        with pytest.raises(KeyboardInterrupt):
-            mxfp4np.decode(blocks, scales, out=out, num_threads=2)
-        out[:] = 7
-        time.sleep(0.05)
+    monkeypatch.setattr(own, "work", interrupted)
+    monkeypatch.setattr(cpu, "CHUNK_BLOCKS", (1, 1))
+    with pytest.raises(KeyboardInterrupt):
+        mxfp4np.decode(blocks, scales, out=out, num_threads=2)
+    out[:] = 7
+    time.sleep(0.05)
     assert np.all(out == 7)
+
+
+FIRST = """
+import contextlib, os, signal, sys, threading, time
+import numpy as np, mxfp4np
+from mxfp4np.backends.cpu import compiler
+blocks, scales = np.full((300_000, 16), 0x22, np.uint8), np.full(300_000, 127, np.uint8)
+
+def is_right():
+    return bool((mxfp4np.decode(blocks, scales, "float32", num_threads=2) == 1).all())
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="the system has no such timer")
+@pytest.mark.parametrize("seconds", [0.001, 0.01, 0.03, 0.1, 0.2, 0.4])
+def test_an_interrupt_in_the_first_decode_breaks_nothing(seconds):
+    """Wherever it comes: while Numba is imported, or compiles, or a table is made."""
+    script = f"""
+def interrupt(*_):
+    raise KeyboardInterrupt
+signal.signal(signal.SIGALRM, interrupt)
+for i in range(3):
+    with contextlib.suppress(KeyboardInterrupt):
+        signal.setitimer(signal.ITIMER_REAL, {seconds})
+        is_right()
+signal.setitimer(signal.ITIMER_REAL, 0)
+print("right" if is_right() else "wrong")
+"""
+    run({}, script=FIRST + script)
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="the system has no such timer")
+def test_a_signal_handler_may_decode_during_the_first_decode():
+    script = """
+found = []
+signal.signal(signal.SIGALRM, lambda *_: found.append(is_right()))
+signal.setitimer(signal.ITIMER_REAL, 0.1)
+found.append(is_right())
+while len(found) < 2:
+    time.sleep(0.01)
+print("right" if all(found) else "wrong")
+"""
+    run({}, script=FIRST + script)
+
+
+@needs_fork
+@pytest.mark.parametrize("what", ["a table", "a kernel"])
+def test_a_child_that_is_forked_while_another_thread_builds_decodes(what):
+    script = f"""
+signal.alarm(60)
+begun = threading.Event()
+
+def slow(*arguments):
+    begun.set()
+    time.sleep(0.3)
+    return make(*arguments)
+
+from mxfp4np.backends.cpu import driver
+if {what!r} == "a table":
+    make, driver.decode_table = driver.decode_table, slow
+else:
+    make, compiler.compile_function = compiler.compile_function, slow
+thread = threading.Thread(target=is_right)
+thread.start()
+begun.wait()
+child = os.fork()
+if child == 0:
+    signal.alarm(30)
+    os._exit(not is_right())
+thread.join()
+print("right" if os.waitpid(child, 0)[1] == 0 else "wrong")
+"""
+    run({"PYTHONWARNINGS": "ignore"}, script=FIRST + script)
+
+
+def test_an_error_while_building_is_raised_and_building_is_tried_again():
+    def fail():
+        raise OSError("no")
+
+    for _ in range(2):
+        with pytest.raises(OSError, match="no"):
+            compiler.build_once("test of an error", fail)
+    assert compiler.build_once("test of an error", lambda: 5) == 5
+    assert compiler.build_once("test of an error", fail) == 5
+    del compiler._built["test of an error"]
+
+
+def test_a_change_of_any_file_of_kernels_is_another_name_in_the_cache(tmp_path, monkeypatch):
+    for source in Path(compiler.__file__).parent.glob("*.py"):
+        (tmp_path / source.name).write_bytes(source.read_bytes())
+    monkeypatch.setattr(compiler, "__file__", str(tmp_path / "compiler.py"))
+    digests = [compiler._digest.__wrapped__()]
+    for name in ("simd.py", "decode.py", "geometry.py"):
+        (tmp_path / name).write_text("changed")
+        digests.append(compiler._digest.__wrapped__())
+    assert len(set(digests)) == 4
 
 
 def test_a_busy_pool_is_not_waited_for():
@@ -385,7 +477,8 @@ def test_a_read_only_installation_without_a_home(tmp_path):
         "XDG_CACHE_HOME": str(tmp_path / "none"),
     }
     drop = """
-import os, ml_dtypes, numba, numpy, mxfp4np.array, mxfp4np.backends.cpu.driver, mxfp4np.backends.cpu.kernels
+import os, ml_dtypes, numba, numpy, mxfp4np.codec
+import mxfp4np.backends.cpu.driver, mxfp4np.backends.cpu.encode, mxfp4np.backends.cpu.pool
 assert "site/" in mxfp4np.__file__
 if not os.getuid():  # root may write anywhere; as nobody, it may not be able to import any more
     numba.njit(lambda x: 0)(numpy.zeros(1, 'int64'))

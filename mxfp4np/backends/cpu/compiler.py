@@ -7,6 +7,7 @@ each thing is built in a thread of its own, which no signal interrupts, while th
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -16,9 +17,13 @@ from collections.abc import Callable, Hashable
 from importlib import import_module
 from pathlib import Path
 from types import FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ... import __version__
 from ...errors import BackendUnavailableError
+
+if TYPE_CHECKING:
+    from .pool import Pool
 
 _built: dict[Hashable, Any] = {}
 _building = threading.RLock()  # of the thread that builds, or of one that forks
@@ -98,9 +103,10 @@ def _digest() -> str:
 
     The cache notices changes of the file that a function is in, but not of the files that it calls into.
     """
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
+    digest = hashlib.sha256(__version__.encode())
+    with contextlib.suppress(OSError):  # sources may not be readable, or not be there
+        for path in sorted(Path(__file__).parent.glob("*.py")):
+            digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -125,3 +131,21 @@ def compiled_kernel(module: str, name: str, *constants: int) -> CompiledFunction
 
     kernel: CompiledFunction | None = build_once((module, name, *constants), make)
     return kernel
+
+
+def worker_pool() -> Pool:
+    """Return the pool of worker threads of this process; a forked child has none of its parent's."""
+
+    def compile_functions() -> dict[str, CompiledFunction]:
+        from .pool import compile_functions
+
+        return compile_functions()
+
+    def make() -> Pool:
+        from .pool import Pool
+
+        return Pool(functions)
+
+    functions = build_once("pool", compile_functions)
+    pool: Pool = build_once(("pool", os.getpid()), make)
+    return pool

@@ -16,7 +16,7 @@ from ...format import BLOCK_SIZE, BYTES_PER_BLOCK, blocks_in
 from ..memory import ALIGNMENT, HostBackend, address_of, is_transposed, merged_axes
 from ..reference import ReferenceBackend
 from ..threads import default_num_threads
-from .compiler import CompiledFunction, build_once, compiled_kernel
+from .compiler import CompiledFunction, build_once, compiled_kernel, worker_pool
 from .geometry import make_job
 from .tables import MANTISSA_BITS, NORMAL_SCALES, decode_table, encode_table, word_name
 
@@ -214,7 +214,7 @@ def _describe(
 
 def _fills_cache_lines(job: dict[str, int], *, columns: bool) -> bool:
     """Tell whether kernels write whole and aligned cache lines only, as streaming needs."""
-    whole = job["start"] == 0 and job["length"] == BLOCK_SIZE * job["blocks_per_row"]
+    whole = (job["whole_begin"], job["whole_end"]) == (0, job["blocks_per_row"])
     inner = job["values_step"] if columns else job["values_row"]
     return (columns or whole) and (job["values"] | inner | job["values_matrix"]) % ALIGNMENT == 0
 
@@ -250,11 +250,9 @@ def _run(
     if blocks <= ALONE_BLOCKS:
         kernel.call(address_of(job), 0, units)
         return
-    from .pool import run
-
     threads = min(num_threads or default_num_threads(), -(-blocks // THREAD_BLOCKS))
     fewest, most = CHUNK_BLOCKS
     if fresh:
         fewest = FRESH_CHUNK_BLOCKS
     chunk = min(most, max(fewest, blocks // (CHUNKS_PER_THREAD * threads)))
-    run(kernel, address_of(job), units, max(1, chunk // unit_blocks), threads)
+    worker_pool().run(kernel.address, address_of(job), units, max(1, chunk // unit_blocks), threads)

@@ -17,7 +17,6 @@ Workers are daemon threads: they do not keep the interpreter from shutting down.
 from __future__ import annotations
 
 import ctypes
-import os
 import threading
 from typing import Final
 
@@ -26,7 +25,7 @@ from numba import types
 
 from ..memory import address_of, aligned_empty
 from ..threads import most_threads
-from .compiler import CompiledFunction, build_once, compile_function
+from .compiler import CompiledFunction, compile_function
 from .geometry import field_offsets
 from .simd import atomic_add, atomic_load, atomic_replace, call_c, inner, pause
 
@@ -118,7 +117,7 @@ def serve(pool: int, worker: int) -> None:
             atomic_replace(worker + AT, task + RUNNING, IDLE)
 
 
-class _Pool:
+class Pool:
     """The workers of this process, started when they are first wanted."""
 
     def __init__(self, functions: dict[str, CompiledFunction]) -> None:
@@ -135,6 +134,22 @@ class _Pool:
         )
         self._record = np.array((address_of(self._workers), 0, acquire, release, _held_lock()), POOL)
         self.address = address_of(self._record)
+
+    def run(self, kernel: int, job: int, units: int, chunk: int, num_threads: int) -> None:
+        """Run the kernel at an address over units 0 to ``units - 1`` of the job at another, in several threads.
+
+        Returns, or raises what interrupts it, when no thread is at the job any more.
+        """
+        record = np.array((kernel, job, 0, units, chunk), TASK)
+        task = address_of(record)
+        helpers = self.start(min(num_threads - 1, -(-units // chunk) - 1))
+        try:
+            self.assign(self.address, task, helpers)
+            while self.work(task):
+                pass
+        finally:
+            # Its first call, before which Python looks for no interrupt: the job's memory may be freed after it.
+            self.finish(self.address, task)
 
     def start(self, wanted: int) -> int:
         """Return how many workers there are: as many as are wanted, if there can be."""
@@ -169,7 +184,8 @@ def _held_lock() -> int:
     return lock
 
 
-def _compile() -> dict[str, CompiledFunction]:
+def compile_functions() -> dict[str, CompiledFunction]:
+    """Compile what a pool consists of."""
     integer = types.int64
     signatures = {
         work.py_func: integer(integer),
@@ -179,22 +195,3 @@ def _compile() -> dict[str, CompiledFunction]:
     }
     compiled = {function.__name__: compile_function(function, signatures[function]) for function in signatures}
     return {name: function for name, function in compiled.items() if function is not None}
-
-
-def run(kernel: CompiledFunction, job: int, units: int, chunk: int, num_threads: int) -> None:
-    """Run a kernel over units 0 to ``units - 1`` of the job at an address, in chunks, in several threads.
-
-    Returns, or raises what interrupts it, when no thread is at the job any more.
-    """
-    functions = build_once("pool", _compile)
-    pool: _Pool = build_once(("pool", os.getpid()), lambda: _Pool(functions))  # a forked child has no workers
-    task_record = np.array((kernel.address, job, 0, units, chunk), TASK)
-    task = address_of(task_record)
-    helpers = pool.start(min(num_threads - 1, -(-units // chunk) - 1))
-    try:
-        pool.assign(pool.address, task, helpers)
-        while pool.work(task):
-            pass
-    finally:
-        # The first call of this block, before which no interrupt is looked for: the job's memory may be freed after it.
-        pool.finish(pool.address, task)

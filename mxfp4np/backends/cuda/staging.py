@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ...errors import BackendUnavailableError, DeviceMemoryError
 from ...shapes import split
-from ..cpu.compiler import CompiledFunction, compiled_kernel
+from ..cpu.compiler import CompiledFunction, compiled_kernel, worker_pool
 from ..memory import address_of, merged_axes
 from .cupy import first_line
 
@@ -132,9 +132,7 @@ def _gather(kernel: CompiledFunction, runs: _Runs, skip: int, count: int, target
     if count <= PIECE_BYTES // 2:
         kernel.call(address_of(job), 0, count)
         return
-    from ..cpu.pool import run
-
-    run(kernel, address_of(job), count, CHUNK_BYTES, num_threads)
+    worker_pool().run(kernel.address, address_of(job), count, CHUNK_BYTES, num_threads)
 
 
 class _Buffer:
