@@ -33,7 +33,7 @@ def run(kernel, units, helpers=HELPERS, chunk=1):
     """Run a Python function as a kernel."""
     function = KERNEL_TYPE(kernel)
     address = ctypes.cast(function, ctypes.c_void_p).value
-    compiler.worker_pool().run(address, 0, units, chunk, helpers + 1)
+    compiler.worker_pool().run(address, 0, units, (chunk, chunk), helpers + 1)
 
 
 def all_are_idle(some):
@@ -228,7 +228,7 @@ def test_when_the_start_of_a_thread_is_interrupted_another_takes_its_place(own_p
 
         function = KERNEL_TYPE(kernel)
         address = ctypes.cast(function, ctypes.c_void_p).value
-        task = np.array((address, 0, 0, 20, 1), pool.TASK)
+        task = np.array((address, 0, 0, 20, 1, 1, 1), pool.TASK)
         own_pool.assign(own_pool.address, task.ctypes.data, HELPERS)
         while own_pool.work(task.ctypes.data):
             pass

@@ -35,6 +35,7 @@ from .simd import (
     load_uint16,
     offset,
     prefetch,
+    prefetch_to_write,
     repeated,
     shuffle,
     stack_buffer,
@@ -158,6 +159,7 @@ def decode_rows(itemsize, halves, streaming):
 
     Streaming needs rows of whole blocks, aligned to cache lines.
     """
+    write_ahead = 1024
 
     def kernel(pointer, start, stop):
         job = carray(pointer, 1)[0]
@@ -178,6 +180,10 @@ def decode_rows(itemsize, halves, streaming):
             for g in range(first, last):
                 if g % 4 == 0:
                     prefetch(block + ahead)
+                if not streaming:
+                    prefetch_to_write(value + write_ahead)
+                    if itemsize == 4:
+                        prefetch_to_write(value + write_ahead + SIZE_OF_CACHE_LINE)
                 decode_block(block, table + TABLE_LINE * load_uint8(scale), value, itemsize, halves, streaming)
                 block += codes_step
                 scale += scales_step
@@ -206,7 +212,8 @@ def transpose_codes(typingctx, block, row_stride, target):
         for _ in range(32):
             rows.append(load(builder, block, vector(I8, 16)))
             block = builder.add(block, row_stride)
-        for i, column in enumerate(transpose(builder, rows)):
+        pairs = [shuffle(builder, rows[i], rows[i + 16], range(32)) for i in range(16)]
+        for i, column in enumerate(transpose(builder, pairs)):
             store(builder, column, offset(builder, target, i * GROUP), 32)
         return context.get_dummy_value()
 

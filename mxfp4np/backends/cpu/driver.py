@@ -30,10 +30,7 @@ THREAD_BLOCKS: Final = 1 << 13
 """Of more, one thread for so many at most, 0.5 MiB of bfloat16: it takes a while to wake one."""
 
 CHUNK_BLOCKS: Final = 1 << 11, 1 << 18
-"""Fewest and most blocks of a chunk, 0.125 to 16 MiB of bfloat16."""
-
-CHUNKS_PER_THREAD: Final = 16
-"""So that threads end at about the same time."""
+"""Fewest and most blocks that a thread claims at a time, 0.125 to 16 MiB of bfloat16."""
 
 FRESH_CHUNK_BLOCKS: Final = 1 << 15
 """Fewest of a chunk of new memory: smaller ones would have several threads clear one and the same huge page."""
@@ -254,5 +251,5 @@ def _run(
     fewest, most = CHUNK_BLOCKS
     if fresh:
         fewest = FRESH_CHUNK_BLOCKS
-    chunk = min(most, max(fewest, blocks // (CHUNKS_PER_THREAD * threads)))
-    worker_pool().run(kernel.address, address_of(job), units, max(1, chunk // unit_blocks), threads)
+    chunk = max(1, fewest // unit_blocks), max(1, most // unit_blocks)
+    worker_pool().run(kernel.address, address_of(job), units, chunk, threads)

@@ -77,7 +77,7 @@ def load_words(builder, address, itemsize):
 
 
 @intrinsic(prefer_literal=True)
-def squeeze_block(typingctx, values, target, itemsize):
+def narrow_block(typingctx, values, target, itemsize):
     """Write the 32 values at one address as words to another."""
 
     def codegen(context, builder, signature, args):
@@ -172,25 +172,27 @@ def encode_words(job, words, count, codes, codes_step, scales, scales_step):
 def encode_rows(itemsize):
     """Return the kernel that encodes rows. Its units are blocks, row by row."""
     block_bytes = 32 * itemsize
-    values_bytes, words_bytes = BATCH * block_bytes, BATCH * 64
+    values_bytes, words_bytes, ahead = BATCH * block_bytes, BATCH * 64, BATCH * block_bytes
 
     def kernel(pointer, start, stop):
         job = carray(pointer, 1)[0]
-        gathered, squeezed = stack_buffer(values_bytes), stack_buffer(words_bytes)
+        gathered, narrowed = stack_buffer(values_bytes), stack_buffer(words_bytes)
         unit = start
         while unit < stop:
             row, g = divmod(unit, job.blocks_per_row)
             codes, scales, values = row_addresses(job, row)
             count = min(BATCH, stop - unit, job.blocks_per_row - g)
             words = values + 32 * g * job.values_step
+            for i in range(0, count * block_bytes, SIZE_OF_CACHE_LINE):
+                prefetch(words + ahead + i)
             if job.values_step != itemsize:
                 for i in range(32 * count):
                     copy_bytes(words + i * job.values_step, gathered + i * itemsize, itemsize, False)
                 words = gathered
             if itemsize == 4:
                 for i in range(count):
-                    squeeze_block(words + i * block_bytes, squeezed + i * 64, itemsize)
-                words = squeezed
+                    narrow_block(words + i * block_bytes, narrowed + i * 64, itemsize)
+                words = narrowed
             encode_words(
                 job,
                 words,
@@ -205,21 +207,26 @@ def encode_rows(itemsize):
     return kernel
 
 
-@intrinsic(prefer_literal=True)
-def transpose_values(typingctx, values, stride, target, itemsize):
-    """Write 32 runs of 32 values as the words of 32 blocks, each of which has one value of every run."""
+@intrinsic
+def transpose_words(typingctx, words, stride, target):
+    """Write 32 runs of 32 words as 32 blocks, each of which has one word of every run."""
 
     def codegen(context, builder, signature, args):
-        values, stride, target, _ = args
+        words, stride, target = args
         runs = []
         for _ in range(32):
-            runs.append(load_words(builder, values, itemsize.literal_value))
-            values = builder.add(values, stride)
-        for i, words in enumerate(transpose(builder, runs)):
-            store(builder, words, offset(builder, target, 64 * i), 64)
+            runs.append([load(builder, offset(builder, words, 16 * part), vector(I16, 8)) for part in range(4)])
+            words = builder.add(words, stride)
+        for part in range(4):
+            vectors = []
+            for i in range(8):
+                first, second = (shuffle(builder, runs[i + j][part], runs[i + j + 8][part], range(16)) for j in (0, 16))
+                vectors.append(shuffle(builder, first, second, range(32)))
+            for i, block in enumerate(transpose(builder, vectors)):
+                store(builder, block, offset(builder, target, 64 * (8 * part + i)), 64)
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64, types.int64, itemsize), codegen
+    return types.void(types.int64, types.int64, types.int64), codegen
 
 
 def encode_columns(itemsize):
@@ -231,7 +238,7 @@ def encode_columns(itemsize):
 
     def kernel(pointer, start, stop):
         job = carray(pointer, 1)[0]
-        words = stack_buffer(words_bytes)
+        narrowed, words = stack_buffer(words_bytes), stack_buffer(words_bytes)
         groups = (job.rows + GROUP - 1) // GROUP
         for unit in range(start, stop):
             group, g = divmod(unit, job.blocks_per_row)
@@ -243,7 +250,12 @@ def encode_columns(itemsize):
                 for i in range(32, 64):
                     for at in range(0, tile_bytes, SIZE_OF_CACHE_LINE):
                         prefetch(values + i * job.values_step + at)
-                transpose_values(values, job.values_step, words, itemsize)
+                if itemsize == 4:
+                    for i in range(32):
+                        narrow_block(values + i * job.values_step, narrowed + 64 * i, itemsize)
+                    transpose_words(narrowed, 64, words)
+                else:
+                    transpose_words(values, job.values_step, words)
                 codes += g * job.codes_step
                 scales += g * job.scales_step
                 encode_words(job, words, 32, codes, job.codes_row, scales, job.scales_row)

@@ -34,10 +34,7 @@ def copy_run(source, target, count):
     """Copy bytes, a cache line at a time while there is one, and past the cache where lines are aligned."""
     for _ in range(count // SIZE_OF_CACHE_LINE):
         prefetch(source + PREFETCH_BYTES)
-        if target % SIZE_OF_CACHE_LINE == 0:
-            copy_bytes(source, target, SIZE_OF_CACHE_LINE, True)
-        else:
-            copy_bytes(source, target, SIZE_OF_CACHE_LINE, False)
+        copy_bytes(source, target, SIZE_OF_CACHE_LINE, False)
         source += SIZE_OF_CACHE_LINE
         target += SIZE_OF_CACHE_LINE
     for i in range(count % SIZE_OF_CACHE_LINE):

@@ -29,12 +29,12 @@ from .compiler import CompiledFunction, compile_function
 from .geometry import field_offsets
 from .simd import atomic_add, atomic_load, atomic_replace, call_c, inner, pause
 
-TASK: Final = np.dtype([(name, np.int64) for name in ("kernel", "job", "next", "stop", "chunk")])
+TASK: Final = np.dtype([(name, np.int64) for name in ("kernel", "job", "next", "stop", "fewest", "most", "share")])
 WORKER: Final = np.dtype([(name, np.int64) for name in ("task", "is_asleep", "lock")] + [("unused", np.int64, 5)])
 POOL: Final = np.dtype([(name, np.int64) for name in ("workers", "count", "acquire", "release", "never_released")])
 
 # Fields are read and written atomically, at their offsets.
-KERNEL, JOB, NEXT, STOP, CHUNK = field_offsets(TASK)
+KERNEL, JOB, NEXT, STOP, FEWEST, MOST, SHARE = field_offsets(TASK)
 AT, IS_ASLEEP, LOCK, _ = field_offsets(WORKER)
 WORKERS, COUNT, ACQUIRE, RELEASE, NEVER_RELEASED = field_offsets(POOL)
 WORKER_SIZE: Final = WORKER.itemsize
@@ -45,6 +45,9 @@ RUNNING: Final = 1
 
 CHUNKS_AT_ONCE: Final = 64
 """Chunks that the calling thread does before it looks for interrupts: a tenth of a second at most."""
+
+CHUNKS_OF_A_THREAD: Final = 3
+"""The share of what is left that a thread claims: one of so many that it would have, if all were as large."""
 
 LOOKS: Final = 1 << 12
 """How often an idle worker looks for a task before it sleeps, 0.1 to 0.2 ms. To wake one takes 50 microseconds."""
@@ -58,13 +61,20 @@ NAP: Final = 50
 
 @inner  # type: ignore[untyped-decorator]
 def work(task: int) -> int:
-    """Do some chunks of a task; return whether there may be more."""
-    chunk, stop = atomic_load(task + CHUNK), atomic_load(task + STOP)
-    for _ in range(CHUNKS_AT_ONCE):
-        begin = atomic_add(task + NEXT, chunk)
+    """Do some chunks of a task; return whether there may be more.
+
+    A chunk is a share of what is left: threads seldom begin anew, and end at about the same time.
+    """
+    stop, fewest, most = atomic_load(task + STOP), atomic_load(task + FEWEST), atomic_load(task + MOST)
+    chunks = 0
+    while chunks < CHUNKS_AT_ONCE:
+        begin = atomic_load(task + NEXT)
         if begin >= stop:
             return 0
-        call_c(atomic_load(task + KERNEL), (atomic_load(task + JOB), begin, min(begin + chunk, stop)))
+        end = min(stop, begin + max(fewest, min(most, (stop - begin) // atomic_load(task + SHARE))))
+        if atomic_replace(task + NEXT, begin, end):
+            call_c(atomic_load(task + KERNEL), (atomic_load(task + JOB), begin, end))
+            chunks += 1
     return 1
 
 
@@ -135,14 +145,16 @@ class Pool:
         self._record = np.array((address_of(self._workers), 0, acquire, release, _held_lock()), POOL)
         self.address = address_of(self._record)
 
-    def run(self, kernel: int, job: int, units: int, chunk: int, num_threads: int) -> None:
+    def run(self, kernel: int, job: int, units: int, chunk: tuple[int, int], num_threads: int) -> None:
         """Run the kernel at an address over units 0 to ``units - 1`` of the job at another, in several threads.
 
-        Returns, or raises what interrupts it, when no thread is at the job any more.
+        Threads claim a chunk at a time, of at least and at most as many units as ``chunk`` says. Returns, or raises
+        what interrupts it, when no thread is at the job any more.
         """
-        record = np.array((kernel, job, 0, units, chunk), TASK)
+        fewest, most = chunk
+        record = np.array((kernel, job, 0, units, fewest, most, CHUNKS_OF_A_THREAD * num_threads), TASK)
         task = address_of(record)
-        helpers = self.start(min(num_threads - 1, -(-units // chunk) - 1))
+        helpers = self.start(min(num_threads, -(-units // fewest)) - 1)
         try:
             self.assign(self.address, task, helpers)
             while self.work(task):

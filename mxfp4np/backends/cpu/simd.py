@@ -80,17 +80,17 @@ def shuffle(builder, first, second, order):
     return builder.shuffle_vector(first, second, constants(I32, order))
 
 
-def transpose(builder, rows):
-    """Return the columns of 2**n vectors that have so many lanes, or half as many."""
-    # Interleaving two vectors moves the highest bit of a vector's number behind the bits of a lane's number. Cutting
-    # the result in two moves the highest bit of a lane's number behind the bits of a vector's.
-    count = len(rows)
-    for _ in range(count.bit_length() - 1):
-        half, lanes = len(rows) // 2, rows[0].type.count
-        order = [i // 2 + i % 2 * lanes for i in range(2 * lanes)]
-        parts = [order] if lanes < count else [order[:lanes], order[lanes:]]
-        rows = [shuffle(builder, rows[i], rows[i + half], part) for i in range(half) for part in parts]
-    return rows
+def transpose(builder, vectors):
+    """Transpose n vectors in each part of n lanes: where parts have 16 bytes, a step is one instruction."""
+    # Interleaving two vectors moves the highest bit of a vector's number behind the bits of a lane's number, and the
+    # highest bit of a lane's number behind the bits of a vector's.
+    n, lanes = len(vectors), vectors[0].type.count
+    low = [n * part + i // 2 + lanes * (i % 2) for part in range(lanes // n) for i in range(n)]
+    high = [i + n // 2 for i in low]
+    for _ in range(n.bit_length() - 1):
+        pairs = list(zip(vectors[: n // 2], vectors[n // 2 :], strict=True))
+        vectors = [shuffle(builder, *pair, order) for pair in pairs for order in (low, high)]
+    return vectors
 
 
 def byte_lookup(builder, target, table, indices):
@@ -194,18 +194,24 @@ def copy_bytes(typingctx, source, target, count, streaming):
     return types.void(types.int64, types.int64, count, streaming), codegen
 
 
-@intrinsic
-def prefetch(typingctx, address):
-    """Ask for the cache line at an address, which need not exist."""
+def _prefetcher(*, write):
+    @intrinsic
+    def prefetch_line(typingctx, address):
+        """Ask for the cache line at an address, which need not exist."""
 
-    def codegen(context, builder, signature, args):
-        pointer = builder.inttoptr(args[0], I8.as_pointer())
-        arguments = pointer, I32(0), I32(3), I32(1)  # to read, into all levels of the cache, as data
-        signature = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
-        builder.call(builder.module.declare_intrinsic("llvm.prefetch", (pointer.type,), signature), arguments)
-        return context.get_dummy_value()
+        def codegen(context, builder, signature, args):
+            pointer = builder.inttoptr(args[0], I8.as_pointer())
+            arguments = pointer, I32(int(write)), I32(3), I32(1)  # into all levels of the cache, as data
+            signature = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
+            builder.call(builder.module.declare_intrinsic("llvm.prefetch", (pointer.type,), signature), arguments)
+            return context.get_dummy_value()
 
-    return types.void(types.int64), codegen
+        return types.void(types.int64), codegen
+
+    return prefetch_line
+
+
+prefetch, prefetch_to_write = _prefetcher(write=False), _prefetcher(write=True)
 
 
 @intrinsic

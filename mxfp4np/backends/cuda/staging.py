@@ -132,7 +132,7 @@ def _gather(kernel: CompiledFunction, runs: _Runs, skip: int, count: int, target
     if count <= PIECE_BYTES // 2:
         kernel.call(address_of(job), 0, count)
         return
-    worker_pool().run(kernel.address, address_of(job), count, CHUNK_BYTES, num_threads)
+    worker_pool().run(kernel.address, address_of(job), count, (CHUNK_BYTES, CHUNK_BYTES), num_threads)
 
 
 class _Buffer:
