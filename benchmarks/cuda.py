@@ -21,7 +21,7 @@ import numpy as np
 import mxfp4np
 from mxfp4np.backends.memory import address_of
 from mxfp4np.backends.threads import parallel_for
-from mxfp4np.cli.bench import Run
+from mxfp4np.cli.timing import Run
 from mxfp4np.format import DTYPES
 
 ROWS, GROUPS = 5760, 90  # gpt-oss-20b: mlp1 is [32, 5760, 90, 16], mlp2 [32, 2880, 90, 16]

@@ -24,7 +24,7 @@ from benchmarks.limits import Bench
 from benchmarks.report import table
 from mxfp4np.backends.memory import address_of, aligned_empty
 from mxfp4np.backends.threads import parallel_for
-from mxfp4np.cli.bench import describe, machine
+from mxfp4np.cli.timing import describe, machine
 from mxfp4np.format import DTYPES, RULES, decoded_dtype
 
 PIECE = 1 << 15

@@ -21,7 +21,7 @@ import mxfp4np
 from mxfp4np.backends.cpu.driver import stream
 from mxfp4np.backends.memory import aligned_empty
 from mxfp4np.backends.threads import parallel_for
-from mxfp4np.cli.bench import Run, fill, in_turn
+from mxfp4np.cli.timing import Run, fill, in_turn
 from mxfp4np.format import decoded_dtype
 
 ROW = (5760, 90)  # one expert of gpt-oss-20b's mlp1: 5760 rows of 90 blocks

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mxfp4np
-from mxfp4np import selection
-from mxfp4np.selection import Selection
+from mxfp4np.cli import decode
+from mxfp4np.cli.decode import Selection
+from mxfp4np.selection import select
 
 ITEMSIZES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "U8": 1, "BOOL": 1, "F8_E5M2": 1}
 
@@ -65,7 +66,7 @@ def checkpoint(tmp_path):
 
 @pytest.fixture(params=[128, 1000, 32 << 20])
 def piece_bytes(request, monkeypatch):
-    monkeypatch.setattr(selection, "PIECE_BYTES", request.param)
+    monkeypatch.setattr(decode, "CHUNK_BYTES", request.param)
     return request.param
 
 
@@ -162,9 +163,9 @@ def test_pieces_in_order(data):
             return array
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(selection, "PIECE_BYTES", limit)
-        source = selection._Source(Stub(), "w", "float32", index)
-        pieces = list(source.pieces())
+        patch.setattr(decode, "CHUNK_BYTES", limit)
+        source = decode._Source(Stub(), "w", "float32", index)
+        pieces = list(source.chunks())
     expected = array.decode("float32")[index]
     assert source.shape == expected.shape
     assert all(0 < piece.nbytes <= limit for piece in pieces)
@@ -249,7 +250,7 @@ import json, re, sys, threading
 from pathlib import Path
 import numpy as np
 import mxfp4np
-from mxfp4np.selection import Selection
+from mxfp4np.cli.decode import Selection
 
 path, name, output, dtype = sys.argv[1:]
 
@@ -322,4 +323,4 @@ def test_memory_is_bounded(tmp_path, name, dtype, suffix):
     ],
 )
 def test_patterns_select_names_in_order(include, exclude, chosen):
-    assert selection.select(["a.w", "a.b", "c.w"], include, exclude) == chosen
+    assert select(["a.w", "a.b", "c.w"], include, exclude) == chosen

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 import mxfp4np
 from mxfp4np.checkpoint import TensorInfo
 from mxfp4np.cli import report
-from mxfp4np.cli.report import Row, Stats, collapse, escape, format_bytes, rows, table_lines, to_json
+from mxfp4np.cli.report import Row, Stats, collapse, rows, table_lines, to_json
 from mxfp4np.format import FP4_VALUES
+from mxfp4np.text import escape, format_bytes
 
 
 def row(name, shape=(2, 3), dtype="BF16", layout=None):

@@ -15,9 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mxfp4np
+from mxfp4np.rewrite import folder as files
 from mxfp4np.rewrite import plan as shards
-from mxfp4np.rewrite.convert import Copied, plan_conversion
-from mxfp4np.rewrite.plan import INDEX, RECORD, Output, Plan, Shard, make_shards, run_tasks, split_into_shards
+from mxfp4np.rewrite.convert import plan_conversion
+from mxfp4np.rewrite.folder import INDEX, RECORD
+from mxfp4np.rewrite.plan import Copied, Output, Plan, Shard, make_shards, split_into_shards
+from mxfp4np.rewrite.run import run_tasks
 from mxfp4np.storage.safetensors import DTYPES, SafetensorsFile, header_bytes, nbytes_of
 
 DATA = Path(__file__).parent / "data"
@@ -34,7 +37,7 @@ class Together:
     def data(self, output):
         return np.resize(np.frombuffer(f"{output.name}|".encode(), np.uint8), output.nbytes)
 
-    def pieces(self, checkpoint, scratch):  # noqa: ARG002
+    def chunks(self, checkpoint, scratch):  # noqa: ARG002
         for which in reversed(range(len(self.outputs))):
             data = self.data(self.outputs[which])
             for begin in reversed(range(0, len(data), self.cut)):
@@ -331,13 +334,13 @@ def test_an_earlier_run_is_gone_on_with_or_removed(plan):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda plan: replace(plan, about={"a": 2}),
+        lambda plan: replace(plan, options={"a": 2}),
         lambda plan: replace(plan, documents={"config.json": b"{ }"}),
         lambda plan: replace(plan, copies={}),
         lambda plan: replace(plan, shards=make_shards(items_of(30, 20, 50, 40), 40)),
         lambda plan: (plan.copies["below/copy.txt"].write_text("changed"), replace(plan))[1],
     ],
-    ids=["about", "documents", "copies", "shards", "what is copied"],
+    ids=["options", "documents", "copies", "shards", "what is copied"],
 )
 def test_another_plan_is_refused(plan, change):
     prepare(plan)
@@ -379,15 +382,15 @@ def test_leftovers_of_others_are_left_alone(plan):
 
 
 def test_a_full_disk_is_noticed_before_the_start(plan, monkeypatch):
-    room = shards.shutil.disk_usage(plan.folder.parent)
-    monkeypatch.setattr(shards.shutil, "disk_usage", lambda _: room._replace(free=139))
+    room = files.shutil.disk_usage(plan.folder.parent)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: room._replace(free=139))
     with pytest.raises(OSError, match="140 B are to be written, but the disk has 139 B free"):
         prepare(plan)
     assert tree(plan.folder) == {}
-    monkeypatch.setattr(shards.shutil, "disk_usage", lambda _: room._replace(free=140))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: room._replace(free=140))
     prepare(plan)
     plan.tasks()[0].run()
-    monkeypatch.setattr(shards.shutil, "disk_usage", lambda _: room._replace(free=90))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: room._replace(free=90))
     prepare(plan, resume=True)  # what is there already needs no room
 
 
