@@ -15,6 +15,7 @@ from numpy.typing import DTypeLike
 
 from ..array import MXFP4Array, swapped
 from ..backends import as_numpy
+from ..backends.memory import aligned_empty
 from ..checkpoint import Checkpoint, PathLike
 from ..format import BYTES_PER_BLOCK, decoded_dtype
 from ..layouts import LAYOUTS, is_turned
@@ -22,7 +23,7 @@ from ..selection import patterns, select
 from ..storage.safetensors import DTYPES, SAFETENSORS_DTYPES
 from ..text import count, escape
 from .config import decoded_config, folder_beside, small_files
-from .plan import MAX_SHARD_SIZE, Chunks, Copied, Item, Output, Plan, Scratch, Single, Task, copied, make_shards
+from .plan import MAX_SHARD_SIZE, Chunks, Copied, Item, Output, Plan, Task, make_shards
 from .run import Run, run_plan
 from .verify import Verification, compare, count_overflow
 from .workers import Progress
@@ -31,17 +32,19 @@ CHUNK_BYTES: Final = 32 << 20
 """Decoded bytes that a thread has in memory at a time. One expert of gpt-oss-20b fits, and can be transposed whole."""
 
 
-@dataclass(frozen=True, slots=True)
-class Decoded(Single):
+@dataclass(frozen=True)
+class Decoded(Item):
     """A packed tensor to be decoded."""
 
     transpose: bool
 
-    def chunks(self, checkpoint: Checkpoint, scratch: Scratch) -> Chunks:
+    def chunks(self, checkpoint: Checkpoint) -> Chunks:
         """Yield the values; return how many overflowed to infinity, which MXFP4 has no code for."""
-        dtype, begin, overflow = decoded_dtype(DTYPES[self.output.dtype][1]), 0, 0
+        dtype, begin, overflow, memory = decoded_dtype(DTYPES[self.outputs[0].dtype][1]), 0, 0, None
         for _, packed in checkpoint.pieces(self.name, CHUNK_BYTES, dtype=dtype, transpose=self.transpose):
-            out = scratch.empty(swapped(packed.shape) if self.transpose else packed.shape, dtype)
+            if memory is None:  # no other chunk is larger than the first
+                memory = aligned_empty((packed.size,), dtype)
+            out = memory[: packed.size].reshape(swapped(packed.shape) if self.transpose else packed.shape)
             if checkpoint.device == "cpu":
                 packed.decode(out=out, transpose=self.transpose, num_threads=1)
             else:
@@ -98,12 +101,12 @@ def plan_conversion(
     for name in select(checkpoint, include, exclude):
         info = checkpoint.info(name)
         if info.layout is None:
-            items.append(copied(info))
+            items.append(Copied.of(info))
         else:
             layouts.add(info.layout)
             transposed = is_turned(info.layout, info.shape, transpose)
             shape = swapped(info.shape) if transposed else info.shape
-            items.append(Decoded(Output(name, SAFETENSORS_DTYPES[wanted], shape), transposed))
+            items.append(Decoded(name, (Output(name, SAFETENSORS_DTYPES[wanted], shape),), transposed))
     if not items:
         raise ValueError(f"{checkpoint.folder}: no tensor is left to convert: see --include and --exclude")
     keep = bool(untouched(items))
@@ -123,7 +126,7 @@ def plan_conversion(
 
 def untouched(items: Iterable[Item]) -> list[str]:
     """Return the names of copied tensors that are quantised in another way."""
-    outputs = (item.output for item in items if isinstance(item, Copied))
+    outputs = (item.outputs[0] for item in items if isinstance(item, Copied))
     return [
         output.name
         for output in outputs

@@ -22,7 +22,7 @@ from ..selection import patterns, select
 from ..storage.safetensors import DTYPES, element
 from ..text import count, escape
 from .config import encoded_config, folder_beside, small_files
-from .plan import MAX_SHARD_SIZE, Chunks, Item, Output, Plan, Scratch, copied, make_shards
+from .plan import MAX_SHARD_SIZE, Chunks, Copied, Item, Output, Plan, make_shards
 from .run import Run, run_plan
 from .workers import Progress
 
@@ -84,22 +84,14 @@ class Errors(NamedTuple):
         }
 
 
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """A plain tensor to be packed."""
+@dataclass(frozen=True)
+class Encoded(Item):
+    """A plain tensor to be packed; its outputs are codes and scales."""
 
-    name: str
-    codes: Output
-    scales: Output
     transpose: bool
     rule: str
 
-    @property
-    def outputs(self) -> tuple[Output, ...]:
-        """Codes and scales."""
-        return self.codes, self.scales
-
-    def chunks(self, checkpoint: Checkpoint, scratch: Scratch) -> Chunks:  # noqa: ARG002
+    def chunks(self, checkpoint: Checkpoint) -> Chunks:
         """Yield codes and scales; return the `Errors`."""
         begin = [0, 0]
         total = Errors(0.0, 0.0, 0.0, (), 0)
@@ -199,7 +191,7 @@ def plan_encoding(
             obstacle = f"is packed already, as {info.layout}: convert the checkpoint first"
         if obstacle is not None:
             raise LayoutError(f"{info.stored[0].file.path}: tensor {name!r} {obstacle}")
-        items.append(_encoded(info, layout, transpose, rule) if name in chosen else copied(info))
+        items.append(_encoded(info, layout, transpose, rule) if name in chosen else Copied.of(info))
     matrices = (name for name, info in infos.items() if name.endswith(".weight") and len(info.shape) == 2)
     plain = [name for name in matrices if name not in chosen]
     files = small_files(checkpoint, beside, folder, lambda config: encoded_config(config, layout, plain))
@@ -240,13 +232,11 @@ def _encoded(info: TensorInfo, layout: str, transpose: str, rule: str) -> Encode
     else:
         codes = (*rows, size // BLOCK_SIZE * BYTES_PER_BLOCK * 8 // DTYPES[dtype][0])
     stem = info.name.removesuffix(known.weight)
-    return Encoded(
-        info.name,
+    outputs = (
         Output(f"{stem}{known.codes}", dtype, codes),
         Output(f"{stem}{known.scales}", known.scales_dtypes[0], scales),
-        transposed,
-        rule,
     )
+    return Encoded(info.name, outputs, transposed, rule)
 
 
 @dataclass(frozen=True)

@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, Final, NamedTuple, Protocol
+from typing import Any, BinaryIO, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..backends.memory import aligned_empty
 from ..checkpoint import Checkpoint, TensorInfo
 from ..storage.safetensors import DTYPES, bytes_of, header_bytes, nbytes_of
 from . import folder as files
@@ -50,70 +48,37 @@ class Output(NamedTuple):
         return nbytes_of(self.dtype, self.shape)
 
 
-class Scratch:
-    """Memory that the chunks of a task share, one after the other."""
-
-    def __init__(self) -> None:
-        self._memory = aligned_empty((0,), np.dtype(np.uint8))
-
-    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-        """Return an array in the same memory as the last one."""
-        size = math.prod(shape) * dtype.itemsize
-        if size > self._memory.nbytes:
-            self._memory = aligned_empty((size,), np.dtype(np.uint8))
-        return self._memory[:size].view(dtype).reshape(shape)
-
-
 Chunks = Generator[tuple[int, int, NDArray[Any]], None, Any]
 
 
-class Item(Protocol):
-    """A tensor of the source that is written as one tensor, or as several in the same shard."""
+@dataclass(frozen=True)
+class Item:
+    """A tensor of the source, and what it is written as: one tensor, or several in the same shard."""
 
-    @property
-    def name(self) -> str:
-        """Name of the tensor in the source."""
+    name: str
+    """Name of the tensor in the source."""
+    outputs: tuple[Output, ...]
 
-    @property
-    def outputs(self) -> tuple[Output, ...]:
-        """The tensors that are written."""
-
-    def chunks(self, checkpoint: Checkpoint, scratch: Scratch) -> Chunks:
+    def chunks(self, checkpoint: Checkpoint) -> Chunks:
         """Yield the number of an output, the offset in its bytes, and a C-contiguous array; return a report or None."""
+        raise NotImplementedError
 
 
-@dataclass(frozen=True, slots=True)
-class Single:
-    """An item of one output, which has the name of the tensor in the source."""
-
-    output: Output
-
-    @property
-    def name(self) -> str:
-        """Name of the tensor."""
-        return self.output.name
-
-    @property
-    def outputs(self) -> tuple[Output, ...]:
-        """The one output."""
-        return (self.output,)
-
-
-@dataclass(frozen=True, slots=True)
-class Copied(Single):
+@dataclass(frozen=True)
+class Copied(Item):
     """A tensor that is copied as it is."""
 
-    def chunks(self, checkpoint: Checkpoint, scratch: Scratch) -> Chunks:  # noqa: ARG002
+    def chunks(self, checkpoint: Checkpoint) -> Chunks:
         """Yield the bytes of the tensor."""
         begin = 0
         for _, chunk in checkpoint.pieces(self.name, COPY_BYTES):
             yield 0, begin, np.ascontiguousarray(chunk)
             begin += chunk.nbytes
 
-
-def copied(info: TensorInfo) -> Copied:
-    """Return the item of a tensor that is copied; a dtype that safetensors lacks, as in GGUF, becomes bytes."""
-    return Copied(Output(info.name, info.dtype if info.dtype in DTYPES else "U8", info.shape))
+    @classmethod
+    def of(cls, info: TensorInfo) -> Copied:
+        """Return the item for a tensor; a dtype that safetensors lacks, as in GGUF, becomes bytes."""
+        return cls(info.name, (Output(info.name, info.dtype if info.dtype in DTYPES else "U8", info.shape),))
 
 
 @dataclass(frozen=True)
@@ -237,14 +202,14 @@ class Task:
         reports: dict[str, Any] = {}
         if self.is_done():
             return reports
-        scratch, header, offsets = Scratch(), self.shard.header, self.shard.offsets
+        header, offsets = self.shard.header, self.shard.offsets
 
         def write(file: BinaryIO) -> None:
             file.truncate(len(header) + self.shard.nbytes)
             file.write(header)
             # In the order of the file.
             for item in sorted(self.shard.items, key=lambda item: offsets[item.outputs[0].name]):
-                chunks = item.chunks(self.source, scratch)
+                chunks = item.chunks(self.source)
                 while True:
                     try:
                         which, offset, data = next(chunks)
