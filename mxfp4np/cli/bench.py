@@ -5,7 +5,7 @@ Rates count bytes of output. The share of a limit that decoding reached is the m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -44,12 +44,11 @@ ROW_BLOCKS: Final = 90
 
 @dataclass
 class Source:
-    """Packed arrays, and a function for each that decodes it; it takes ``dtype``, ``out`` and ``num_threads``."""
+    """Packed arrays to be decoded."""
 
     what: str
     """A description."""
     arrays: list[MXFP4Array]
-    decoders: list[Callable[..., NDArray[Any]]]
     names: list[str] = field(default_factory=list)
     """Names of the arrays, if they are tensors of a checkpoint."""
 
@@ -163,31 +162,18 @@ def run(
     device: str,
     bar: ProgressBar,
 ) -> Result:
-    """Measure decoding, and its limits.
+    """Measure decoding to several dtypes, and its limits.
 
     Parameters
     ----------
     path : path, optional
         A checkpoint: its largest packed tensors are decoded, from the mapped files. Random data by default.
-    layout : str, optional
-        As for `mxfp4np.Checkpoint`.
     size : int
         Bytes of bfloat16 to decode; fewer where the checkpoint or free memory is smaller.
-    dtypes : sequence of str
-        What to decode to.
-    threads : int, optional
-        At most this many.
-    device : str
-        Where to decode.
+    layout, threads, device
+        As for `mxfp4np.Checkpoint` and its `get`.
     bar : callable
         ``bar(total, what)`` shows progress: see `byte_bar`.
-
-    Raises
-    ------
-    BackendUnavailableError
-        If the device needs what is not installed.
-    CheckpointError
-        If the checkpoint has no packed tensors.
     """
     threads = threads or default_num_threads()
     memory = available_memory() if device == "cpu" else min(available_memory(), _Device(device).free)
@@ -196,22 +182,20 @@ def run(
     values = memory / 2 / value_bytes
     room = int(min(size, 2 * values))
 
-    def measured(source: Source) -> Result:
+    if path is None:
+        source = random_source(room)
+        return Result(source, threads, device, size, measure(source, dtypes, threads, device, bar))
+    with Checkpoint(path, layout=layout) as checkpoint:
+        source = checkpoint_source(checkpoint, room)
         return Result(source, threads, device, size, measure(source, dtypes, threads, device, bar))
 
-    if path is None:
-        return measured(random_source(room, device))
-    with Checkpoint(path, device, layout=layout) as checkpoint:
-        return measured(checkpoint_source(checkpoint, room))
 
-
-def random_source(size: int, device: str = "cpu") -> Source:
+def random_source(size: int) -> Source:
     """Return random codes and scales that decode to about ``size`` bytes of bfloat16, but to one row at least."""
     rng = np.random.default_rng(0)
     shape = max(1, size // (2 * BLOCK_SIZE * ROW_BLOCKS)), ROW_BLOCKS
     blocks = rng.integers(0, 256, (*shape, BYTES_PER_BLOCK), np.uint8)
-    array = MXFP4Array(blocks, rng.integers(118, 126, shape, np.uint8))
-    return Source("random data in memory", [array], [partial(array.decode, device=device)])
+    return Source("random data in memory", [MXFP4Array(blocks, rng.integers(118, 126, shape, np.uint8))])
 
 
 def checkpoint_source(checkpoint: Checkpoint, size: int) -> Source:
@@ -228,13 +212,11 @@ def checkpoint_source(checkpoint: Checkpoint, size: int) -> Source:
             names.append(info.name)
             left -= info.decoded_nbytes()
     if names:
-        arrays = [checkpoint.packed(name) for name in names]
         what = f"{len(names)} of {len(packed)} packed tensors"
-        return Source(what, arrays, [partial(checkpoint.get, name) for name in names], names)
+        return Source(what, [checkpoint.packed(name) for name in names], names)
     name = packed[0].name
-    index, array = next(checkpoint.packed(name).chunks(max(size, 2 * BLOCK_SIZE)))
-    what = f"part of 1 of {len(packed)} packed tensors"
-    return Source(what, [array], [partial(checkpoint.get, name, index=index)], [name])
+    _, array = next(checkpoint.packed(name).chunks(max(size, 2 * BLOCK_SIZE)))
+    return Source(f"part of 1 of {len(packed)} packed tensors", [array], [name])
 
 
 def measure(source: Source, dtypes: Sequence[str], threads: int, device: str, bar: ProgressBar) -> list[Row]:
@@ -245,19 +227,15 @@ def measure(source: Source, dtypes: Sequence[str], threads: int, device: str, ba
     runs_of, times = (_runs, 1) if device == "cpu" else (_runs_on_device, TIMES_ON_DEVICE)
     with bar(sum(sizes.values()), "measuring") as progress:
         for dtype, nbytes in sizes.items():
-            runs = runs_of(source, memory[:nbytes], dtype, threads)
-            found += _measure(runs, dtype, times * nbytes, SECONDS / len(dtypes))
+            runs, decoding = runs_of(source, memory[:nbytes], dtype, threads), None
+            timed = in_turn(list(runs.values()), ROUNDS, SECONDS / len(dtypes))
+            for name, seconds in zip(runs, timed, strict=True):
+                if name.startswith("decode"):
+                    decoding = Row(dtype, name, times * nbytes, seconds)
+                    found.append(decoding)
+                else:
+                    found.append(Row(dtype, name, times * nbytes, seconds, decoding))
             progress(nbytes)
-    return found
-
-
-def _measure(runs: dict[str, Run], dtype: str, nbytes: int, budget: float) -> list[Row]:
-    found: list[Row] = []
-    decoding = None
-    for name, seconds in zip(runs, in_turn(list(runs.values()), ROUNDS, budget), strict=True):
-        is_limit = not name.startswith("decode")
-        found.append(Row(dtype, name, nbytes, seconds, decoding if is_limit else None))
-        decoding = decoding if is_limit else found[-1]
     return found
 
 
@@ -265,24 +243,20 @@ def _runs(source: Source, memory: NDArray[np.uint8], dtype: str, threads: int) -
     """Return what is run in each round: ways of decoding, each followed by its limits."""
     outs = _outputs(source, memory, dtype)
 
-    def decode_all() -> None:
-        for decoder, out in zip(source.decoders, outs, strict=True):
-            decoder(dtype=dtype, out=out, num_threads=threads)
+    def decode_new() -> None:
+        for array in source.arrays:
+            array.decode(dtype, num_threads=threads)
 
     def stream_all() -> None:
         for array, out in zip(source.arrays, outs, strict=True):
             stream(array.blocks, array.scales, out, num_threads=threads)
-
-    def decode_new() -> None:
-        for decoder in source.decoders:
-            decoder(dtype=dtype, num_threads=threads)
 
     def fill_new() -> None:
         for out in outs:
             fill(aligned_empty(out.shape, out.dtype), threads)
 
     return {
-        "decode, from the file" if source.names else "decode": decode_all,
+        "decode, from the file" if source.names else "decode": partial(_decode, source.arrays, outs, threads),
         "stream": stream_all,
         "memset": lambda: fill(memory, threads),
         "decode, new output": decode_new,
@@ -296,21 +270,19 @@ def _runs_on_device(source: Source, memory: Any, dtype: str, threads: int) -> di
     outs = _outputs(source, memory, dtype)
     packed = sum(array.nbytes for array in source.arrays)
     there = [array.replace(device.copied(array.blocks), device.copied(array.scales)) for array in source.arrays]
-
-    def decode_there() -> None:
-        for array, out in zip(there, outs, strict=True):
-            array.decode(out=out)
-
-    def decode_all() -> None:
-        for decoder, out in zip(source.decoders, outs, strict=True):
-            decoder(dtype=dtype, out=out, num_threads=threads)
-
     return {
-        "decode": device.finishing(decode_there),
+        "decode": device.finishing(partial(_decode, there, outs, threads)),
         "copy": device.finishing(device.copying((packed + memory.nbytes) // 2)),
-        f"decode, from the {'file' if source.names else 'host'}": device.finishing(decode_all),
+        f"decode, from the {'file' if source.names else 'host'}": device.finishing(
+            partial(_decode, source.arrays, outs, threads)
+        ),
         "pinned memory": device.finishing(device.copying_pinned(packed)),
     }
+
+
+def _decode(arrays: list[MXFP4Array], outs: list[Any], threads: int) -> None:
+    for array, out in zip(arrays, outs, strict=True):
+        array.decode(out=out, num_threads=threads)
 
 
 class _Device:

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from ..backends.memory import aligned_empty
 from ..backends.threads import default_num_threads
-from ..checkpoint import Checkpoint
-from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, dtype_named, split
-from ..storage.safetensors import nbytes_of, write_safetensors
+from ..checkpoint import Checkpoint, save_file
+from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, dtype_named
+from ..storage.safetensors import nbytes_of
 from ..text import count, escape, format_bytes
 from .decode import Selection
 from .progress import ProgressBar
@@ -29,7 +29,7 @@ from .timing import in_turn
 EXPERTS: Final = 8
 MAX_WIDTH: Final = 1440
 CHUNK_BYTES: Final = 8 << 20
-"""Bytes that are written or checked at a time."""
+"""Decoded bytes that are checked at a time."""
 
 ROUNDS: Final = 5
 
@@ -173,29 +173,25 @@ def plan(width: int, layers: int) -> list[Specs]:
 
 
 def _write(folder: Path, shards: list[Specs], progress: Callable[[int], object]) -> None:
-    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     rng = np.random.default_rng(0)
-    for name, specs in zip(names, shards, strict=True):
-        write_safetensors(folder / name, specs, _random_data(specs, rng, progress), {"format": "pt"})
-    weight_map = {tensor: name for name, specs in zip(names, shards, strict=True) for tensor in specs}
+    weight_map = {}
+    for i, specs in enumerate(shards, 1):
+        file = f"model-{i:05}-of-{len(shards):05}.safetensors"
+        tensors = {name: _random(name, *spec, rng) for name, spec in specs.items()}
+        save_file(tensors, folder / file, {"format": "pt"})
+        weight_map.update(dict.fromkeys(specs, file))
+        progress(_nbytes(specs))
     index = {"metadata": {"total_size": sum(map(_nbytes, shards))}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     config = {"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}}
     (folder / "config.json").write_text(json.dumps(config, indent=1))
 
 
-def _random_data(specs: Specs, rng: np.random.Generator, progress: Callable[[int], object]) -> Iterator[NDArray[Any]]:
-    for name, (dtype, shape) in specs.items():
-        for index in split(shape, 4, CHUNK_BYTES):
-            part = tuple(len(range(*i.indices(n))) for i, n in zip(index, shape, strict=False) if isinstance(i, slice))
-            if dtype == "BF16":
-                piece: NDArray[Any] = rng.standard_normal(part, np.float32).astype(dtype_named("bfloat16"))
-            elif name.endswith("_scales"):
-                piece = rng.integers(118, 126, part, np.uint8)  # 2**-9 to 2**-2, as in trained weights
-            else:
-                piece = rng.integers(0, 256, part, np.uint8)
-            yield piece
-            progress(piece.nbytes)
+def _random(name: str, dtype: str, shape: tuple[int, ...], rng: np.random.Generator) -> NDArray[Any]:
+    if dtype == "BF16":
+        return rng.standard_normal(shape, np.float32).astype(dtype_named("bfloat16"))
+    low, high = (118, 126) if name.endswith("_scales") else (0, 256)  # 2**-9 to 2**-2, as in trained weights
+    return rng.integers(low, high, shape, np.uint8)
 
 
 def _nbytes(specs: Specs) -> int:

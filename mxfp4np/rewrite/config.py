@@ -28,16 +28,9 @@ STALE: Final = frozenset(
 
 
 def decoded_config(config: dict[str, Any], dtype: str, *, keep: bool) -> dict[str, Any]:
-    """Return a config.json for decoded weights.
+    """Return the config.json of the source changed for weights that are decoded to ``dtype``.
 
-    Parameters
-    ----------
-    config : dict
-        Of the source.
-    dtype : str
-        Of the decoded weights.
-    keep : bool
-        Whether to keep what it says of quantisation, for tensors that stay quantised in another way.
+    ``keep`` what it says of quantisation where tensors stay quantised in another way.
     """
     plain: dict[str, Any] = _without(config, ("expert_dtype", *(() if keep else QUANTIZATION_KEYS)))
     for part in (plain, plain.get("text_config")):
@@ -55,22 +48,7 @@ def _without(value: Any, keys: tuple[str, ...]) -> Any:
 
 
 def encoded_config(config: dict[str, Any], layout: str, plain: Sequence[str]) -> dict[str, Any]:
-    """Return a config.json for encoded weights.
-
-    Parameters
-    ----------
-    config : dict
-        Of the source.
-    layout : str
-        Of the encoded weights.
-    plain : sequence of str
-        Names of the matrices that are not encoded.
-
-    Raises
-    ------
-    LayoutError
-        If the source is quantised already.
-    """
+    """Return the config.json of the source changed for encoded weights; ``plain`` names the matrices not encoded."""
     for key in QUANTIZATION_KEYS:
         if key in config:
             raise LayoutError(f"config.json has {key!r}: the weights are quantised already, convert them first")
@@ -118,25 +96,9 @@ def small_files(
     target: Path,
     change: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> tuple[dict[str, bytes], dict[str, Path]]:
-    """Return the files that go with rewritten weights.
+    """Return the files that go with rewritten weights: those to be written, and those to be copied, by their names.
 
-    Parameters
-    ----------
-    checkpoint : Checkpoint
-        The source.
-    beside : Path, optional
-        The folder of these files, as from `folder_beside`.
-    target : Path
-        The folder that is written to.
-    change : callable
-        Returns the config.json of the target, given that of the source.
-
-    Returns
-    -------
-    documents : dict of str to bytes
-        Files to be written: config.json, if the source has one.
-    copies : dict of str to Path
-        Files to be copied, by their names in the target.
+    ``change`` returns the config.json of the target, given that of the source; ``beside`` comes from `folder_beside`.
     """
     copies = {} if beside is None else _files_beside(beside, target)
     if not copies.pop("config.json", None):

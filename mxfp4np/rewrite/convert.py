@@ -66,7 +66,6 @@ def _warm_up(dtype: str, device: str, orders: Iterable[str], transposes: Iterabl
 def plan_conversion(
     checkpoint: Checkpoint,
     folder: Path,
-    *,
     beside: Path | None = None,
     dtype: DTypeLike = "bfloat16",
     transpose: str = "auto",
@@ -74,25 +73,9 @@ def plan_conversion(
     include: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
 ) -> Plan:
-    """Return what `convert` is going to write, from headers alone.
+    """Return what `convert` is going to write to ``folder``, from headers alone.
 
-    Parameters
-    ----------
-    checkpoint : Checkpoint
-        The source.
-    folder : Path
-        The target.
-    beside : Path, optional
-        A folder whose other files are copied.
-    dtype, transpose, max_shard_size, include, exclude
-        As for `convert`.
-
-    Raises
-    ------
-    LayoutError
-        If a tensor is a broken pair, or could be in several layouts.
-    ValueError
-        If an argument does not fit.
+    ``beside`` is the folder whose small files are copied, if any; the other arguments are those of `convert`.
     """
     wanted = decoded_dtype(dtype).name
     include, exclude = patterns(include), patterns(exclude)
@@ -126,13 +109,9 @@ def plan_conversion(
 
 def untouched(items: Iterable[Item]) -> list[str]:
     """Return the names of copied tensors that are quantised in another way."""
-    outputs = (item.outputs[0] for item in items if isinstance(item, Copied))
-    return [
-        output.name
-        for output in outputs
-        if len(output.shape) > 1
-        and (output.dtype.startswith(("F8", "F6", "F4")) or output.dtype in ("U8", "I8", "U32"))
-    ]
+    dtypes = [dtype for dtype in DTYPES if dtype.startswith(("F8", "F6", "F4")) or dtype in ("U8", "I8", "U32")]
+    outputs = [item.outputs[0] for item in items if isinstance(item, Copied)]
+    return [output.name for output in outputs if len(output.shape) > 1 and output.dtype in dtypes]
 
 
 @dataclass(frozen=True)
@@ -279,20 +258,13 @@ def convert(
     'BF16'
     """
     with Checkpoint(source, device, io=io, layout=layout) as checkpoint:
-        plan = plan_conversion(
-            checkpoint,
-            Path(target).absolute(),
-            beside=folder_beside(source, checkpoint),
-            dtype=dtype,
-            transpose=transpose,
-            max_shard_size=max_shard_size,
-            include=include,
-            exclude=exclude,
-        )
-        run = run_plan(plan, part=task, resume=resume, force=force, dry_run=dry_run, workers=workers, progress=progress)
+        beside = folder_beside(source, checkpoint)
+        target = Path(target).absolute()
+        plan = plan_conversion(checkpoint, target, beside, dtype, transpose, max_shard_size, include, exclude)
+        run = run_plan(plan, task, workers, progress, resume=resume, force=force, dry_run=dry_run)
         verification = None
         if verify and not dry_run:
-            verification = _verify(checkpoint, plan.tasks(task or (1, 1)), transpose, workers, progress)
+            verification = _verify(checkpoint, plan.tasks(task), transpose, workers, progress)
     return Conversion(
         **vars(run),
         packed=sum(isinstance(item, Decoded) for item in plan.items),
@@ -309,11 +281,11 @@ def _verify(
     workers: int | None,
     progress: Callable[[Progress], object],
 ) -> Verification:
-    names = [output.name for task in tasks for item in task.shard.items for output in item.outputs]
     if not tasks:
         return Verification()
+    names = [output.name for task in tasks for item in task.shard.items for output in item.outputs]
     with Checkpoint([task.path for task in tasks]) as written:
-        return compare(checkpoint, written, names, transpose, workers=workers, progress=progress)
+        return compare(checkpoint, written, names, transpose, workers, progress)
 
 
 def _loader(plan: Plan) -> str:

@@ -138,7 +138,6 @@ def _sum(total: Errors, chunk: Errors, index: tuple[int | slice, ...]) -> Errors
 def plan_encoding(
     checkpoint: Checkpoint,
     folder: Path,
-    *,
     beside: Path | None = None,
     rule: str = RULES[0],
     layout: str = ENCODED_LAYOUTS[0],
@@ -147,25 +146,10 @@ def plan_encoding(
     include: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
 ) -> Plan:
-    """Return what `encode_checkpoint` is going to write, from headers alone.
+    """Return what `encode_checkpoint` is going to write to ``folder``, from headers alone.
 
-    Parameters
-    ----------
-    checkpoint : Checkpoint
-        The source.
-    folder : Path
-        The target.
-    beside : Path, optional
-        A folder whose other files are copied.
-    rule, layout, transpose, max_shard_size, include, exclude
-        As for `encode_checkpoint`.
-
-    Raises
-    ------
-    LayoutError
-        If a tensor is packed already, or cannot be.
-    ValueError
-        If an argument does not fit.
+    ``beside`` is the folder whose small files are copied, if any; the other arguments are those of
+    `encode_checkpoint`.
     """
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}, found {rule!r}")
@@ -195,13 +179,7 @@ def plan_encoding(
     matrices = (name for name, info in infos.items() if name.endswith(".weight") and len(info.shape) == 2)
     plain = [name for name in matrices if name not in chosen]
     files = small_files(checkpoint, beside, folder, lambda config: encoded_config(config, layout, plain))
-    options = {
-        "rule": rule,
-        "layout": layout,
-        "transpose": transpose,
-        "include": include,
-        "exclude": exclude,
-    }
+    options = {"rule": rule, "layout": layout, "transpose": transpose, "include": include, "exclude": exclude}
     warm_up = partial(_warm_up, rule, {element(infos[name].dtype)[1] for name in chosen})
     return Plan(folder, make_shards(items, max_shard_size), *files, options, checkpoint, warm_up)
 
@@ -365,16 +343,8 @@ def encode_checkpoint(
     (2, 3, 64)
     """
     with Checkpoint(source, io=io) as checkpoint:
-        plan = plan_encoding(
-            checkpoint,
-            Path(target).absolute(),
-            beside=folder_beside(source, checkpoint),
-            rule=rule,
-            layout=layout,
-            transpose=transpose,
-            max_shard_size=max_shard_size,
-            include=include,
-            exclude=exclude,
-        )
-        run = run_plan(plan, part=task, resume=resume, force=force, dry_run=dry_run, workers=workers, progress=progress)
+        beside = folder_beside(source, checkpoint)
+        target = Path(target).absolute()
+        plan = plan_encoding(checkpoint, target, beside, rule, layout, transpose, max_shard_size, include, exclude)
+        run = run_plan(plan, task, workers, progress, resume=resume, force=force, dry_run=dry_run)
     return Encoding(**vars(run), packed=[item.name for item in plan.items if isinstance(item, Encoded)])

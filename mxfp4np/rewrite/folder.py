@@ -77,16 +77,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def check_record(folder: Path, expected: bytes, options: Mapping[str, Any]) -> None:
-    """Refuse to resume what another plan began, and say which of its options differ.
-
-    Parameters
-    ----------
-    folder : Path
-    expected : bytes
-        The record of this plan.
-    options : mapping
-        What this plan was made with.
-    """
+    """Refuse to resume what another plan began, and say which of its options differ from those of this plan."""
     if (folder / RECORD).read_bytes() == expected:
         return
     earlier = read_record(folder)
@@ -103,17 +94,10 @@ def check_record(folder: Path, expected: bytes, options: Mapping[str, Any]) -> N
 
 
 def files_of_earlier_run(folder: Path, found: Sequence[Path], written: Iterable[str]) -> list[Path]:
-    """Return the files that a run which starts over removes first, in this order.
+    """Return the files that a run which starts over removes first, in this order, given all that are in the folder.
 
-    The index comes first: without it the folder is no longer complete. Weights that no run wrote are refused.
-
-    Parameters
-    ----------
-    folder : Path
-    found : sequence of Path
-        What is in it.
-    written : iterable of str
-        Names of the small files that the new run writes.
+    The index comes first: without it the folder is no longer complete. ``written`` names the small files that are to be
+    written now. Weights that no run wrote are refused.
     """
     record = folder / RECORD
     weights = [path for path in found if path.name.endswith((".safetensors", ".index.json"))]

@@ -187,17 +187,9 @@ class Task:
             return False
 
     def run(self, progress: Callable[[str, int], object] = lambda *_: None) -> dict[str, Any]:
-        """Write the shard, if it is not there.
+        """Write the shard, if it is not there, and return the reports of its items by their names.
 
-        Parameters
-        ----------
-        progress : callable
-            Called with the name of a tensor and the number of bytes written since the last call.
-
-        Returns
-        -------
-        dict
-            The reports of the items, by their names.
+        ``progress`` is called with the name of a tensor and the number of bytes written since the last call.
         """
         reports: dict[str, Any] = {}
         if self.is_done():
@@ -288,9 +280,9 @@ class Plan:
         digest.update(json.dumps([sorted(self.options.items()), copies, self.source.stamps]).encode())
         return (json.dumps({**self.options, "plan": digest.hexdigest()}, indent=2) + "\n").encode()
 
-    def tasks(self, part: tuple[int, int] = (1, 1)) -> list[Task]:
+    def tasks(self, part: tuple[int, int] | None = None) -> list[Task]:
         """Return a task for each shard, or every n-th from the i-th on for ``part = (i, n)``, counted from 1."""
-        i, n = part
+        i, n = part or (1, 1)
         if not 1 <= i <= n:
             raise ValueError(f"task must be i/n with 1 <= i <= n, found {i}/{n}")
         return [Task(self.folder, shard, self.source) for shard in self.shards[i - 1 :: n]]

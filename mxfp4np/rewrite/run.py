@@ -76,29 +76,20 @@ class Run:
 
 def run_plan(
     plan: Plan,
-    *,
     part: tuple[int, int] | None = None,
+    workers: int | None = None,
+    progress: Callable[[Progress], object] = lambda _: None,
+    *,
     resume: bool = False,
     force: bool = False,
     dry_run: bool = False,
-    workers: int | None = None,
-    progress: Callable[[Progress], object] = lambda _: None,
 ) -> Run:
     """Write all shards, or those of one part; and the index, if all shards are there.
 
-    Parameters
-    ----------
-    plan : Plan
-    part : (int, int), optional
-        As for `Plan.tasks`. Other processes may be writing other parts, or the same.
-    resume, force : bool
-        As for `Plan.prepare`.
-    dry_run : bool
-        Write nothing.
-    workers, progress
-        As for `run_tasks`.
+    With a part, other processes may be writing other parts, or the same. See `Plan.tasks`, `Plan.prepare` and
+    `run_tasks` for the arguments; ``dry_run`` writes nothing.
     """
-    tasks, shared = plan.tasks(part or (1, 1)), part is not None
+    tasks, shared = plan.tasks(part), part is not None
     if shared and force:
         raise ValueError("tasks share a folder: remove it, or give --force to a run without --task")
     plan.refuse_source()
@@ -120,21 +111,7 @@ def run_tasks(
     workers: int | None = None,
     progress: Callable[[Progress], object] = lambda _: None,
 ) -> dict[str, Any]:
-    """Run tasks in several threads, each of which writes one shard at a time.
-
-    Parameters
-    ----------
-    tasks : sequence of Task
-    workers : int, optional
-        Threads; by default as many as decoding uses.
-    progress : callable
-        Called by one thread at a time.
-
-    Returns
-    -------
-    dict
-        What `Task.run` returns, of all tasks.
-    """
+    """Run tasks in several threads, each of which writes a shard at a time; return what all `Task.run` return."""
     tasks = [task for task in tasks if not task.is_done()]
     pool = Workers(workers, sum(task.shard.nbytes for task in tasks), progress)
     reports: dict[str, Any] = {}

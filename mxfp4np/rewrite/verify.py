@@ -126,7 +126,7 @@ def verify(
             options.get("exclude", ()) if exclude is None else exclude,
         )
         transpose = transpose or options.get("transpose", TRANSPOSE[0])
-        result = compare(ours, theirs, names, transpose, workers=workers, progress=progress)
+        result = compare(ours, theirs, names, transpose, workers, progress)
         extra = sorted(set(theirs) - set(ours))
         result.findings += [f"tensor {name!r}: in {theirs.folder}, but not in {ours.folder}" for name in extra]
         return result
@@ -137,20 +137,10 @@ def compare(
     target: Checkpoint,
     names: Iterable[str],
     transpose: str,
-    *,
     workers: int | None = None,
     progress: Callable[[Progress], object] = lambda _: None,
 ) -> Verification:
-    """Compare tensors of a checkpoint with what the reference decodes from its source.
-
-    Parameters
-    ----------
-    source, target : Checkpoint
-    names : iterable of str
-    transpose : {"auto", "yes", "no"}
-    workers, progress
-        As for `verify`.
-    """
+    """Compare tensors of a checkpoint with what the reference backend decodes from its source; see `verify`."""
     result = Verification()
     pairs: list[tuple[TensorInfo, TensorInfo, bool]] = []
     for name in names:
