@@ -102,7 +102,7 @@ class Workers:
                 raise
 
         threads = min(self._number, len(tasks))
-        executor = ThreadPoolExecutor(max(threads, 1), "mxfp4np")
+        executor = ThreadPoolExecutor(max(threads, 1), "mxfp4np-rewrite")
         futures: list[Future[None]] = []
         try:
             if threads > 1:
