@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 import mxfp4np
 from mxfp4np.cli import decode
 from mxfp4np.cli.decode import Selection
-from mxfp4np.selection import select
 
 ITEMSIZES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "U8": 1, "BOOL": 1, "F8_E5M2": 1}
 
@@ -311,16 +310,3 @@ def test_memory_is_bounded(tmp_path, name, dtype, suffix):
     assert found["written"] >= 300_000_000
     assert found["samples"] > 20
     assert found["extra"] < 128_000_000, f"{found['extra']:,} bytes more than before"
-
-
-@pytest.mark.parametrize(
-    ("include", "exclude", "chosen"),
-    [
-        ((), (), ["a.w", "a.b", "c.w"]),
-        (["a.*", "c.w"], ["*.b"], ["a.w", "c.w"]),
-        ("*.w", "c*", ["a.w"]),
-        (["A.W"], (), []),
-    ],
-)
-def test_patterns_select_names_in_order(include, exclude, chosen):
-    assert select(["a.w", "a.b", "c.w"], include, exclude) == chosen
