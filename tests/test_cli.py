@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from commands import environment, finish, names_in, process, same_bits, value_of
+from contract import run_python
 
 import mxfp4np
 from mxfp4np.format import FP4_VALUES
@@ -685,6 +686,17 @@ class TestErrors:
 
     def test_version(self, command):
         assert command("--version") == (0, f"mxfp4np {mxfp4np.__version__}\n", "")
+
+    @pytest.mark.parametrize("option", ["--version", "--help"])
+    def test_quick_answers_import_nothing_heavy(self, option):
+        code = """
+        import contextlib, io, sys
+        from mxfp4np.cli import main
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+            main(sys.argv[1:])
+        print(*sorted({"numba", "llvmlite", "ml_dtypes", "safetensors", "tqdm", "cupy"} & set(sys.modules)))
+        """
+        assert run_python(code, option) == "\n"
 
     @pytest.mark.parametrize("name", [[], ["inspect"], ["decode"], ["demo"]])
     def test_help(self, command, name):

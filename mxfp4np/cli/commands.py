@@ -178,7 +178,7 @@ class _Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = _Parser(prog="mxfp4np", description="Look into MXFP4 checkpoints and decode them.")
+    parser = _Parser(prog="mxfp4np", description="Inspect, decode and convert MXFP4 checkpoints.")
     parser.add_argument("--version", action="version", version=f"mxfp4np {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -186,23 +186,23 @@ def parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run)
         sub.add_argument("--quiet", action="store_true", help="print results and errors only")
+        if name != "decode":
+            sub.add_argument("--json", action="store_true", help="print the result as JSON")
         return sub
 
     def checkpoint(sub: argparse.ArgumentParser, metavar: str = "PATH", **options: Any) -> None:
         what = "a folder, a .safetensors, .uqff or .gguf file, or a .index.json"
         sub.add_argument("path", type=Path, metavar=metavar, help=what, **options)
-        sub.add_argument("--layout", metavar="NAME", help="the layout, where files do not tell, as quark")
+        sub.add_argument("--layout", metavar="NAME", help="the layout, if the files do not determine it: quark")
 
     demo = command("demo", _demo, "Write a small checkpoint shaped like gpt-oss, decode it and check every value.")
     demo.add_argument("--out", type=Path, metavar="DIR", help="a new or empty folder (default: a temporary one)")
     demo.add_argument("--size", type=parse_size, default=200_000_000, help="decoded size (default: 200MB)")
-    demo.add_argument("--json", action="store_true", help="print the figures as JSON")
 
     inspect = command("inspect", _inspect, "Show what a checkpoint holds.")
     checkpoint(inspect)
-    inspect.add_argument("pattern", nargs="?", default="*", metavar="PATTERN", help="names to show, as '*.mlp.*'")
+    inspect.add_argument("pattern", nargs="?", default="*", metavar="PATTERN", help="names to show: '*.mlp.*'")
     inspect.add_argument("--stats", action="store_true", help="read the packed tensors and show histograms")
-    inspect.add_argument("--json", action="store_true", help="print everything as JSON, one object a tensor")
 
     decode = command("decode", _decode, "Write tensors, decoded, to a file.")
     checkpoint(decode)
@@ -217,12 +217,11 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--include", action="append", default=default, metavar="PATTERN", help="only names like this")
         sub.add_argument("--exclude", action="append", default=default, metavar="PATTERN", help="no names like this")
         sub.add_argument("--workers", type=parse_count, metavar="N", help="threads (default: one for each CPU)")
-        sub.add_argument("--json", action="store_true", help="print what was done as JSON")
 
     def shards(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--max-shard-size", type=parse_size, default="5GB", metavar="SIZE", help="default: 5GB")
         sub.add_argument("--io", choices=("mmap", "pread"), default="mmap", help="pread: for network shares")
-        sub.add_argument("--resume", action="store_true", help="go on with what an earlier run left")
+        sub.add_argument("--resume", action="store_true", help="keep the finished shards of an earlier run")
         sub.add_argument("--force", action="store_true", help="start over in a folder that is not empty")
         sub.add_argument("--dry-run", action="store_true", help="show what would be written")
         sub.add_argument("--task", type=parse_task, metavar="I/N", help="write part I of N, for job arrays")
@@ -232,7 +231,7 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument("target", type=Path, metavar="DST", help="a new or empty folder")
     convert.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of packed tensors (default: bfloat16)")
     convert.add_argument(
-        "--transpose", choices=TRANSPOSE, default="auto", help="auto: gpt-oss experts as transformers wants them"
+        "--transpose", choices=TRANSPOSE, default="auto", help="auto: gpt-oss experts as transformers expects them"
     )
     convert.add_argument("--device", default="cpu", help="cpu or cuda:0 (default: cpu)")
     convert.add_argument("--verify", action="store_true", help="decode again by the reference, compare every byte")
@@ -259,11 +258,10 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument("--transpose", choices=TRANSPOSE, help="default: as DST was converted")
     patterns(verify, None)
 
-    bench = command("bench", _bench, "Measure how fast this machine decodes, beside what its memory allows.")
+    bench = command("bench", _bench, "Measure how fast this machine decodes, and the limits of its memory.")
     checkpoint(bench, nargs="?")
     bench.add_argument("--dtype", choices=DTYPES, help="default: each of them")
     bench.add_argument("--device", default="cpu", help="cpu or cuda:0 (default: cpu)")
-    bench.add_argument("--threads", type=parse_count, metavar="N", help="at most (default: as decoding uses)")
+    bench.add_argument("--threads", type=parse_count, metavar="N", help="the most to use (default: as decoding)")
     bench.add_argument("--size", type=parse_size, default=512_000_000, help="decoded to bfloat16 (default: 512MB)")
-    bench.add_argument("--json", action="store_true", help="print the figures as JSON")
     return parser

@@ -311,7 +311,7 @@ class Plan:
             Whether other processes may be writing to the folder.
         """
         if resume and force:
-            raise ValueError("resume goes on and force starts over: give one of them")
+            raise ValueError("resume continues and force starts over: give one of them")
         self.folder.mkdir(parents=True, exist_ok=True)
         # Listed before the record is looked for: another process writes its record before anything else.
         found = files.entries(self.folder)
@@ -321,7 +321,7 @@ class Plan:
         elif (self.folder / RECORD).exists():
             if not resume:
                 raise FileExistsError(
-                    f"{self.folder}: holds an earlier run: go on with --resume, or start over with --force"
+                    f"{self.folder}: holds an earlier run: continue it with --resume, or start over with --force"
                 )
             files.check_record(self.folder, self.record, self.options)
         elif found:
