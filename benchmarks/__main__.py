@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks import limits, peers, report, scaling
 from mxfp4np.backends.threads import default_num_threads
-from mxfp4np.cli.bench import machine
+from mxfp4np.cli.timing import machine
 
 
 def cuda(options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ import ml_dtypes
 import numpy as np
 
 import mxfp4np
-from mxfp4np.cli.bench import describe, machine
+from mxfp4np.cli.timing import describe, machine
 
 HIDDEN, EXPERTS, VOCABULARY, HEADS, KEYS = 2880, 32, 4096, 64, 8  # gpt-oss-20b, but for the vocabulary
 

@@ -20,8 +20,7 @@ import numpy as np
 
 import mxfp4np
 from mxfp4np.backends.memory import address_of
-from mxfp4np.backends.threads import parallel_for
-from mxfp4np.cli.bench import Run
+from mxfp4np.cli.timing import Run, in_threads
 from mxfp4np.format import DTYPES
 
 ROWS, GROUPS = 5760, 90  # gpt-oss-20b: mlp1 is [32, 5760, 90, 16], mlp2 [32, 2880, 90, 16]
@@ -224,7 +223,7 @@ def copy_to_pinned(arrays: list[mxfp4np.MXFP4Array], pinned: np.ndarray, threads
     step, count = PINNED_BYTES, min(2 * threads, pinned.nbytes // PINNED_BYTES)
     for array in arrays:
         source, target = address_of(array.blocks), address_of(pinned)
-        parallel_for(
+        in_threads(
             lambda i, j, source=source, target=target: ctypes.memmove(
                 target + i // step % count * step, source + i, j - i
             ),

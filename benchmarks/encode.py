@@ -23,8 +23,7 @@ import mxfp4np
 from benchmarks.limits import Bench
 from benchmarks.report import table
 from mxfp4np.backends.memory import address_of, aligned_empty
-from mxfp4np.backends.threads import parallel_for
-from mxfp4np.cli.bench import describe, machine
+from mxfp4np.cli.timing import describe, in_threads, machine
 from mxfp4np.format import DTYPES, RULES, decoded_dtype
 
 PIECE = 1 << 15
@@ -83,7 +82,7 @@ class EncodeBench(Bench):
             addresses = address_of(x), address_of(out.blocks), address_of(out.scales), x.itemsize, word
 
             def limit(addresses: tuple[Any, ...] = addresses, count: int = out.scales.size) -> None:
-                parallel_for(lambda i, j: stream(*addresses, i, j), count, PIECE, self.threads)
+                in_threads(lambda i, j: stream(*addresses, i, j), count, PIECE, self.threads)
 
             nbytes = x.nbytes + out.nbytes
             for rule in RULES if dtype == "float32" else ("even",):

@@ -19,7 +19,7 @@ import numpy as np
 import mxfp4np
 from mxfp4np.backends.cpu.driver import stream
 from mxfp4np.backends.memory import aligned_empty
-from mxfp4np.cli.bench import Run, fill, in_turn
+from mxfp4np.cli.timing import Run, fill, in_turn
 from mxfp4np.format import DTYPES, decoded_dtype
 
 ROWS, GROUPS = 5760, 90  # gpt-oss-20b: mlp1 is [32, 5760, 90, 16]

@@ -20,8 +20,7 @@ import numpy as np
 import mxfp4np
 from mxfp4np.backends.cpu.driver import stream
 from mxfp4np.backends.memory import aligned_empty
-from mxfp4np.backends.threads import parallel_for
-from mxfp4np.cli.bench import Run, fill, in_turn
+from mxfp4np.cli.timing import Run, fill, in_threads, in_turn
 from mxfp4np.format import decoded_dtype
 
 ROW = (5760, 90)  # one expert of gpt-oss-20b's mlp1: 5760 rows of 90 blocks
@@ -88,7 +87,7 @@ def numba_loop(data: Data) -> Run:
 
     table = np.array(mxfp4np.format.FP4_VALUES, np.float32)
     arguments = data.blocks.reshape(-1), data.scales.reshape(-1), table, data.out("float32").reshape(-1)
-    return lambda: parallel_for(lambda i, j: kernel(*arguments, i, j), data.scales.size, 1 << 15, data.threads)
+    return lambda: in_threads(lambda i, j: kernel(*arguments, i, j), data.scales.size, 1 << 15, data.threads)
 
 
 def numpy_ml_dtypes(data: Data) -> Run:
@@ -187,7 +186,7 @@ def allocate_and_fill(data: Data) -> Run:
 def copy(data: Data) -> Run:
     out = data.out("bfloat16").reshape(-1).view(np.uint8)
     source = np.ones_like(out)
-    return lambda: parallel_for(lambda i, j: np.copyto(out[i:j], source[i:j]), len(out), 1 << 21, data.threads)
+    return lambda: in_threads(lambda i, j: np.copyto(out[i:j], source[i:j]), len(out), 1 << 21, data.threads)
 
 
 OURS = [

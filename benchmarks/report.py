@@ -7,8 +7,8 @@ from statistics import median
 from typing import Any
 
 from benchmarks.peers import REFERENCE
-from mxfp4np.cli.bench import describe
-from mxfp4np.cli.report import count
+from mxfp4np.cli.timing import describe
+from mxfp4np.text import count
 
 Row = dict[str, Any]
 Cell = Callable[[Row, list[Row]], str]

@@ -11,7 +11,7 @@ import numpy as np
 import mxfp4np
 from mxfp4np.backends.cpu.driver import stream
 from mxfp4np.backends.threads import usable_cpus
-from mxfp4np.cli.bench import Run, fill, in_turn
+from mxfp4np.cli.timing import Run, fill, in_turn
 
 GROUPS = 90  # 2880 values in a row, as in gpt-oss
 SMALLEST, STEP = 1 << 16, 4  # bytes of output

@@ -10,18 +10,15 @@ import subprocess
 import sys
 import threading
 import time
-from itertools import pairwise
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from commands import environment, finish, names_in, process, same_bits, value_of
+from contract import run_python
 
 import mxfp4np
-from mxfp4np import cli
-from mxfp4np.cli import demo
 from mxfp4np.format import FP4_VALUES
 from mxfp4np.storage.writer import write_safetensors
 
@@ -33,27 +30,6 @@ PLAIN = "block.0.mlp.mlp1_bias"
 
 ESC = "\x1b"
 BITS = {"bfloat16": np.uint16, "float16": np.uint16, "float32": np.uint32}
-
-
-def environment(**more):
-    """Return an environment in which a subprocess finds this very package from any folder."""
-    path = os.pathsep.join(filter(None, [str(Path(mxfp4np.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": path, "PYTHONIOENCODING": "utf-8", **more}
-
-
-def process(*arguments, **options):
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environment(), **options}
-    return subprocess.Popen([sys.executable, "-m", "mxfp4np", *map(str, arguments)], **options)
-
-
-def finish(running):
-    try:
-        out, err = running.communicate(timeout=120)
-    except subprocess.TimeoutExpired:
-        running.kill()
-        running.communicate()
-        raise
-    return running.returncode, out.decode(), err.decode()
 
 
 def sparse(path, rows):
@@ -70,21 +46,6 @@ def sparse(path, rows):
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + begin)
     return path
-
-
-def same_bits(actual, expected):
-    assert actual.dtype == expected.dtype
-    assert actual.shape == expected.shape
-    assert np.ascontiguousarray(actual).tobytes() == np.ascontiguousarray(expected).tobytes()
-
-
-def names_in(folder):
-    return sorted(path.name for path in folder.iterdir())
-
-
-def value_of(path, name, **options):
-    with mxfp4np.Checkpoint(path) as checkpoint:
-        return checkpoint.get(name, **options)
 
 
 def stored_bytes(files):
@@ -721,10 +682,21 @@ class TestErrors:
         mxfp4np.save_file({"c": np.zeros(2, np.complex64)}, tmp_path / "m.safetensors")
         _, _, err = finish(process("decode", tmp_path, "c", "-o", tmp_path / "c.npy", "--dtype", "float32"))
         assert err.count("\n") <= 1
-        assert "selection.py" not in err
+        assert "decode.py" not in err
 
     def test_version(self, command):
         assert command("--version") == (0, f"mxfp4np {mxfp4np.__version__}\n", "")
+
+    @pytest.mark.parametrize("option", ["--version", "--help"])
+    def test_quick_answers_import_nothing_heavy(self, option):
+        code = """
+        import contextlib, io, sys
+        from mxfp4np.cli import main
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+            main(sys.argv[1:])
+        print(*sorted({"numba", "llvmlite", "ml_dtypes", "safetensors", "tqdm", "cupy"} & set(sys.modules)))
+        """
+        assert run_python(code, option) == "\n"
 
     @pytest.mark.parametrize("name", [[], ["inspect"], ["decode"], ["demo"]])
     def test_help(self, command, name):
@@ -861,277 +833,6 @@ class TestInterrupt:
         assert (status, out) == (130, "")
         assert last_screen(shown) == ["mxfp4np: interrupted", ""]
         assert names_in(folder) == []
-
-
-# Parsing
-
-
-def spell(index):
-    """Return the text a user would type for an index."""
-    texts = []
-    for item in index:
-        if isinstance(item, slice):
-            parts = ["" if part is None else str(part) for part in (item.start, item.stop, item.step)]
-            texts.append(":".join(parts if item.step is not None else parts[:2]))
-        else:
-            texts.append("..." if item is Ellipsis else str(item))
-    return ",".join(texts)
-
-
-NUMBERS = st.integers(-(10**6), 10**6)
-MAYBE = st.none() | NUMBERS
-ITEMS = NUMBERS | st.builds(slice, MAYBE, MAYBE, MAYBE) | st.just(...)
-
-
-class TestParseIndex:
-    @given(st.lists(ITEMS, min_size=1, max_size=6).map(tuple), st.booleans())
-    def test_returns_what_was_spelled(self, index, brackets):
-        text = spell(index)
-        assert repr(cli.parse_index(f"[{text}]" if brackets else text)) == repr(index)
-
-    @given(st.lists(ITEMS, min_size=1, max_size=4).map(tuple), st.data())
-    def test_spaces_mean_nothing(self, index, data):
-        spaces = st.sampled_from(["", " ", "  ", "\t"])
-        text = re.sub(r"[:,]", lambda m: data.draw(spaces) + m[0] + data.draw(spaces), spell(index))
-        assert repr(cli.parse_index(data.draw(spaces) + text + data.draw(spaces))) == repr(index)
-
-    @given(st.lists(ITEMS, min_size=1, max_size=4).map(tuple))
-    def test_agrees_with_python(self, index):
-        text = spell(index)
-        python = eval(f"np.s_[{text}]")
-        assert repr(cli.parse_index(text)) == repr(python if isinstance(python, tuple) else (python,))
-
-    @given(st.text("0123456789-+:., x[]\n"))
-    def test_gives_an_index_or_an_error(self, text):
-        try:
-            index = cli.parse_index(text)
-        except cli.argparse.ArgumentTypeError:
-            return
-        assert index
-        assert all(item is Ellipsis or isinstance(item, int | slice) for item in index)
-
-    def test_trailing_colon(self):
-        assert cli.parse_index("1:2:") == (slice(1, 2, None),)
-
-
-class TestParseSize:
-    @pytest.mark.parametrize(
-        ("text", "size"),
-        [
-            ("0", 0),
-            ("7", 7),
-            ("10B", 10),
-            ("1k", 1000),
-            ("4kB", 4000),
-            ("200MB", 200_000_000),
-            ("5GB", 5_000_000_000),
-            ("1.5 GB", 1_500_000_000),
-            (" 2T ", 2_000_000_000_000),
-            ("1TB", 1_000_000_000_000),
-            ("0.25M", 250_000),
-            ("1.001k", 1001),
-        ],
-    )
-    def test_decimal_units(self, text, size):
-        assert cli.parse_size(text) == size
-
-    @pytest.mark.parametrize("text", ["", "MB", "-1MB", "1e9", "5PB", "1.MB", ".5MB", "1 2", "nan", "5GBs"])
-    def test_others_are_refused(self, text):
-        with pytest.raises(cli.argparse.ArgumentTypeError, match="is not a size"):
-            cli.parse_size(text)
-
-    @given(st.integers(0, 10**12), st.sampled_from([("", 0), ("k", 1), ("M", 2), ("G", 3), ("T", 4)]))
-    def test_whole_numbers(self, count, unit):
-        letter, power = unit
-        if count * 1000**power < 2**53:
-            assert cli.parse_size(f"{count}{letter}B") == count * 1000**power
-
-
-# demo
-
-
-@pytest.fixture(scope="module")
-def example(tmp_path_factory):
-    """Run the demo once, in a folder whose name needs quoting; return the folder and what was printed."""
-    folder = tmp_path_factory.mktemp("demo") / "a folder's"
-    running = process("demo", "--size", "4MB", "--out", folder)
-    status, out, err = finish(running)
-    assert (status, err) == (0, "")
-    return folder, out
-
-
-class TestDemo:
-    def test_report(self, example):
-        _, out = example
-        lines = out.splitlines()
-        assert lines[0].split() == ["NAME", "SHAPE", "DTYPE", "LAYOUT", "STORED", "DECODED"]
-        assert re.search(r"^model\.layers\.#\.mlp\.experts\.down_proj +x2 +8x", out, re.MULTILINE)
-        assert re.search(r"^\d+ tensors, \d+ of them MXFP4: ", out, re.MULTILINE)
-        assert re.search(
-            r"^decoded to bfloat16 with \d+ threads?: [\d,]+ million elements/s, [\d.]+ [kMG]B/s; "
-            r"a plain memory copy: [\d.]+ [kMG]B/s$",
-            out,
-            re.MULTILINE,
-        )
-        assert re.search(r"^checked [\d,]+ values against the reference decoder: all equal$", out, re.MULTILINE)
-
-    def test_size(self, example):
-        with mxfp4np.Checkpoint(example[0]) as checkpoint:
-            infos = [checkpoint.info(name) for name in checkpoint]
-        decoded = sum(info.decoded_nbytes() for info in infos if info.layout is not None)
-        assert 3e6 < decoded < 5e6
-
-    def test_checks_every_value(self, example):
-        folder, out = example
-        with mxfp4np.Checkpoint(folder) as checkpoint:
-            values = sum(array.size for array in checkpoint.values())
-        assert f"checked {values:,} values" in out
-
-    def test_decoded_file_is_right(self, example):
-        folder, _ = example
-        decoded = mxfp4np.load_file(folder / demo.DECODED)
-        with mxfp4np.Checkpoint(folder) as checkpoint:
-            assert decoded.keys() == set(checkpoint)
-            for name in checkpoint:
-                same_bits(decoded[name], checkpoint.get(name, backend="numpy"))
-
-    def test_pairs_are_split_over_shards(self, example):
-        with mxfp4np.Checkpoint(example[0]) as checkpoint:
-            assert len(checkpoint.files) > 1
-            pairs = [checkpoint.info(name).stored for name in checkpoint if len(checkpoint.info(name).stored) == 2]
-        assert pairs
-        assert all(blocks.file.path != scales.file.path for blocks, scales in pairs)
-
-    def test_next_commands_run_as_printed(self, example, command, tmp_path, monkeypatch):
-        folder, out = example
-        monkeypatch.chdir(tmp_path)
-        ours, _, other = out.partition("Try:\n")[2].partition("and on a real checkpoint")
-        lines = [line.strip() for line in ours.splitlines()]
-        assert [line.split()[:2] for line in lines] == [["mxfp4np", "inspect"], ["mxfp4np", "decode"]]
-        for line in lines:
-            status, printed, err = command(*shlex.split(line)[1:])
-            assert (status, err) == (0, ""), line
-            assert printed
-        name = "model.layers.0.mlp.experts.down_proj"
-        same_bits(np.load("part.npy"), value_of(folder, name, dtype="float32", index=np.s_[3, :64]))
-        assert "mxfp4np inspect path/to/gpt-oss-20b" in other
-
-    @pytest.mark.parametrize("kind", ["folder", "file"])
-    def test_refuses_what_is_not_empty(self, refused, tmp_path, kind):
-        out = tmp_path / "out"
-        (out if kind == "file" else tmp_path / "out" / "precious").parent.mkdir(exist_ok=True)
-        (out if kind == "file" else out / "precious").write_text("mine")
-        message = refused("demo", "--size", "4MB", "--out", out)
-        assert str(out) in message
-        assert "empty" in message
-        if kind == "folder":
-            assert names_in(out) == ["precious"]
-        assert (out if kind == "file" else out / "precious").read_text() == "mine"
-
-    @pytest.mark.parametrize("made", [True, False])
-    def test_json(self, command, tmp_path, made):
-        folder = tmp_path / "new" / "out"
-        if made:
-            folder.mkdir(parents=True)
-        status, out, err = command("demo", "--size", "100kB", "--out", folder, "--json")
-        assert (status, err) == (0, "")
-        report = json.loads(out)
-        assert Path(report["folder"]) == folder
-        assert report["differences"] == []
-        assert report["elements"] > 0
-        assert report["checked"] > report["elements"]
-        assert report["threads"] >= 1
-        for key in ("decode_elements_per_second", "decode_bytes_per_second", "copy_bytes_per_second"):
-            assert report[key] > 0
-        assert report["decode_bytes_per_second"] == pytest.approx(2 * report["decode_elements_per_second"])
-
-    def test_without_out_it_says_where(self, command, tmp_path, monkeypatch):
-        monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-        status, out, _ = command("demo", "--size", "10kB")
-        (folder,) = tmp_path.iterdir()
-        assert status == 0
-        assert f"The checkpoint is in {shlex.quote(str(folder))}," in out
-
-    @pytest.mark.parametrize("size", ["0", "1", "1kB", "1MB"])
-    def test_any_size(self, command, tmp_path, size):
-        status, out, err = command("demo", "--size", size, "--out", tmp_path / "out")
-        assert (status, err) == (0, "")
-        assert "all equal" in out
-
-    def test_same_checkpoint_every_time(self, command, tmp_path):
-        for name in "ab":
-            assert command("demo", "--size", "100kB", "--out", tmp_path / name)[0] == 0
-        files = [sorted(p.relative_to(tmp_path / n) for p in (tmp_path / n).rglob("*.*")) for n in "ab"]
-        assert files[0] == files[1]
-        for file in files[0]:
-            assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
-
-
-class TestDemoCanFail:
-    """A check that always passes is none."""
-
-    @staticmethod
-    def corrupt(path, name):
-        """Flip one bit of the last value of a tensor."""
-        with mxfp4np.Checkpoint(path) as decoded:
-            (place,) = decoded.info(name).stored
-        data = bytearray(path.read_bytes())
-        data[place.offset + place.nbytes - 2] ^= 1
-        path.write_bytes(data)
-
-    @pytest.mark.parametrize("name", ["model.layers.1.mlp.experts.gate_up_proj", "model.norm.weight"])
-    def test_a_changed_byte_is_found(self, command, tmp_path, name):
-        folder = tmp_path / "out"
-        assert command("demo", "--size", "100kB", "--out", folder)[0] == 0
-        done = []
-        with mxfp4np.Checkpoint(folder) as checkpoint, mxfp4np.Checkpoint(folder / demo.DECODED) as decoded:
-            whole = demo._compare(checkpoint, decoded, done.append)
-            assert whole == (sum(array.size for array in checkpoint.values()), [])
-            assert sum(done) == sum(array.nbytes for array in checkpoint.values())
-        self.corrupt(folder / demo.DECODED, name)
-        with mxfp4np.Checkpoint(folder) as checkpoint, mxfp4np.Checkpoint(folder / demo.DECODED) as decoded:
-            checked, differences = demo._compare(checkpoint, decoded, lambda _: None)
-        assert checked == whole[0]
-        assert len(differences) == 1
-        assert differences[0].startswith(name)
-
-    @pytest.mark.parametrize("options", [(), ("--json",)])
-    def test_exit_status(self, command, tmp_path, monkeypatch, options):
-        folder, name = tmp_path / "out", "model.layers.0.mlp.experts.down_proj"
-        measure = demo._measure
-
-        def corrupting(checkpoint, names):
-            self.corrupt(folder / demo.DECODED, name)
-            return measure(checkpoint, names)
-
-        monkeypatch.setattr(demo, "_measure", corrupting)
-        status, out, err = command("demo", "--size", "100kB", "--out", folder, *options)
-        assert (status, err) == (1, "")
-        assert name in out.partition("DIFFERENT")[2] or name in json.loads(out)["differences"][0]
-        assert "all equal" not in out
-
-
-def test_plan_spreads_pairs():
-    shards = demo.plan(64, 3)
-    where = {name: i for i, specs in enumerate(shards) for name in specs}
-    for name, shard in where.items():
-        if name.endswith("_blocks"):
-            assert where[name.removesuffix("_blocks") + "_scales"] == (shard + 1) % 3
-    for specs in shards:
-        assert list(specs.values()) == sorted(specs.values(), key=lambda spec: spec[0])
-
-
-@pytest.mark.parametrize("size", [10**6, 10**7, 10**8, 10**9, 10**10])
-def test_shape_for(size):
-    width, layers = demo.shape_for(size)
-    assert width % 32 == 0
-    assert layers >= 2
-    assert 2 * layers * 3 * demo.EXPERTS * width**2 == pytest.approx(size, rel=0.4)
-
-
-def test_shapes_grow():
-    sizes = [layers * width**2 for width, layers in map(demo.shape_for, range(10**6, 10**8, 10**6))]
-    assert all(smaller <= 1.5 * larger for smaller, larger in pairwise(sizes))
 
 
 def test_sample_of_this_file_is_valid(tmp_path):

@@ -85,7 +85,7 @@ print(cpu.instruction_set())
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_of_machine_code_is_exact(form):
+def test_every_form_of_instruction_set_is_exact(form):
     environment, needed, expected = FORMS[form]
     _, _, features = cpu_target.target_context.codegen().magic_tuple()
     if needed is not None and (platform.machine() not in ("x86_64", "AMD64") or needed not in features):

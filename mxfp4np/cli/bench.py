@@ -1,21 +1,13 @@
-"""How fast this machine decodes, beside what its memory allows: the measurements of ``mxfp4np bench``.
+"""What ``mxfp4np bench`` measures: how fast this machine decodes, beside the limits that its memory sets.
 
-Runs that are to be compared are made in turn, round by round, so that what else a machine does falls on all of them
-alike; a share is the median of the rounds' own ratios. Rates count bytes of output.
+Rates count bytes of output. The share of a limit that decoding reached is the median of the ratios of each round.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import math
-import platform
-import re
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
@@ -23,46 +15,42 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import __version__
 from ..array import MXFP4Array
 from ..backends import get_backend
-from ..backends.cpu.driver import instruction_set, stream
-from ..backends.memory import address_of, aligned_empty
-from ..backends.threads import default_num_threads, parallel_for, usable_cpus
+from ..backends.cpu.driver import stream
+from ..backends.memory import aligned_empty
+from ..backends.threads import default_num_threads
 from ..checkpoint import Checkpoint
 from ..errors import CheckpointError
 from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, decoded_dtype
-from .demo import ProgressBar
-from .report import count, format_bytes, rows
+from ..text import align, count, format_bytes
+from .progress import ProgressBar
+from .report import rows
+from .timing import Run, available_memory, describe, fill, in_turn, machine
 
 ROUNDS: Final = 9
 SECONDS: Final = 4.0
-"""Rounds for each dtype, and seconds for all dtypes after which three rounds are enough."""
-
-FILL_BYTES: Final = 16 << 20
-"""What a thread fills at a time: as much as it decodes."""
+"""Rounds for each dtype, and the seconds for all dtypes together after which three rounds are enough."""
 
 TIMES_ON_DEVICE: Final = 8
-"""How often a device does what is timed, so that it does not wait for the host in between."""
+"""How often a device repeats what is timed, so that it does not wait for the host in between."""
 
 PINNED_BYTES: Final = 64 << 20
-"""What is copied from pinned memory to a device at a time."""
+"""Bytes that are copied from pinned memory to a device at a time."""
 
 ROW_BLOCKS: Final = 90
 """Blocks in a row of random data: 2880 values, as in gpt-oss."""
 
-Run = Callable[[], object]
-
 
 @dataclass
 class Source:
-    """Packed arrays, and for each a function that decodes it, which takes ``dtype``, ``out`` and ``num_threads``."""
+    """Packed arrays to be decoded."""
 
     what: str
+    """A description."""
     arrays: list[MXFP4Array]
-    decoders: list[Callable[..., NDArray[Any]]]
     names: list[str] = field(default_factory=list)
-    """Of the arrays, if they are tensors of a checkpoint."""
+    """Names of the arrays, if they are tensors of a checkpoint."""
 
     @property
     def size(self) -> int:
@@ -72,15 +60,17 @@ class Source:
 
 @dataclass
 class Row:
-    """The rounds of one kind of run."""
+    """One kind of run, timed in several rounds."""
 
     dtype: str
     what: str
+    """Name of the run."""
     nbytes: int
-    """Of output."""
+    """Bytes of output."""
     seconds: list[float]
+    """Of each round."""
     decoding: Row | None = None
-    """What this is a limit of."""
+    """The row that this is a limit of, None for a way of decoding."""
 
     @property
     def rates(self) -> list[float]:
@@ -125,7 +115,7 @@ class Result:
     source: Source
     threads: int
     device: str
-    asked: int
+    size: int
     """Bytes of bfloat16 that were asked for."""
     rows: list[Row]
 
@@ -149,19 +139,15 @@ class Result:
             yield f"{self.device}: {_Device(self.device).name}"
         rounds = max(len(row.seconds) for row in self.rows)
         yield f"{self.source.what}: {format_bytes(size)} of bfloat16; {threads}, medians of {rounds} rounds in turn"
-        if size < 0.9 * self.asked:
-            yield f"less than the {format_bytes(self.asked)} asked for: there is no more, or no memory for more"
+        if size < 0.9 * self.size:
+            yield f"less than the {format_bytes(self.size)} asked for: there is no more, or no memory for more"
         yield ""
-        table = [("OUTPUT", "RUN", "GB/S", "SPREAD", "G VALUES/S", "REACHED"), *(row.cells() for row in self.rows)]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        for cells in table:
-            left = [cell.ljust(width) for cell, width in zip(cells[:2], widths[:2], strict=True)]
-            right = [cell.rjust(width) for cell, width in zip(cells[2:], widths[2:], strict=True)]
-            yield "  ".join([*left, *right]).rstrip()
+        header = ("OUTPUT", "RUN", "GB/S", "SPREAD", "G VALUES/S", "REACHED")
+        yield from align([header, *(row.cells() for row in self.rows)], left=2)
         yield ""
-        yield "GB/s of output. Under each way of decoding: its limits, and the share of them that it reached."
+        yield "GB/s of output. Below each way of decoding: its limits, and the share of them that it reached."
         if self.device == "cpu":
-            yield "stream: load the same packed bytes, store as many of output, past the cache, and decode nothing."
+            yield "stream: load the same packed bytes, store the output past the cache, and decode nothing."
         else:
             yield "copy: move as many bytes within the device; pinned memory: the packed bytes to the device."
 
@@ -176,57 +162,44 @@ def run(
     device: str,
     bar: ProgressBar,
 ) -> Result:
-    """Measure decoding, and its limits.
+    """Measure decoding to several dtypes, and its limits.
 
     Parameters
     ----------
     path : path, optional
         A checkpoint: its largest packed tensors are decoded, from the mapped files. Random data by default.
-    layout : str, optional
-        As for `mxfp4np.Checkpoint`.
     size : int
         Bytes of bfloat16 to decode; fewer where the checkpoint or free memory is smaller.
-    dtypes : sequence of str
-        What to decode to.
-    threads : int, optional
-        At most this many.
-    device : str
-        Where to decode.
+    layout, threads, device
+        As for `mxfp4np.Checkpoint` and its `get`.
     bar : callable
-        As for `mxfp4np.demo.run`.
-
-    Raises
-    ------
-    BackendUnavailableError
-        If the device needs what is not installed.
-    CheckpointError
-        If the checkpoint has no packed tensors.
+        ``bar(total, what)`` shows progress: see `byte_bar`.
     """
     threads = threads or default_num_threads()
     memory = available_memory() if device == "cpu" else min(available_memory(), _Device(device).free)
-    # Half of what is free is for the packed bytes, the output, and another one while new ones are measured.
+    # Half of the free memory holds the packed bytes, the output, and a second output while new ones are measured.
     value_bytes = (BYTES_PER_BLOCK + 1) / BLOCK_SIZE + 2 * max(decoded_dtype(dtype).itemsize for dtype in dtypes)
     values = memory / 2 / value_bytes
     room = int(min(size, 2 * values))
+
     if path is None:
-        source = random_source(room, device)
+        source = random_source(room)
         return Result(source, threads, device, size, measure(source, dtypes, threads, device, bar))
-    with Checkpoint(path, device, layout=layout) as checkpoint:
+    with Checkpoint(path, layout=layout) as checkpoint:
         source = checkpoint_source(checkpoint, room)
         return Result(source, threads, device, size, measure(source, dtypes, threads, device, bar))
 
 
-def random_source(size: int, device: str = "cpu") -> Source:
-    """Return random codes and scales that decode to about so many bytes of bfloat16, but to one row at least."""
+def random_source(size: int) -> Source:
+    """Return random codes and scales that decode to about ``size`` bytes of bfloat16, but to one row at least."""
     rng = np.random.default_rng(0)
     shape = max(1, size // (2 * BLOCK_SIZE * ROW_BLOCKS)), ROW_BLOCKS
     blocks = rng.integers(0, 256, (*shape, BYTES_PER_BLOCK), np.uint8)
-    array = MXFP4Array(blocks, rng.integers(118, 126, shape, np.uint8))
-    return Source("random data in memory", [array], [partial(array.decode, device=device)])
+    return Source("random data in memory", [MXFP4Array(blocks, rng.integers(118, 126, shape, np.uint8))])
 
 
 def checkpoint_source(checkpoint: Checkpoint, size: int) -> Source:
-    """Return the largest packed tensors that decode to at most so many bytes of bfloat16; part of one if none does."""
+    """Return the largest packed tensors that decode to at most ``size`` bytes of bfloat16, or a part of one."""
     packed = [row.info for row in rows(checkpoint) if row.info is not None and row.info.layout and row.info.nbytes]
     if not packed:
         raise CheckpointError(
@@ -239,61 +212,51 @@ def checkpoint_source(checkpoint: Checkpoint, size: int) -> Source:
             names.append(info.name)
             left -= info.decoded_nbytes()
     if names:
-        arrays = [checkpoint.packed(name) for name in names]
         what = f"{len(names)} of {len(packed)} packed tensors"
-        return Source(what, arrays, [partial(checkpoint.get, name) for name in names], names)
+        return Source(what, [checkpoint.packed(name) for name in names], names)
     name = packed[0].name
-    index, array = next(checkpoint.packed(name).chunks(max(size, 2 * BLOCK_SIZE)))
-    what = f"part of 1 of {len(packed)} packed tensors"
-    return Source(what, [array], [partial(checkpoint.get, name, index=index)], [name])
+    _, array = next(checkpoint.packed(name).chunks(max(size, 2 * BLOCK_SIZE)))
+    return Source(f"part of 1 of {len(packed)} packed tensors", [array], [name])
 
 
 def measure(source: Source, dtypes: Sequence[str], threads: int, device: str, bar: ProgressBar) -> list[Row]:
-    """Return rows for each dtype: ways of decoding, each before its limits."""
+    """Return rows for each dtype: ways of decoding, each followed by its limits."""
     found: list[Row] = []
     sizes = {dtype: decoded_dtype(dtype).itemsize * source.size for dtype in dtypes}
     memory = get_backend(device=device).empty((max(sizes.values()),), np.dtype(np.uint8))
     runs_of, times = (_runs, 1) if device == "cpu" else (_runs_on_device, TIMES_ON_DEVICE)
     with bar(sum(sizes.values()), "measuring") as progress:
         for dtype, nbytes in sizes.items():
-            runs = runs_of(source, memory[:nbytes], dtype, threads)
-            found += _measure(runs, dtype, times * nbytes, SECONDS / len(dtypes))
+            runs, decoding = runs_of(source, memory[:nbytes], dtype, threads), None
+            timed = in_turn(list(runs.values()), ROUNDS, SECONDS / len(dtypes))
+            for name, seconds in zip(runs, timed, strict=True):
+                if name.startswith("decode"):
+                    decoding = Row(dtype, name, times * nbytes, seconds)
+                    found.append(decoding)
+                else:
+                    found.append(Row(dtype, name, times * nbytes, seconds, decoding))
             progress(nbytes)
     return found
 
 
-def _measure(runs: dict[str, Run], dtype: str, nbytes: int, budget: float) -> list[Row]:
-    found: list[Row] = []
-    decoding = None
-    for name, seconds in zip(runs, in_turn(list(runs.values()), ROUNDS, budget), strict=True):
-        is_limit = not name.startswith("decode")
-        found.append(Row(dtype, name, nbytes, seconds, decoding if is_limit else None))
-        decoding = decoding if is_limit else found[-1]
-    return found
-
-
 def _runs(source: Source, memory: NDArray[np.uint8], dtype: str, threads: int) -> dict[str, Run]:
-    """Return what is run in each round, limits behind what they are limits of."""
+    """Return what is run in each round: ways of decoding, each followed by its limits."""
     outs = _outputs(source, memory, dtype)
 
-    def decode_all() -> None:
-        for decoder, out in zip(source.decoders, outs, strict=True):
-            decoder(dtype=dtype, out=out, num_threads=threads)
+    def decode_new() -> None:
+        for array in source.arrays:
+            array.decode(dtype, num_threads=threads)
 
     def stream_all() -> None:
         for array, out in zip(source.arrays, outs, strict=True):
             stream(array.blocks, array.scales, out, num_threads=threads)
-
-    def decode_new() -> None:
-        for decoder in source.decoders:
-            decoder(dtype=dtype, num_threads=threads)
 
     def fill_new() -> None:
         for out in outs:
             fill(aligned_empty(out.shape, out.dtype), threads)
 
     return {
-        "decode, from the file" if source.names else "decode": decode_all,
+        "decode, from the file" if source.names else "decode": partial(_decode, source.arrays, outs, threads),
         "stream": stream_all,
         "memset": lambda: fill(memory, threads),
         "decode, new output": decode_new,
@@ -302,33 +265,31 @@ def _runs(source: Source, memory: NDArray[np.uint8], dtype: str, threads: int) -
 
 
 def _runs_on_device(source: Source, memory: Any, dtype: str, threads: int) -> dict[str, Run]:
-    """Return what is run in each round on a CUDA device: from packed bytes that are there, and from those elsewhere."""
+    """Return what is run in each round on a CUDA device: packed bytes are there, or in the file or on the host."""
     device = _Device(f"cuda:{memory.device.id}")
     outs = _outputs(source, memory, dtype)
     packed = sum(array.nbytes for array in source.arrays)
     there = [array.replace(device.copied(array.blocks), device.copied(array.scales)) for array in source.arrays]
-
-    def decode_there() -> None:
-        for array, out in zip(there, outs, strict=True):
-            array.decode(out=out)
-
-    def decode_all() -> None:
-        for decoder, out in zip(source.decoders, outs, strict=True):
-            decoder(dtype=dtype, out=out, num_threads=threads)
-
     return {
-        "decode": device.finishing(decode_there),
+        "decode": device.finishing(partial(_decode, there, outs, threads)),
         "copy": device.finishing(device.copying((packed + memory.nbytes) // 2)),
-        f"decode, from the {'file' if source.names else 'host'}": device.finishing(decode_all),
+        f"decode, from the {'file' if source.names else 'host'}": device.finishing(
+            partial(_decode, source.arrays, outs, threads)
+        ),
         "pinned memory": device.finishing(device.copying_pinned(packed)),
     }
 
 
+def _decode(arrays: list[MXFP4Array], outs: list[Any], threads: int) -> None:
+    for array, out in zip(arrays, outs, strict=True):
+        array.decode(out=out, num_threads=threads)
+
+
 class _Device:
-    """A CUDA device, and the copies that are the limits of decoding there."""
+    """A CUDA device, and the copies that limit how fast it decodes."""
 
     def __init__(self, device: str) -> None:
-        get_backend(device=device)  # says what is missing
+        get_backend(device=device)  # raises an error that says what is missing
         import cupy
 
         self._cupy, self._device = cupy, cupy.cuda.Device(int(device.partition(":")[2] or cupy.cuda.Device().id))
@@ -341,13 +302,13 @@ class _Device:
             return self._cupy.asarray(array)
 
     def copying(self, nbytes: int) -> Run:
-        """Return a function that copies so many bytes within the memory of the device."""
+        """Return a function that copies ``nbytes`` within the memory of the device."""
         with self._device:
             source, target = (self._cupy.zeros(nbytes, np.uint8) for _ in range(2))
         return lambda: target.data.copy_from_device_async(source.data, nbytes)
 
     def copying_pinned(self, nbytes: int) -> Run:
-        """Return a function that copies so many bytes from pinned memory to the device."""
+        """Return a function that copies ``nbytes`` from pinned memory to the device."""
         size = min(nbytes, PINNED_BYTES)
         with self._device:
             source = np.frombuffer(self._cupy.cuda.alloc_pinned_memory(size), np.uint8, size)
@@ -361,7 +322,7 @@ class _Device:
         return copy
 
     def finishing(self, run: Run) -> Run:
-        """Return a function that runs another there, as often as counts, and waits until the device is done."""
+        """Return a function that repeats a run `TIMES_ON_DEVICE` times, and waits until the device is done."""
 
         def finish() -> None:
             with self._device:
@@ -380,81 +341,3 @@ def _outputs(source: Source, memory: Any, dtype: str) -> list[Any]:
         outs.append(memory[begin : begin + nbytes].view(decoded_dtype(dtype)).reshape(array.shape))
         begin += nbytes
     return outs
-
-
-def in_turn(
-    runs: Sequence[Run], rounds: int, budget: float = math.inf, before: Run = lambda: None
-) -> list[list[float]]:
-    """Make each run once a round, and return the seconds that each took in each round.
-
-    Parameters
-    ----------
-    runs : sequence of callable
-        What to time. A round that is not counted goes ahead, to compile and to touch memory.
-    rounds : int
-        How many rounds, at most.
-    budget : float
-        Seconds after which three rounds are enough.
-    before : callable
-        Called before each run.
-    """
-    found: list[list[float]] = [[] for _ in runs]
-    begin = time.perf_counter()
-    for i in range(rounds + 1):
-        if i > 3 and time.perf_counter() - begin > budget:
-            break
-        for run, seconds in zip(runs, found, strict=True):
-            before()
-            seconds.append(seconds_of(run))
-    return [seconds[1:] for seconds in found]
-
-
-def seconds_of(run: Run) -> float:
-    """Return the seconds that a run takes, without those of letting go of what it returns."""
-    begin = time.perf_counter()
-    result = run()
-    seconds = time.perf_counter() - begin
-    del result
-    return seconds
-
-
-def fill(array: NDArray[Any], threads: int) -> None:
-    """Fill a contiguous array with ``memset``, in several threads."""
-    address = address_of(array)
-    parallel_for(lambda i, j: ctypes.memset(address + i, 1, j - i), array.nbytes, FILL_BYTES, threads)
-
-
-def available_memory(root: str = "/") -> float:
-    """Return the bytes of memory that this process may still use, infinity where the system does not tell."""
-    found = [math.inf]
-    with contextlib.suppress(OSError):
-        text = Path(root, "proc/meminfo").read_text()
-        found += [1024 * int(kilobytes) for kilobytes in re.findall(r"MemAvailable:\s*(\d+) kB", text)]
-    with contextlib.suppress(OSError, ValueError):  # the group's limit, or "max"
-        group = Path(root, "sys/fs/cgroup")
-        limit, used = (int((group / f"memory.{what}").read_text()) for what in ("max", "current"))
-        found.append(max(0, limit - used))
-    return min(found)
-
-
-def machine(*packages: str) -> dict[str, Any]:
-    """Return the processor, how many CPUs this process may use, the form of the machine code, and versions."""
-    found = {"python": platform.python_version()}
-    for package in ("mxfp4np", "numpy", "numba", *packages):
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package) if package != "mxfp4np" else __version__
-    return {"cpu": _processor(), "cpus": usable_cpus(), "code": instruction_set(), "versions": found}
-
-
-def describe(machine: dict[str, Any]) -> str:
-    """Return what `machine` found in a line."""
-    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
-    return f"{machine['cpu']}, {count(machine['cpus'], 'CPU')}, {machine['code']} code; {versions}"
-
-
-def _processor() -> str:
-    try:
-        model = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        model = None
-    return model[1].strip() if model else platform.processor() or platform.machine()

@@ -1,4 +1,4 @@
-"""The built-in example: a random checkpoint shaped like gpt-oss, written, inspected, decoded, and checked in full."""
+"""What ``mxfp4np demo`` does: write, inspect, decode and check a random checkpoint shaped like gpt-oss."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import json
 import math
 import shlex
 import tempfile
-import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -20,20 +18,24 @@ from numpy.typing import NDArray
 from ..backends.memory import aligned_empty
 from ..backends.threads import default_num_threads
 from ..checkpoint import Checkpoint
+from ..files import save_file
 from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, dtype_named
-from ..selection import Selection
-from ..shapes import split
-from ..storage.writer import write_safetensors
-from .report import collapse, count, escape, format_bytes, rows, table_lines
+from ..storage.dtypes import nbytes_of
+from ..text import count, escape, format_bytes
+from .decode import Selection
+from .progress import ProgressBar
+from .report import collapse, rows, table_lines
+from .timing import in_turn
 
 EXPERTS: Final = 8
 MAX_WIDTH: Final = 1440
-PIECE_BYTES: Final = 8 << 20
-REPEATS: Final = 5
+CHUNK_BYTES: Final = 8 << 20
+"""Decoded bytes that are checked at a time."""
+
+ROUNDS: Final = 5
 
 DECODED: Final = "decoded/model.safetensors"
 
-ProgressBar = Callable[[int, str], AbstractContextManager[Callable[[int], object]]]
 Specs = dict[str, tuple[str, tuple[int, ...]]]
 
 
@@ -46,12 +48,14 @@ class Result:
     elements: int
     """Values of all packed tensors."""
     decode_seconds: float
-    """To decode them all once into memory that is in use already; the median of several runs."""
+    """To decode all of them into reused memory; the median of several runs."""
     copy_seconds: float
-    """To copy as many bfloat16 bytes with NumPy, in one thread."""
+    """To copy as many bytes of bfloat16 with NumPy, in one thread."""
     threads: int
     checked: int
+    """Values that were compared with the reference."""
     differences: list[str] = field(default_factory=list)
+    """Names and indices of the chunks that differ from it."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the figures as plain objects."""
@@ -91,12 +95,12 @@ class Result:
 
 
 def prepare(folder: Path | None) -> Path:
-    """Return the folder to write to, made if need be.
+    """Return the folder to write to, and make it if it does not exist.
 
     Raises
     ------
     ValueError
-        If it holds something already.
+        If it is not empty.
     """
     if folder is None:
         return Path(tempfile.mkdtemp(prefix="mxfp4np-demo-"))
@@ -114,9 +118,9 @@ def run(folder: Path, size: int, bar: ProgressBar) -> Result:
     folder : Path
         Empty.
     size : int
-        Wanted bytes of the packed tensors, decoded to bfloat16.
+        Bytes of the packed tensors, decoded to bfloat16, about.
     bar : callable
-        ``bar(total, what)`` is a context manager that gives a function to call with the bytes done since the last call.
+        ``bar(total, what)`` shows progress: see `byte_bar`.
     """
     shards = plan(*shape_for(size))
     with bar(sum(map(_nbytes, shards)), "writing") as progress:
@@ -152,7 +156,7 @@ def shape_for(size: int) -> tuple[int, int]:
 
 
 def plan(width: int, layers: int) -> list[Specs]:
-    """Return the tensors of each shard: there is one for each layer, with its blocks; its scales are in the next."""
+    """Return the tensors of each shard: one for each layer, whose packed scales are in the shard of the next layer."""
     shards: list[Specs] = [{} for _ in range(layers)]
     shards[0]["model.embed_tokens.weight"] = ("BF16", (1024, width))
     shards[-1]["model.norm.weight"] = ("BF16", (width,))
@@ -170,62 +174,57 @@ def plan(width: int, layers: int) -> list[Specs]:
 
 
 def _write(folder: Path, shards: list[Specs], progress: Callable[[int], object]) -> None:
-    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     rng = np.random.default_rng(0)
-    for name, specs in zip(names, shards, strict=True):
-        write_safetensors(folder / name, specs, _random_data(specs, rng, progress), {"format": "pt"})
-    weight_map = {tensor: name for name, specs in zip(names, shards, strict=True) for tensor in specs}
+    weight_map = {}
+    for i, specs in enumerate(shards, 1):
+        file = f"model-{i:05}-of-{len(shards):05}.safetensors"
+        tensors = {name: _random(name, *spec, rng) for name, spec in specs.items()}
+        save_file(tensors, folder / file, {"format": "pt"})
+        weight_map.update(dict.fromkeys(specs, file))
+        progress(_nbytes(specs))
     index = {"metadata": {"total_size": sum(map(_nbytes, shards))}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     config = {"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}}
     (folder / "config.json").write_text(json.dumps(config, indent=1))
 
 
-def _random_data(specs: Specs, rng: np.random.Generator, progress: Callable[[int], object]) -> Iterator[NDArray[Any]]:
-    for name, (dtype, shape) in specs.items():
-        for index in split(shape, 4, PIECE_BYTES):
-            part = tuple(len(range(*i.indices(n))) for i, n in zip(index, shape, strict=False) if isinstance(i, slice))
-            if dtype == "BF16":
-                piece: NDArray[Any] = rng.standard_normal(part, np.float32).astype(dtype_named("bfloat16"))
-            elif name.endswith("_scales"):
-                piece = rng.integers(118, 126, part, np.uint8)  # 2**-9 to 2**-2, as in trained weights
-            else:
-                piece = rng.integers(0, 256, part, np.uint8)
-            yield piece
-            progress(piece.nbytes)
+def _random(name: str, dtype: str, shape: tuple[int, ...], rng: np.random.Generator) -> NDArray[Any]:
+    if dtype == "BF16":
+        return rng.standard_normal(shape, np.float32).astype(dtype_named("bfloat16"))
+    low, high = (118, 126) if name.endswith("_scales") else (0, 256)  # 2**-9 to 2**-2, as in trained weights
+    return rng.integers(low, high, shape, np.uint8)
 
 
 def _nbytes(specs: Specs) -> int:
-    return sum(math.prod(shape) * (2 if dtype == "BF16" else 1) for dtype, shape in specs.values())
+    return sum(nbytes_of(dtype, shape) for dtype, shape in specs.values())
 
 
 def _measure(checkpoint: Checkpoint, names: list[str]) -> tuple[float, float]:
-    """Return the median seconds to decode all tensors, and to copy as many bytes, in turn and into memory in use."""
+    """Return the median seconds to decode all tensors, and to copy as many bytes, into memory that is reused."""
     sizes = {name: checkpoint.info(name).decoded_nbytes() for name in names}
     memory, source = (aligned_empty((max(sizes.values()),), np.dtype("uint8")) for _ in range(2))
-    memory[:] = source[:] = 0
     outs = {name: memory[: sizes[name]].view(dtype_named("bfloat16")) for name in names}
     outs = {name: out.reshape(checkpoint.info(name).shape) for name, out in outs.items()}
-    decode, copy = [], []
-    for _ in range(REPEATS):
-        times = [time.perf_counter()]
+
+    def decode() -> None:
         for name in names:
             checkpoint.get(name, out=outs[name])
-        times.append(time.perf_counter())
-        for name in names:
-            np.copyto(memory[: sizes[name]], source[: sizes[name]])
-        times.append(time.perf_counter())
-        decode.append(times[1] - times[0])
-        copy.append(times[2] - times[1])
-    return median(decode), median(copy)
+
+    def copy() -> None:
+        for size in sizes.values():
+            np.copyto(memory[:size], source[:size])
+
+    source[:] = 0
+    decoding, copying = in_turn([decode, copy], ROUNDS)
+    return median(decoding), median(copying)
 
 
 def _compare(checkpoint: Checkpoint, decoded: Checkpoint, progress: Callable[[int], object]) -> tuple[int, list[str]]:
-    """Compare all of ``decoded`` with what the reference decodes; return the count of values, and the misfits."""
+    """Compare ``decoded`` with what the reference decodes; return the number of values, and which chunks differ."""
     checked, differences = 0, []
     for name in checkpoint:
         actual = decoded[name]
-        for index, expected in checkpoint.chunks(name, PIECE_BYTES, backend="numpy"):
+        for index, expected in checkpoint.chunks(name, CHUNK_BYTES, backend="numpy"):
             checked += expected.size
             if expected.tobytes() != actual[index].tobytes():
                 differences.append(f"{name}[{index}]")

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, in rows and histograms, for people and for scripts."""
+"""What ``mxfp4np inspect`` shows: the tensors of a checkpoint in a table, and histograms of packed ones."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -17,9 +16,11 @@ from ..checkpoint import Checkpoint
 from ..errors import CheckpointError, LayoutError
 from ..format import FP4_VALUES, SCALE_BIAS, SCALE_NAN
 from ..info import TensorInfo
+from ..selection import select
+from ..text import align, count, escape, format_bytes
 
 STATS_BYTES: Final = 4 << 20
-"""Packed bytes looked at together; counting takes about eight times as much memory."""
+"""Packed bytes that are counted at a time; counting takes about eight times as much memory."""
 
 _NUMBER: Final = re.compile(r"(?<![^.])\d+(?![^.])")
 
@@ -51,14 +52,14 @@ class Stats:
     def add(self, array: MXFP4Array, progress: Callable[[int], object] = lambda _: None) -> None:
         """Count the blocks of a packed array.
 
-        ``progress`` is called with the number of packed bytes looked at since the last call.
+        ``progress`` is called with the number of packed bytes counted since the last call.
         """
-        for _, part in array.chunks(4 * STATS_BYTES):
-            self.bytes_ += np.bincount(part.blocks.reshape(-1), minlength=256)
-            self.scales += np.bincount(part.scales.reshape(-1), minlength=256)
-            zero = ~(part.blocks & 0x77).any(axis=-1) & (part.scales != SCALE_NAN)
+        for _, chunk in array.chunks(4 * STATS_BYTES):
+            self.bytes_ += np.bincount(chunk.blocks.reshape(-1), minlength=256)
+            self.scales += np.bincount(chunk.scales.reshape(-1), minlength=256)
+            zero = ~(chunk.blocks & 0x77).any(axis=-1) & (chunk.scales != SCALE_NAN)
             self.zero_blocks += int(np.count_nonzero(zero))
-            progress(part.nbytes)
+            progress(chunk.nbytes)
 
     @classmethod
     def merged(cls, several: Iterable[Stats]) -> Stats:
@@ -112,12 +113,11 @@ def _bar(what: str, label: str, count: int, total: int) -> str:
 def rows(checkpoint: Checkpoint, pattern: str = "*") -> list[Row]:
     """Return a row for each logical tensor whose name matches a shell-style pattern."""
     found = []
-    for name in checkpoint:
-        if fnmatchcase(name, pattern):
-            try:
-                found.append(Row(name, checkpoint.info(name), None))
-            except (CheckpointError, LayoutError) as error:
-                found.append(Row(name, None, str(error)))
+    for name in select(checkpoint, pattern):
+        try:
+            found.append(Row(name, checkpoint.info(name), None))
+        except (CheckpointError, LayoutError) as error:
+            found.append(Row(name, None, str(error)))
     return found
 
 
@@ -146,14 +146,13 @@ def table_lines(groups: dict[tuple[Any, ...], list[Row]]) -> list[str]:
         stored, decoded = stored + sizes[0], decoded + sizes[1]
         shape = "x".join(map(str, info.shape)) or "scalar"
         lines.append((name, times, shape, info.dtype, info.layout or "-", *map(format_bytes, sizes)))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     summary = f"{count(total, 'tensor')}, {packed:,} of them MXFP4: {format_bytes(stored)} stored, "
-    return [*text, *problems, *_reasons(groups), summary + f"{format_bytes(decoded)} with MXFP4 decoded to bfloat16"]
+    summary += f"{format_bytes(decoded)} with MXFP4 decoded to bfloat16"
+    return [*align(lines), *problems, *_reasons(groups), summary]
 
 
 def _reasons(groups: dict[tuple[Any, ...], list[Row]]) -> list[str]:
-    """Say why each layout was chosen, in one line for each way it was."""
+    """Return a line for each layout and each reason it was chosen for."""
     infos = (row.info for group in groups.values() for row in group if row.info is not None and row.info.layout)
     pairs = dict.fromkeys((info.layout, info.reason) for info in infos)
     return [escape(f"layout {layout}: {reason}") for layout, reason in pairs]
@@ -196,28 +195,3 @@ def _info(row: Row) -> TensorInfo:
     if row.info is None:
         raise AssertionError("rows of one kind are all whole or all broken")
     return row.info
-
-
-def escape(text: str) -> str:
-    """Return the text with everything a terminal would not print as such spelled out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def format_bytes(count: float) -> str:
-    """Return a size in decimal units.
-
-    Examples
-    --------
-    >>> format_bytes(1_560_000_000_000)
-    '1.56 TB'
-    """
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.5:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
-
-
-def count(number: int, what: str) -> str:
-    """Return for instance ``"1 shard"`` or ``"1,234 shards"``."""
-    return f"{number:,} {what}" + ("" if number == 1 else "s")

@@ -1,109 +1,73 @@
-"""Convert a checkpoint into an ordinary one: packed tensors decoded, all else as it is, config.json to match."""
+"""Convert a checkpoint into an ordinary one: packed tensors are decoded, all others copied, config.json adapted."""
 
 from __future__ import annotations
 
 import json
-import os
-import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import DTypeLike
 
+from ..array import MXFP4Array
 from ..backends import as_numpy
+from ..backends.memory import aligned_empty
 from ..checkpoint import Checkpoint
-from ..cli.report import count, escape
-from ..errors import CheckpointError
-from ..format import decoded_dtype
-from ..info import TensorInfo
-from ..layouts.table import LAYOUTS, METADATA
-from ..layouts.table import wants_transpose as is_turned
+from ..format import BYTES_PER_BLOCK, decoded_dtype
+from ..layouts.table import LAYOUTS, wants_transpose
 from ..selection import patterns, select
 from ..shapes import swapped
 from ..storage.discover import PathLike
 from ..storage.dtypes import DTYPES, SAFETENSORS_DTYPES
-from .plan import MAX_SHARD_SIZE, RECORD, Item, Output, Pieces, Plan, Progress, Run, Scratch, Task, make_shards
+from ..text import count, escape
+from .config import decoded_config, folder_beside, small_files
+from .plan import MAX_SHARD_SIZE, Chunks, Copied, Item, Output, Plan, Task, make_shards
+from .run import Run, run_plan
 from .verify import Verification, compare, count_overflow
+from .workers import Progress
 
-PIECE_BYTES: Final = 32 << 20
+CHUNK_BYTES: Final = 32 << 20
 """Decoded bytes that a thread has in memory at a time. One expert of gpt-oss-20b fits, and can be transposed whole."""
 
-WEIGHTS: Final = (".safetensors", ".uqff", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx")
-"""Endings of files that hold weights, which are not copied."""
 
-QUANTIZATION_KEYS: Final = ("quantization_config", "quantization")
-"""What says in a config.json how weights are packed; the second one is mlx's."""
-
-STALE: Final = frozenset(
-    {"dtypes.json"} | {says.source for layout in LAYOUTS for says in layout.evidence} - {METADATA, "config.json"}
-)
-"""Files that describe packed tensors."""
-
-
-@dataclass(frozen=True, slots=True)
-class Single:
-    """A tensor that becomes one tensor of the same name."""
-
-    output: Output
-
-    @property
-    def name(self) -> str:
-        """Of the tensor."""
-        return self.output.name
-
-    @property
-    def outputs(self) -> tuple[Output, ...]:
-        """The one tensor."""
-        return (self.output,)
-
-
-@dataclass(frozen=True, slots=True)
-class Decoded(Single):
+@dataclass(frozen=True)
+class Decoded(Item):
     """A packed tensor to be decoded."""
 
     transpose: bool
 
-    def pieces(self, checkpoint: Checkpoint, scratch: Scratch) -> Pieces:
-        """Yield the values; return how many of them are infinite, which MXFP4 has no code for."""
-        dtype, begin, overflow = decoded_dtype(DTYPES[self.output.dtype][1]), 0, 0
-        parts = checkpoint.pieces(self.name, PIECE_BYTES, dtype=dtype, transpose=self.transpose)
-        for _, part in parts:
-            shape = swapped(part.shape) if self.transpose else part.shape
-            out = scratch.empty(shape, dtype)
+    def chunks(self, checkpoint: Checkpoint) -> Chunks:
+        """Yield the values; return how many overflowed to infinity, which MXFP4 has no code for."""
+        dtype, begin, overflow, memory = decoded_dtype(DTYPES[self.outputs[0].dtype][1]), 0, 0, None
+        for _, packed in checkpoint.pieces(self.name, CHUNK_BYTES, dtype=dtype, transpose=self.transpose):
+            if memory is None:  # no other chunk is larger than the first
+                memory = aligned_empty((packed.size,), dtype)
+            out = memory[: packed.size].reshape(swapped(packed.shape) if self.transpose else packed.shape)
             if checkpoint.device == "cpu":
-                part.decode(out=out, transpose=self.transpose, num_threads=1)
+                packed.decode(out=out, transpose=self.transpose, num_threads=1)
             else:
-                as_numpy(part.decode(dtype, transpose=self.transpose, device=checkpoint.device, num_threads=1), out)
-            overflow += count_overflow(part, out)
+                values = packed.decode(dtype, transpose=self.transpose, device=checkpoint.device, num_threads=1)
+                as_numpy(values, out)
+            overflow += count_overflow(packed, out)
             yield 0, begin, out
             begin += out.nbytes
         return overflow
 
 
-@dataclass(frozen=True, slots=True)
-class Copied(Single):
-    """A tensor that stays as it is."""
-
-    def pieces(self, checkpoint: Checkpoint, scratch: Scratch) -> Pieces:  # noqa: ARG002
-        """Yield its bytes."""
-        begin = 0
-        for _, part in checkpoint.pieces(self.name, PIECE_BYTES):
-            yield 0, begin, np.ascontiguousarray(part)
-            begin += part.nbytes
-
-
-def copied(info: TensorInfo) -> Copied:
-    """Return the item of a tensor that stays as it is; what has no dtype in safetensors, as in GGUF, becomes bytes."""
-    return Copied(Output(info.name, info.dtype if info.dtype in DTYPES else "U8", info.shape))
+def _warm_up(dtype: str, device: str, orders: Iterable[str], transposes: Iterable[bool]) -> None:
+    """Decode one block in each way that `Decoded` does."""
+    for order, transpose in product(orders, transposes):
+        block = MXFP4Array(np.zeros((1, 1, BYTES_PER_BLOCK), np.uint8), np.zeros((1, 1), np.uint8), order)
+        as_numpy(block.decode(dtype, transpose=transpose, device=device, num_threads=1))
 
 
 def plan_conversion(
     checkpoint: Checkpoint,
     folder: Path,
-    *,
     beside: Path | None = None,
     dtype: DTypeLike = "bfloat16",
     transpose: str = "auto",
@@ -111,25 +75,9 @@ def plan_conversion(
     include: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
 ) -> Plan:
-    """Return what `convert` is going to write, from headers alone.
+    """Return what `convert` is going to write to ``folder``, from headers alone.
 
-    Parameters
-    ----------
-    checkpoint : Checkpoint
-        The source.
-    folder : Path
-        The target.
-    beside : Path, optional
-        A folder whose other files go with the weights.
-    dtype, transpose, max_shard_size, include, exclude
-        As for `convert`.
-
-    Raises
-    ------
-    LayoutError
-        If a tensor is a broken pair, or could be in several layouts.
-    ValueError
-        If an argument does not fit.
+    ``beside`` is the folder whose small files are copied, if any; the other arguments are those of `convert`.
     """
     wanted = decoded_dtype(dtype).name
     include, exclude = patterns(include), patterns(exclude)
@@ -137,110 +85,35 @@ def plan_conversion(
     layouts: set[str] = set()
     for name in select(checkpoint, include, exclude):
         info = checkpoint.info(name)
-        shape = info.shape
         if info.layout is None:
-            items.append(copied(info))
+            items.append(Copied.of(info))
         else:
             layouts.add(info.layout)
-            turned = is_turned(info.layout, shape, transpose)
-            shape = swapped(shape) if turned else shape
-            items.append(Decoded(Output(name, SAFETENSORS_DTYPES[wanted], shape), turned))
+            transposed = wants_transpose(info.layout, info.shape, transpose)
+            shape = swapped(info.shape) if transposed else info.shape
+            items.append(Decoded(name, (Output(name, SAFETENSORS_DTYPES[wanted], shape),), transposed))
     if not items:
         raise ValueError(f"{checkpoint.folder}: no tensor is left to convert: see --include and --exclude")
     keep = bool(untouched(items))
-    files = small_files(checkpoint, beside, folder, lambda config: plain_config(config, wanted, keep=keep))
-    about = {
+    files = small_files(checkpoint, beside, folder, lambda config: decoded_config(config, wanted, keep=keep))
+    options = {
         "dtype": wanted,
         "transpose": transpose,
         "include": include,
         "exclude": exclude,
         "layouts": sorted(layouts),  # a forced one changes values without changing a header
     }
-    return Plan(folder, make_shards(items, max_shard_size), *files, about, checkpoint)
+    orders = {known.order for known in LAYOUTS if known.name in layouts}
+    transposes = {item.transpose for item in items if isinstance(item, Decoded)}
+    warm_up = partial(_warm_up, wanted, checkpoint.device, orders, transposes)
+    return Plan(folder, make_shards(items, max_shard_size), *files, options, checkpoint, warm_up)
 
 
 def untouched(items: Iterable[Item]) -> list[str]:
-    """Return the names of tensors that are quantised in another way, and stay so."""
-    outputs = (item.output for item in items if isinstance(item, Copied))
-    return [
-        output.name
-        for output in outputs
-        if len(output.shape) > 1
-        and (output.dtype.startswith(("F8", "F6", "F4")) or output.dtype in ("U8", "I8", "U32"))
-    ]
-
-
-def plain_config(config: dict[str, Any], dtype: str, *, keep: bool) -> dict[str, Any]:
-    """Return a config.json without what says that weights are packed.
-
-    Parameters
-    ----------
-    config : dict
-    dtype : str
-        Of the decoded weights.
-    keep : bool
-        Whether to keep what it says, for tensors that stay quantised in another way.
-    """
-    plain: dict[str, Any] = _without(config, ("expert_dtype", *(() if keep else QUANTIZATION_KEYS)))
-    for part in (plain, plain.get("text_config")):
-        if isinstance(part, dict):
-            part.update({key: dtype for key in ("dtype", "torch_dtype") if key in part})
-    if "model_type" in plain and "torch_dtype" not in plain:
-        plain["dtype"] = dtype
-    return plain
-
-
-def small_files(
-    checkpoint: Checkpoint,
-    beside: Path | None,
-    target: Path,
-    change: Callable[[dict[str, Any]], dict[str, Any]],
-) -> tuple[dict[str, bytes], dict[str, Path]]:
-    """Return what goes with weights: a changed config.json to be written, and files to be copied."""
-    copies = {} if beside is None else _files_beside(beside, target)
-    if not copies.pop("config.json", None):
-        return {}, copies
-    try:
-        text = json.dumps(change(checkpoint.config), indent=2, ensure_ascii=False) + "\n"
-        return {"config.json": text.encode()}, copies
-    except (RecursionError, UnicodeEncodeError) as error:
-        raise CheckpointError(f"{checkpoint.folder / 'config.json'}: cannot be written again: {error}") from error
-
-
-def _without(value: Any, keys: tuple[str, ...]) -> Any:
-    if not isinstance(value, dict):
-        return value
-    return {name: _without(part, keys) for name, part in value.items() if name not in keys}
-
-
-def _files_beside(folder: Path, target: Path) -> dict[str, Path]:
-    """Return the files that go with weights, tokenizers for instance; folders that hold other weights do not."""
-    found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or path.name in STALE:
-            continue
-        if path.is_dir():
-            if not path.is_symlink() and not _is_other(path.resolve(), target.resolve()):
-                found.update((f"{path.name}/{name}", inner) for name, inner in _files_beside(path, target).items())
-        elif not _is_weights(path) and stat.S_ISREG(path.stat().st_mode):  # a link to nothing is an error
-            found[path.name] = path
-    return found
-
-
-def _is_other(folder: Path, target: Path) -> bool:
-    """Tell whether a folder is the target, or is becoming or holds another checkpoint."""
-    inside = (path for path in folder.rglob("*") if not path.is_relative_to(target))
-    return folder == target or any(_is_weights(path) or path.name == RECORD for path in inside)
-
-
-def _is_weights(path: Path) -> bool:
-    return path.suffix in WEIGHTS or path.name.endswith(".index.json")
-
-
-def folder_beside(source: PathLike | Sequence[PathLike], checkpoint: Checkpoint) -> Path | None:
-    """Return the folder whose other files go with a checkpoint: none if it was opened by the names of its files."""
-    whole = isinstance(source, str | os.PathLike) and (checkpoint.index is not None or Path(source).is_dir())
-    return checkpoint.folder if whole else None
+    """Return the names of copied tensors that are quantised in another way."""
+    dtypes = [dtype for dtype in DTYPES if dtype.startswith(("F8", "F6", "F4")) or dtype in ("U8", "I8", "U32")]
+    outputs = [item.outputs[0] for item in items if isinstance(item, Copied)]
+    return [output.name for output in outputs if len(output.shape) > 1 and output.dtype in dtypes]
 
 
 @dataclass(frozen=True)
@@ -248,16 +121,16 @@ class Conversion(Run):
     """What `convert` did, or is going to do."""
 
     packed: int
-    """Count of tensors that are decoded."""
+    """Number of tensors that are decoded."""
     untouched: list[str]
-    """Tensors that are quantised in another way, and were copied."""
+    """Names of copied tensors that are quantised in another way."""
     loader: str
     """Python code that loads the result."""
     verification: Verification | None
 
     @property
     def overflow(self) -> Mapping[str, int]:
-        """Count of values too large for the dtype, by tensor, in what this run wrote."""
+        """Number of values that were too large for the dtype, by tensor, in what this run wrote."""
         return self.reports
 
     def to_json(self) -> dict[str, Any]:
@@ -271,7 +144,7 @@ class Conversion(Run):
         }
 
     def warnings(self) -> Iterator[str]:
-        """Yield what a person should know even if nothing else is to be shown."""
+        """Yield what a person should know even if nothing else is shown."""
         if not self.packed:
             yield "no tensor of the source is packed: all of them are copied"
         if self.untouched:
@@ -316,7 +189,7 @@ def convert(
     dry_run: bool = False,
     progress: Callable[[Progress], object] = lambda _: None,
 ) -> Conversion:
-    """Write a checkpoint with its packed tensors decoded, in bounded memory; a killed run can be gone on with.
+    """Write a checkpoint with its packed tensors decoded, in bounded memory; a killed run can be resumed.
 
     Parameters
     ----------
@@ -324,12 +197,12 @@ def convert(
         As for `Checkpoint`. Of a folder or an index, the small files beside the weights are copied as well, and
         config.json no longer says that the weights are packed.
     target : path
-        A new or empty folder, not one around the source.
+        A new or empty folder that does not contain the source.
     dtype : str, type or numpy.dtype
-        bfloat16, float16 or float32, of what was packed. All other tensors stay as they are.
+        Of packed tensors: bfloat16, float16 or float32. All other tensors are copied as they are.
     transpose : {"auto", "yes", "no"}
-        Whether to swap the last two axes of what was packed. ``"auto"`` does it for the experts of gpt-oss under
-        Hugging Face's names, ``[expert, in, out]``, as transformers wants them.
+        Whether to swap the last two axes of packed tensors. ``"auto"`` does it for the experts of gpt-oss under
+        Hugging Face's names: transformers expects them as ``[expert, in, out]``.
     max_shard_size : int
         Bytes of a file, as huggingface_hub counts them.
     include, exclude : str or iterable of str
@@ -337,14 +210,14 @@ def convert(
     layout, io : str, optional
         See `Checkpoint`.
     device : str
-        Where to decode. What is decoded comes back over the bus to be written, so that ``"cpu"`` is rarely slower.
+        Where to decode. Decoded values come back over the bus to be written, so that ``"cpu"`` is rarely slower.
     workers : int, optional
         Threads, each of which writes a shard at a time. By default as many as decoding uses.
     task : (int, int), optional
-        ``(i, n)`` writes the i-th of n parts, counted from 1: for many processes or machines over one folder, in any
-        order and any number of times. The last to finish writes the index.
+        ``(i, n)`` writes the i-th of n parts, counted from 1: for several processes or machines that share the target,
+        in any order and any number of times. The last one to finish writes the index.
     resume : bool
-        Go on with what an earlier run with the same arguments left in the folder.
+        Keep the finished shards of an earlier run with the same arguments, and write the others.
     force : bool
         Start over in a folder that holds an earlier run, or other files, of which those with the same names are
         replaced. Weights that no earlier run wrote are refused.
@@ -353,7 +226,7 @@ def convert(
     dry_run : bool
         Return the plan and write nothing.
     progress : callable
-        Called with a `mxfp4np.shards.Progress` by one thread at a time; raising stops the conversion.
+        Called with a `Progress` by one thread at a time. What it raises stops the conversion, and is raised.
 
     Returns
     -------
@@ -362,7 +235,7 @@ def convert(
     Raises
     ------
     FileNotFoundError, FileExistsError
-        If the source is missing, or the target holds something.
+        If the source is missing, or the target is not empty.
     CheckpointError, LayoutError
         If the source is malformed, or the target was begun with other arguments.
     OSError
@@ -372,8 +245,8 @@ def convert(
 
     Notes
     -----
-    What has its final name is complete and on disk; ``model.safetensors.index.json`` comes last. Same arguments, same
-    bytes, whatever the workers.
+    A file that has its final name is complete and on disk; ``model.safetensors.index.json`` is written last. The same
+    arguments give the same bytes, for any number of workers.
 
     Examples
     --------
@@ -387,25 +260,17 @@ def convert(
     'BF16'
     """
     with Checkpoint(source, device, io=io, layout=layout) as checkpoint:
-        plan = plan_conversion(
-            checkpoint,
-            Path(target).absolute(),
-            beside=folder_beside(source, checkpoint),
-            dtype=dtype,
-            transpose=transpose,
-            max_shard_size=max_shard_size,
-            include=include,
-            exclude=exclude,
-        )
-        run = plan.run(part=task, resume=resume, force=force, dry_run=dry_run, workers=workers, progress=progress)
+        beside = folder_beside(source, checkpoint)
+        target = Path(target).absolute()
+        plan = plan_conversion(checkpoint, target, beside, dtype, transpose, max_shard_size, include, exclude)
+        run = run_plan(plan, task, workers, progress, resume=resume, force=force, dry_run=dry_run)
         verification = None
         if verify and not dry_run:
-            verification = _verify(checkpoint, plan.tasks(task or (1, 1)), transpose, workers, progress)
-    items = [item for shard in plan.shards for item in shard.items]
+            verification = _verify(checkpoint, plan.tasks(task), transpose, workers, progress)
     return Conversion(
         **vars(run),
-        packed=sum(isinstance(item, Decoded) for item in items),
-        untouched=untouched(items),
+        packed=sum(isinstance(item, Decoded) for item in plan.items),
+        untouched=untouched(plan.items),
         loader=_loader(plan),
         verification=verification,
     )
@@ -418,16 +283,17 @@ def _verify(
     workers: int | None,
     progress: Callable[[Progress], object],
 ) -> Verification:
-    names = [output.name for task in tasks for item in task.shard.items for output in item.outputs]
     if not tasks:
         return Verification()
+    names = [output.name for task in tasks for item in task.shard.items for output in item.outputs]
     with Checkpoint([task.path for task in tasks]) as written:
-        return compare(checkpoint, written, names, transpose, workers=workers, progress=progress)
+        return compare(checkpoint, written, names, transpose, workers, progress)
 
 
 def _loader(plan: Plan) -> str:
-    """Return Python code that loads what was converted."""
+    """Return Python code that loads the result."""
     config = json.loads(plan.documents.get("config.json", b"{}"))
     if "architectures" in config and "model_type" in config:
-        return f"transformers.AutoModelForCausalLM.from_pretrained({str(plan.folder)!r}, dtype={plan.about['dtype']!r})"
+        arguments = f"{str(plan.folder)!r}, dtype={plan.options['dtype']!r}"
+        return f"transformers.AutoModelForCausalLM.from_pretrained({arguments})"
     return f"mxfp4np.Checkpoint({str(plan.folder)!r})"

@@ -1,10 +1,11 @@
-"""Encode a checkpoint: chosen tensors packed as a layout has them, all else as it is, config.json to match."""
+"""Encode a checkpoint: chosen tensors are packed in a layout, all others copied, config.json adapted."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -13,76 +14,45 @@ from numpy.typing import NDArray
 
 from ..array import MXFP4Array
 from ..checkpoint import Checkpoint
-from ..cli.report import count, escape
 from ..codec import encode
 from ..errors import LayoutError
-from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, RULES, SCALE_NAN
+from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, RULES, SCALE_NAN, dtype_named
 from ..format import DTYPES as FLOATS
 from ..info import TensorInfo
-from ..layouts.table import ENCODED_LAYOUTS, LAYOUTS
-from ..layouts.table import wants_transpose as is_turned
+from ..layouts.table import ENCODED_LAYOUTS, LAYOUTS, wants_transpose
 from ..selection import patterns, select
 from ..shapes import place_in_whole, swapped
 from ..storage.discover import PathLike
 from ..storage.dtypes import DTYPES, element
-from .convert import QUANTIZATION_KEYS, copied, folder_beside, small_files
-from .plan import MAX_SHARD_SIZE, Item, Output, Pieces, Plan, Progress, Run, Scratch, make_shards
+from ..text import count, escape
+from .config import encoded_config, folder_beside, small_files
+from .plan import MAX_SHARD_SIZE, Chunks, Copied, Item, Output, Plan, make_shards
+from .run import Run, run_plan
+from .workers import Progress
 
-PIECE_BYTES: Final = 8 << 20
-"""Bytes of values that a thread has in memory at a time; finding the errors takes some ten times as many."""
+CHUNK_BYTES: Final = 8 << 20
+"""Bytes of values that a thread has in memory at a time. Computing the errors takes about ten times as much memory."""
 
 
 class Form(NamedTuple):
-    """How a whole checkpoint of a layout looks."""
+    """Which tensors a layout packs."""
 
     include: tuple[str, ...]
-    """Names of the tensors that are packed, unless the caller says which."""
+    """Patterns of their names, unless the caller gives some."""
     exclude: tuple[str, ...] = ()
-    config: Callable[[list[str]], dict[str, Any]] = lambda _: {}
-    """What config.json has of it, given the names of the matrices that are left alone."""
     axes: tuple[int, ...] = (2, 3)
     """Numbers of axes that a packed tensor can have."""
-    only: bool = False
-    """Whether the model has nothing packed but what is included here, and all of that."""
+    exact: bool = False
+    """Whether models of this layout pack all of the included tensors and no others."""
 
 
-def _gpt_oss_config(left: list[str]) -> dict[str, Any]:  # noqa: ARG001
-    modules = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
-    return {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": modules}}
-
-
-def _compressed_tensors_config(left: list[str]) -> dict[str, Any]:
-    weights = {
-        "num_bits": 4,
-        "type": "float",
-        "symmetric": True,
-        "strategy": "group",
-        "group_size": BLOCK_SIZE,
-        "scale_dtype": "torch.uint8",
-    }
-    return {
-        "quantization_config": {
-            "quant_method": "compressed-tensors",
-            "format": "mxfp4-pack-quantized",
-            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
-            "ignore": [name.removesuffix(".weight") for name in left],
-            "quantization_status": "compressed",
-        }
-    }
-
-
-def _mlx_config(left: list[str]) -> dict[str, Any]:  # noqa: ARG001
-    how = {"group_size": BLOCK_SIZE, "bits": 4, "mode": "mxfp4"}
-    return {"quantization": how, "quantization_config": how}
-
-
-_LEFT_ALONE: Final = ("*embed*", "*lm_head*", "*norm*", "*router*", "*.gate.weight", "*.wte.*", "*.wpe.*")
+_NOT_PACKED: Final = ("*embed*", "*lm_head*", "*norm*", "*router*", "*.gate.weight", "*.wte.*", "*.wpe.*")
 
 FORMS: Final = {
-    "gpt-oss-hf": Form(("*.experts.gate_up_proj", "*.experts.down_proj"), config=_gpt_oss_config, axes=(3,), only=True),
-    "gpt-oss": Form(("*.mlp1_weight", "*.mlp2_weight"), axes=(3,), only=True),
-    "compressed-tensors": Form(("*.weight",), _LEFT_ALONE, _compressed_tensors_config, axes=(2,)),
-    "mlx": Form(("*.weight",), _LEFT_ALONE, _mlx_config),
+    "gpt-oss-hf": Form(("*.experts.gate_up_proj", "*.experts.down_proj"), axes=(3,), exact=True),
+    "gpt-oss": Form(("*.mlp1_weight", "*.mlp2_weight"), axes=(3,), exact=True),
+    "compressed-tensors": Form(("*.weight",), _NOT_PACKED, axes=(2,)),
+    "mlx": Form(("*.weight",), _NOT_PACKED),
 }
 """The layouts that checkpoints are encoded to."""
 
@@ -90,7 +60,7 @@ _LAYOUTS: Final = {layout.name: layout for layout in LAYOUTS}
 
 
 class Errors(NamedTuple):
-    """How far the encoded values of a tensor are from the given ones."""
+    """How far the encoded values of a tensor are from the original ones."""
 
     error: float
     """Sum of squared differences."""
@@ -99,9 +69,9 @@ class Errors(NamedTuple):
     worst: float
     """Largest relative error of a block, by its root sums of squares."""
     worst_block: tuple[int, ...]
-    """Which block: the index of its row, and its number there."""
+    """Which block: the index of its row, and its number in the row."""
     nan_blocks: int
-    """Blocks that had a NaN or an infinity, and are NaN now; all else is of the others."""
+    """Blocks that had a NaN or an infinity, and are NaN now. The other figures leave them out."""
 
     @property
     def relative(self) -> float:
@@ -118,39 +88,37 @@ class Errors(NamedTuple):
         }
 
 
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """A plain tensor to be packed."""
+@dataclass(frozen=True)
+class Encoded(Item):
+    """A plain tensor to be packed; its outputs are codes and scales."""
 
-    name: str
-    codes: Output
-    scales: Output
     transpose: bool
     rule: str
 
-    @property
-    def outputs(self) -> tuple[Output, ...]:
-        """The two halves, which stay together."""
-        return self.codes, self.scales
-
-    def pieces(self, checkpoint: Checkpoint, scratch: Scratch) -> Pieces:  # noqa: ARG002
-        """Yield both halves; return the `Errors`."""
+    def chunks(self, checkpoint: Checkpoint) -> Chunks:
+        """Yield codes and scales; return the `Errors`."""
         begin = [0, 0]
         total = Errors(0.0, 0.0, 0.0, (), 0)
-        for index, part in checkpoint.pieces(self.name, PIECE_BYTES, transpose=self.transpose):
-            packed = encode(part, self.rule, num_threads=1)
-            total = _added(total, _errors(part, packed), index)
+        for index, values in checkpoint.pieces(self.name, CHUNK_BYTES, transpose=self.transpose):
+            packed = encode(values, self.rule, num_threads=1)
+            total = _sum(total, _errors(values, packed), index)
             for which, half in enumerate((packed.blocks, packed.scales)):
                 yield which, begin[which], half
                 begin[which] += half.nbytes
         return total
 
 
+def _warm_up(rule: str, dtypes: Iterable[str]) -> None:
+    """Encode one block in each way that `Encoded` does."""
+    for dtype in dtypes:
+        encode(np.zeros(BLOCK_SIZE, dtype_named(dtype)), rule, num_threads=1).decode("float32", num_threads=1)
+
+
 def _errors(values: NDArray[Any], packed: MXFP4Array) -> Errors:
     blocks = (*packed.scales.shape, BLOCK_SIZE)
     wanted = values.astype(np.float32).reshape(blocks)
-    with np.errstate(invalid="ignore"):  # a NaN is no surprise
-        difference = packed.decode("float32").reshape(blocks) - wanted
+    with np.errstate(invalid="ignore"):  # NaN blocks are left out below
+        difference = packed.decode("float32", num_threads=1).reshape(blocks) - wanted
         error = np.einsum("...i,...i->...", difference, difference, dtype=np.float64)
         norm = np.einsum("...i,...i->...", wanted, wanted, dtype=np.float64)
     nan = packed.scales == SCALE_NAN
@@ -161,19 +129,19 @@ def _errors(values: NDArray[Any], packed: MXFP4Array) -> Errors:
     return Errors(float(error.sum()), float(norm.sum()), found, tuple(map(int, worst)), int(np.count_nonzero(nan)))
 
 
-def _added(total: Errors, part: Errors, index: tuple[int | slice, ...]) -> Errors:
-    """Add the errors of the piece that lies at ``index``."""
+def _sum(total: Errors, chunk: Errors, index: tuple[int | slice, ...]) -> Errors:
+    """Add the errors of the chunk that lies at ``index``."""
     worst, block = total.worst, total.worst_block
-    if part.worst > worst:
-        *rows, element = place_in_whole(index, (*part.worst_block[:-1], BLOCK_SIZE * part.worst_block[-1]))
-        worst, block = part.worst, (*rows, element // BLOCK_SIZE)
-    return Errors(total.error + part.error, total.norm + part.norm, worst, block, total.nan_blocks + part.nan_blocks)
+    if chunk.worst > worst:
+        *rows, element = place_in_whole(index, (*chunk.worst_block[:-1], BLOCK_SIZE * chunk.worst_block[-1]))
+        worst, block = chunk.worst, (*rows, element // BLOCK_SIZE)
+    nan_blocks = total.nan_blocks + chunk.nan_blocks
+    return Errors(total.error + chunk.error, total.norm + chunk.norm, worst, block, nan_blocks)
 
 
 def plan_encoding(
     checkpoint: Checkpoint,
     folder: Path,
-    *,
     beside: Path | None = None,
     rule: str = RULES[0],
     layout: str = ENCODED_LAYOUTS[0],
@@ -182,25 +150,10 @@ def plan_encoding(
     include: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
 ) -> Plan:
-    """Return what `encode_checkpoint` is going to write, from headers alone.
+    """Return what `encode_checkpoint` is going to write to ``folder``, from headers alone.
 
-    Parameters
-    ----------
-    checkpoint : Checkpoint
-        The source.
-    folder : Path
-        The target.
-    beside : Path, optional
-        A folder whose other files go with the weights.
-    rule, layout, transpose, max_shard_size, include, exclude
-        As for `encode_checkpoint`.
-
-    Raises
-    ------
-    LayoutError
-        If a tensor is packed already, or cannot be.
-    ValueError
-        If an argument does not fit.
+    ``beside`` is the folder whose small files are copied, if any; the other arguments are those of
+    `encode_checkpoint`.
     """
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}, found {rule!r}")
@@ -212,7 +165,7 @@ def plan_encoding(
         chosen = set(select(infos, include, exclude))
     else:
         chosen = set(select(infos, form.include, (*form.exclude, *exclude)))
-        if not form.only:
+        if not form.exact:
             chosen = {name for name in chosen if _obstacle(infos[name], layout, transpose) is None}
     if not chosen:
         names = ", ".join(include or form.include)
@@ -226,29 +179,24 @@ def plan_encoding(
             obstacle = f"is packed already, as {info.layout}: convert the checkpoint first"
         if obstacle is not None:
             raise LayoutError(f"{info.stored[0].file.path}: tensor {name!r} {obstacle}")
-        items.append(_encoded(info, layout, transpose, rule) if name in chosen else copied(info))
+        items.append(_encoded(info, layout, transpose, rule) if name in chosen else Copied.of(info))
     matrices = (name for name, info in infos.items() if name.endswith(".weight") and len(info.shape) == 2)
-    how = form.config([name for name in matrices if name not in chosen])
-    files = small_files(checkpoint, beside, folder, lambda config: _packed_config(config, how))
-    about = {
-        "rule": rule,
-        "layout": layout,
-        "transpose": transpose,
-        "include": include,
-        "exclude": exclude,
-    }
-    return Plan(folder, make_shards(items, max_shard_size), *files, about, checkpoint)
+    plain = [name for name in matrices if name not in chosen]
+    files = small_files(checkpoint, beside, folder, lambda config: encoded_config(config, layout, plain))
+    options = {"rule": rule, "layout": layout, "transpose": transpose, "include": include, "exclude": exclude}
+    warm_up = partial(_warm_up, rule, {element(infos[name].dtype)[1] for name in chosen})
+    return Plan(folder, make_shards(items, max_shard_size), *files, options, checkpoint, warm_up)
 
 
 def _obstacle(info: TensorInfo, layout: str, transpose: str) -> str | None:
-    """Return why a tensor cannot be packed as this layout has it, or None."""
+    """Return why a tensor cannot be packed in this layout, or None."""
     known, form = _LAYOUTS[layout], FORMS[layout]
-    shape = swapped(info.shape) if is_turned(layout, info.shape, transpose) else info.shape
+    shape = swapped(info.shape) if wants_transpose(layout, info.shape, transpose) else info.shape
     if info.layout is None and element(info.dtype)[1] not in FLOATS:
         return f"is {info.dtype}: expected BF16, F16 or F32"
     if not info.name.endswith(known.weight):
         return f"cannot be named as {layout} names packed ones: expected a name that ends in {known.weight!r}"
-    if form.only and not select([info.name], form.include, ()):
+    if form.exact and not select([info.name], form.include, ()):
         return f"is none that {layout} packs: those are {' and '.join(form.include)}"
     if len(shape) not in form.axes:
         return f"has shape {list(info.shape)}: expected {' or '.join(map(str, form.axes))} axes"
@@ -258,28 +206,19 @@ def _obstacle(info: TensorInfo, layout: str, transpose: str) -> str | None:
 
 
 def _encoded(info: TensorInfo, layout: str, transpose: str, rule: str) -> Encoded:
-    known, turned = _LAYOUTS[layout], is_turned(layout, info.shape, transpose)
-    *rows, size = swapped(info.shape) if turned else info.shape
+    known, transposed = _LAYOUTS[layout], wants_transpose(layout, info.shape, transpose)
+    *rows, size = swapped(info.shape) if transposed else info.shape
     scales, dtype = (*rows, size // BLOCK_SIZE), known.codes_dtypes[0]
     if known.blocks_axis:
         codes = (*scales, BYTES_PER_BLOCK)
     else:
         codes = (*rows, size // BLOCK_SIZE * BYTES_PER_BLOCK * 8 // DTYPES[dtype][0])
     stem = info.name.removesuffix(known.weight)
-    return Encoded(
-        info.name,
+    outputs = (
         Output(f"{stem}{known.codes}", dtype, codes),
         Output(f"{stem}{known.scales}", known.scales_dtypes[0], scales),
-        turned,
-        rule,
     )
-
-
-def _packed_config(config: dict[str, Any], how: dict[str, Any]) -> dict[str, Any]:
-    for key in QUANTIZATION_KEYS:
-        if key in config:
-            raise LayoutError(f"config.json has {key!r}: the weights are quantised already, convert them first")
-    return {**config, **how}
+    return Encoded(info.name, outputs, transposed, rule)
 
 
 @dataclass(frozen=True)
@@ -296,7 +235,7 @@ class Encoding(Run):
 
     @property
     def relative_error(self) -> float:
-        """The relative Frobenius error of all of them together."""
+        """The relative Frobenius error of all these tensors together."""
         norm = sum(errors.norm for errors in self.errors.values())
         return math.sqrt(sum(errors.error for errors in self.errors.values()) / norm) if norm else 0.0
 
@@ -315,7 +254,7 @@ class Encoding(Run):
         yield from super().plan_lines()
 
     def warnings(self) -> Iterator[str]:
-        """Yield what a person should know even if nothing else is to be shown."""
+        """Yield what a person should know even if nothing else is shown."""
         broken = {name: errors.nan_blocks for name, errors in sorted(self.errors.items()) if errors.nan_blocks}
         if broken:
             yield (
@@ -352,26 +291,26 @@ def encode_checkpoint(
     dry_run: bool = False,
     progress: Callable[[Progress], object] = lambda _: None,
 ) -> Encoding:
-    """Write a checkpoint with its weights packed as MXFP4, in bounded memory; a killed run can be gone on with.
+    """Write a checkpoint with its weights packed as MXFP4, in bounded memory; a killed run can be resumed.
 
     Parameters
     ----------
     source : path, or sequence of paths
         As for `Checkpoint`, not packed. Of a folder or an index, the small files beside the weights are copied as well,
-        and config.json says how the weights are packed.
+        and config.json then says how the weights are packed.
     target : path
-        A new or empty folder, not one around the source.
+        A new or empty folder that does not contain the source.
     rule : {"even", "floor", "rceil", "ceil"}
-        How a block's scale follows from its largest magnitude; see `encode`.
+        How the scale of a block is chosen from its largest magnitude; see `encode`.
     layout : {"gpt-oss-hf", "gpt-oss", "compressed-tensors", "mlx"}
         How packed weights are named and stored.
     transpose : {"auto", "yes", "no"}
         Whether to swap the last two axes before packing, which goes along the last one. ``"auto"`` does it for
         ``"gpt-oss-hf"``, whose experts are ``[expert, in, out]`` before and ``[expert, out, in]`` after.
     include, exclude : str or iterable of str
-        Shell-style patterns of names: those to pack, and those to leave alone. By default the experts of gpt-oss; in
-        the other layouts all matrices called ``weight`` of a multiple of 32 inputs, but for embeddings, ``lm_head``,
-        norms and routers.
+        Shell-style patterns of names: those to pack, and those to copy. By default, the experts of gpt-oss are packed;
+        in the other layouts all matrices called ``weight`` with a multiple of 32 inputs, except embeddings,
+        ``lm_head``, norms and routers.
     max_shard_size, io, workers, task, resume, force, dry_run, progress
         As for `convert`.
 
@@ -382,7 +321,7 @@ def encode_checkpoint(
     Raises
     ------
     FileNotFoundError, FileExistsError
-        If the source is missing, or the target holds something.
+        If the source is missing, or the target is not empty.
     CheckpointError, LayoutError
         If the source is malformed, packed already, or has an included tensor that cannot be packed; or if the target
         was begun with other arguments.
@@ -393,8 +332,8 @@ def encode_checkpoint(
 
     Notes
     -----
-    The relative error of a tensor is the Frobenius norm of what decoding gives less what was given, over that of what
-    was given; of a block likewise. Blocks with NaN or infinity are counted, and left out.
+    The relative error of a tensor or block is the Frobenius norm of the difference between decoded and original values,
+    divided by the Frobenius norm of the original values. Blocks with NaN or infinity are counted, and left out.
 
     Examples
     --------
@@ -408,17 +347,8 @@ def encode_checkpoint(
     (2, 3, 64)
     """
     with Checkpoint(source, io=io) as checkpoint:
-        plan = plan_encoding(
-            checkpoint,
-            Path(target).absolute(),
-            beside=folder_beside(source, checkpoint),
-            rule=rule,
-            layout=layout,
-            transpose=transpose,
-            max_shard_size=max_shard_size,
-            include=include,
-            exclude=exclude,
-        )
-        run = plan.run(part=task, resume=resume, force=force, dry_run=dry_run, workers=workers, progress=progress)
-    packed = [item.name for shard in plan.shards for item in shard.items if isinstance(item, Encoded)]
-    return Encoding(**vars(run), packed=packed)
+        beside = folder_beside(source, checkpoint)
+        target = Path(target).absolute()
+        plan = plan_encoding(checkpoint, target, beside, rule, layout, transpose, max_shard_size, include, exclude)
+        run = run_plan(plan, task, workers, progress, resume=resume, force=force, dry_run=dry_run)
+    return Encoding(**vars(run), packed=[item.name for item in plan.items if isinstance(item, Encoded)])

@@ -1,4 +1,4 @@
-"""Check a checkpoint, alone or against the one it was converted from; whatever does not hold is a finding."""
+"""Check a checkpoint: alone, or against the one that it was converted from. Whatever is wrong becomes a finding."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,28 +14,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..array import MXFP4Array
+from ..backends import get_backend
 from ..checkpoint import Checkpoint
-from ..cli.report import count, escape, format_bytes
 from ..errors import CheckpointError, LayoutError, TensorNotFoundError
 from ..format import DTYPES as DECODED
-from ..format import SCALE_BIAS, SCALE_NAN
+from ..format import SCALE_BIAS, SCALE_NAN, decoded_dtype
 from ..info import TensorInfo
-from ..layouts.table import TRANSPOSE
-from ..layouts.table import wants_transpose as is_turned
+from ..layouts.table import TRANSPOSE, wants_transpose
 from ..selection import select
 from ..shapes import place_in_whole, swapped
-from ..storage.discover import PathLike, read_json, weight_map_of
+from ..storage.discover import PathLike, weight_map_of
 from ..storage.dtypes import DTYPES, element
-from .plan import RECORD, Crew, Progress
+from ..text import count, escape, format_bytes
+from .folder import read_record
+from .workers import Progress, Workers
 
-PIECE_BYTES: Final = 4 << 20
-"""Decoded bytes that a thread compares at a time; the reference needs some twenty times as many for itself."""
+CHUNK_BYTES: Final = 4 << 20
+"""Decoded bytes that a thread compares at a time. The reference backend takes about twenty times as much memory."""
 
 PLAUSIBLE: Final = range(SCALE_BIAS - 64, SCALE_BIAS + 33)
-"""Scales of weights. Where the middle one is outside, bytes were converted that should have been viewed."""
+"""Scales of weights. A median outside comes from scale bytes that were converted instead of viewed."""
 
 _NUMBERED: Final = re.compile(r"(.+)-(\d+)-of-(\d+)\.(?:safetensors|uqff|gguf)")
-"""Names of files that say how many there are."""
+"""Names of files that contain the number of files."""
 
 
 @dataclass
@@ -45,13 +45,13 @@ class Verification:
 
     tensors: int = 0
     nbytes: int = 0
-    """Bytes compared, or looked at."""
+    """Bytes that were compared or inspected."""
     nan_blocks: int = 0
     """Blocks whose scale is NaN."""
     overflow: int = 0
-    """Values too large for their dtype, infinite therefore."""
+    """Values that were too large for their dtype, and are infinite."""
     findings: list[str] = field(default_factory=list)
-    """What does not hold, a sentence each."""
+    """What is wrong, a sentence each."""
 
     def to_json(self) -> dict[str, Any]:
         """Return all of it as plain values."""
@@ -83,16 +83,16 @@ def verify(
     workers: int | None = None,
     progress: Callable[[Progress], object] = lambda _: None,
 ) -> Verification:
-    """Check a checkpoint: its own health, or, given what it was converted to, every byte of that.
+    """Check a checkpoint by itself or, given what it was converted to, every byte of that.
 
     Parameters
     ----------
     source : path, or sequence of paths
         A checkpoint with packed tensors, as for `Checkpoint`.
     target : path, optional
-        The converted checkpoint. The packed tensors are decoded again, by the reference backend.
+        The converted checkpoint. Packed tensors are decoded again, by the reference backend.
     transpose, include, exclude : optional
-        As for `convert`; by default those the target was converted with.
+        As for `convert`; by default, those that the target was converted with.
     layout : str, optional
         Of the source; see `Checkpoint`.
     workers : int, optional
@@ -121,17 +121,15 @@ def verify(
     """
     if target is None:
         return _health(source, layout, include or (), exclude or (), workers, progress)
-    record = Path(target) / RECORD
-    asked = read_json(record) if record.exists() else {}
+    options = read_record(Path(target))
     with Checkpoint(source, layout=layout) as ours, Checkpoint(target) as theirs:
         names = select(
             ours,
-            asked.get("include", ()) if include is None else include,
-            asked.get("exclude", ()) if exclude is None else exclude,
+            options.get("include", ()) if include is None else include,
+            options.get("exclude", ()) if exclude is None else exclude,
         )
-        result = compare(
-            ours, theirs, names, transpose or asked.get("transpose", TRANSPOSE[0]), workers=workers, progress=progress
-        )
+        transpose = transpose or options.get("transpose", TRANSPOSE[0])
+        result = compare(ours, theirs, names, transpose, workers, progress)
         extra = sorted(set(theirs) - set(ours))
         result.findings += [f"tensor {name!r}: in {theirs.folder}, but not in {ours.folder}" for name in extra]
         return result
@@ -142,20 +140,10 @@ def compare(
     target: Checkpoint,
     names: Iterable[str],
     transpose: str,
-    *,
     workers: int | None = None,
     progress: Callable[[Progress], object] = lambda _: None,
 ) -> Verification:
-    """Compare tensors of a checkpoint with what the reference decodes from its source.
-
-    Parameters
-    ----------
-    source, target : Checkpoint
-    names : iterable of str
-    transpose : {"auto", "yes", "no"}
-    workers, progress
-        As for `verify`.
-    """
+    """Compare tensors of a checkpoint with what the reference backend decodes from its source; see `verify`."""
     result = Verification()
     pairs: list[tuple[TensorInfo, TensorInfo, bool]] = []
     for name in names:
@@ -169,37 +157,38 @@ def compare(
         except LayoutError as error:
             result.findings.append(str(error))
             continue
-        turned = info.layout is not None and is_turned(info.layout, info.shape, transpose)
-        if (problem := _mismatch(info, found, turned=turned)) is not None:
+        transposed = info.layout is not None and wants_transpose(info.layout, info.shape, transpose)
+        if (problem := _mismatch(info, found, transposed=transposed)) is not None:
             result.findings.append(f"{found.stored[0].file.path}: tensor {name!r}: {problem}")
         else:
-            pairs.append((info, found, turned))
+            pairs.append((info, found, transposed))
+    pool = Workers(workers, sum(found.nbytes for _, found, _ in pairs), progress)
 
-    crew = Crew(sum(found.nbytes for _, found, _ in pairs), progress)
-    compared: list[tuple[int, int, int, str | None]] = []
-
-    def run(number: int) -> None:
-        info, found, turned = pairs[number]
-        path, nan_blocks, overflow, difference = found.stored[0].file.path, 0, 0, None
-        for index, expected, nan, infinite in _expected(source, info, found, turned=turned):
+    def check(pair: tuple[TensorInfo, TensorInfo, bool]) -> Verification:
+        info, found, transposed = pair
+        path, checked, difference = found.stored[0].file.path, Verification(), None
+        for index, expected, nan_blocks, overflow in _expected(source, info, found, transposed=transposed):
             if difference is None:
                 difference = _first_difference(index, expected, target.get(found.name, index=index or ...))
-            nan_blocks, overflow = nan_blocks + nan, overflow + infinite
-            crew.advance(path.name, found.name, expected.nbytes)
-        finding = None if difference is None else f"{path}: tensor {found.name!r}{difference}"
-        compared.append((number, nan_blocks, overflow, finding))
+            checked.nan_blocks += nan_blocks
+            checked.overflow += overflow
+            pool.advance(path.name, found.name, expected.nbytes)
+        if difference is not None:
+            checked.findings.append(f"{path}: tensor {found.name!r}{difference}")
+        return checked
 
-    crew.run(run, len(pairs), workers)
-    result.nbytes = crew.done
-    for _, nan_blocks, overflow, finding in sorted(compared, key=itemgetter(0)):
-        result.nan_blocks += nan_blocks
-        result.overflow += overflow
-        result.findings += [finding] if finding is not None else []
+    get_backend("numpy")  # imported before threads start: see `Workers`
+    decoded_dtype("bfloat16")
+    for checked in pool.map(check, pairs):
+        result.nan_blocks += checked.nan_blocks
+        result.overflow += checked.overflow
+        result.findings += checked.findings
+    result.nbytes = pool.done
     return result
 
 
-def _mismatch(info: TensorInfo, found: TensorInfo, *, turned: bool) -> str | None:
-    shape = swapped(info.shape) if turned else info.shape
+def _mismatch(info: TensorInfo, found: TensorInfo, *, transposed: bool) -> str | None:
+    shape = swapped(info.shape) if transposed else info.shape
     if found.layout is not None:
         return f"is packed, as {found.layout}: give the packed checkpoint first, and then what it was converted to"
     if info.layout is None:
@@ -212,29 +201,29 @@ def _mismatch(info: TensorInfo, found: TensorInfo, *, turned: bool) -> str | Non
 
 
 def _expected(
-    source: Checkpoint, info: TensorInfo, found: TensorInfo, *, turned: bool
+    source: Checkpoint, info: TensorInfo, found: TensorInfo, *, transposed: bool
 ) -> Iterator[tuple[tuple[int | slice, ...], NDArray[Any], int, int]]:
-    """Yield what should be where, and how many NaN blocks and overflowing values it has."""
+    """Yield index and values of each chunk, and its numbers of NaN blocks and of values that overflow."""
     if info.layout is None:
-        yield from ((index, part, 0, 0) for index, part in source.pieces(info.name, PIECE_BYTES))
+        yield from ((index, chunk, 0, 0) for index, chunk in source.pieces(info.name, CHUNK_BYTES))
         return
     dtype = DTYPES[found.dtype][1]
-    for index, part in source.pieces(info.name, PIECE_BYTES, dtype=dtype, transpose=turned):
-        values = part.decode(dtype, transpose=turned, backend="numpy")
-        yield index, values, int(np.count_nonzero(part.scales == SCALE_NAN)), count_overflow(part, values)
+    for index, packed in source.pieces(info.name, CHUNK_BYTES, dtype=dtype, transpose=transposed):
+        values = packed.decode(dtype, transpose=transposed, backend="numpy")
+        yield index, values, int(np.count_nonzero(packed.scales == SCALE_NAN)), count_overflow(packed, values)
 
 
-def count_overflow(part: MXFP4Array, values: NDArray[Any]) -> int:
+def count_overflow(packed: MXFP4Array, values: NDArray[Any]) -> int:
     """Return how many decoded values were too large for their dtype."""
     # No code overflows up to these scales: 6 * 2**13 in float16, 6 * 2**125 in the others.
     most = 140 if values.dtype == np.float16 else 252
-    if not ((part.scales > most) & (part.scales != SCALE_NAN)).any():
+    if not ((packed.scales > most) & (packed.scales != SCALE_NAN)).any():
         return 0
     return int(np.count_nonzero(np.isinf(values)))
 
 
 def _first_difference(index: tuple[int | slice, ...], expected: NDArray[Any], actual: NDArray[Any]) -> str | None:
-    """Compare the bytes of a piece; say where the first one is that differs."""
+    """Compare the bytes of a chunk; return the place and the values of the first difference."""
     theirs, ours = (np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in (expected, actual))
     if np.array_equal(theirs, ours):
         return None
@@ -251,7 +240,7 @@ def _health(
     workers: int | None,
     progress: Callable[[Progress], object],
 ) -> Verification:
-    """Look for pairs that are not whole, an index that does not agree, and scales that no weights have."""
+    """Look for broken pairs, missing shards, an index that does not match, and implausible scales."""
     result = Verification()
     if isinstance(source, str | os.PathLike) and not Path(source).exists():
         raise FileNotFoundError(f"{source}: no such file or folder")
@@ -278,28 +267,27 @@ def _health(
             else:
                 packed += [info] if info.layout is not None else []
 
-        crew = Crew(sum(info.nbytes for info in packed), progress)
-        counted: list[tuple[int, NDArray[np.int64]]] = []
+        pool = Workers(workers, sum(info.nbytes for info in packed), progress)
 
-        def run(number: int) -> None:
-            info, scales = packed[number], np.zeros(256, np.int64)
-            for _, part in checkpoint.pieces(info.name, 8 * PIECE_BYTES):
+        def count_scales(info: TensorInfo) -> NDArray[np.int64]:
+            counts = np.zeros(256, np.int64)
+            for _, chunk in checkpoint.pieces(info.name, 8 * CHUNK_BYTES):
                 # A block of zeros may have any scale.
-                used = part.scales[(part.blocks & 0x77).any(axis=-1) | (part.scales == SCALE_NAN)]
-                scales += np.bincount(used.reshape(-1), minlength=256)
-                crew.advance(info.stored[0].file.path.name, info.name, part.nbytes)
-            counted.append((number, scales))
+                used = chunk.scales[(chunk.blocks & 0x77).any(axis=-1) | (chunk.scales == SCALE_NAN)]
+                counts += np.bincount(used.reshape(-1), minlength=256)
+                pool.advance(info.stored[0].file.path.name, info.name, chunk.nbytes)
+            return counts
 
-        crew.run(run, len(packed), workers)
-        result.nbytes = crew.done
-        for number, scales in sorted(counted, key=itemgetter(0)):
-            result.nan_blocks += int(scales[SCALE_NAN])
-            result.findings += [f"tensor {packed[number].name!r}: {problem}" for problem in _implausible(scales)]
+        decoded_dtype("bfloat16")  # imported before threads start: see `Workers`
+        for info, counts in zip(packed, pool.map(count_scales, packed), strict=True):
+            result.nan_blocks += int(counts[SCALE_NAN])
+            result.findings += [f"tensor {info.name!r}: {problem}" for problem in _implausible(counts)]
+        result.nbytes = pool.done
     return result
 
 
 def _missing_shards(checkpoint: Checkpoint) -> Iterator[str]:
-    """Compare the files with how many there should be by their names."""
+    """Compare the files with the numbers in their names."""
     there: dict[tuple[str, int], set[int]] = {}
     for path in checkpoint.files:
         if match := _NUMBERED.fullmatch(path.name):
@@ -310,11 +298,12 @@ def _missing_shards(checkpoint: Checkpoint) -> Iterator[str]:
             yield f"{checkpoint.folder}: {files} are missing, number {missing[0]} is the first"
 
 
-def _implausible(scales: NDArray[np.int64]) -> Iterator[str]:
-    if scales[SCALE_NAN]:
-        yield f"{scales[SCALE_NAN]:,} of its blocks are NaN"
-    if scales.any():
-        middle = int(np.searchsorted(np.cumsum(scales), math.ceil(scales.sum() / 2)))
+def _implausible(counts: NDArray[np.int64]) -> Iterator[str]:
+    """Yield what no weights have, given how often each scale occurs."""
+    if counts[SCALE_NAN]:
+        yield f"{counts[SCALE_NAN]:,} of its blocks are NaN"
+    if counts.any():
+        middle = int(np.searchsorted(np.cumsum(counts), math.ceil(counts.sum() / 2)))
         if middle not in PLAUSIBLE and middle != SCALE_NAN:
             yield (
                 f"half of its scales are {'below' if middle < SCALE_BIAS else 'above'} 2**{middle - SCALE_BIAS}: no "

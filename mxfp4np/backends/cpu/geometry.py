@@ -49,8 +49,8 @@ def make_job(fields: Mapping[str, int]) -> NDArray[Any]:
 
     Examples
     --------
-    >>> make_job(dict.fromkeys(JOB.names, 1))["rows"]
-    np.int64(1)
+    >>> make_job(dict.fromkeys(JOB.names, 7))["rows"]
+    array(7)
     """
     return np.array(_values_of(fields), JOB)  # several times as fast as one field at a time
 

@@ -45,4 +45,5 @@ def working_cupy() -> tuple[Any, int]:
 
 
 def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or its type."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

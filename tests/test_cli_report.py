@@ -4,12 +4,10 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import mxfp4np
 from mxfp4np.cli import report
-from mxfp4np.cli.report import Row, Stats, collapse, escape, format_bytes, rows, table_lines, to_json
+from mxfp4np.cli.report import Row, Stats, collapse, rows, table_lines, to_json
 from mxfp4np.format import FP4_VALUES
 from mxfp4np.info import TensorInfo
 
@@ -257,59 +255,3 @@ def test_what_occurs_has_a_bar():
     lines = [line for line in stats.lines() if line.startswith("scale")]
     assert len(lines) == 256
     assert lines[0].endswith("#")
-
-
-# Text
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("plain name.0", "plain name.0"),
-        ("\x1b[31m", "\\x1b[31m"),
-        ("a\nb\r\tc\0", "a\\nb\\r\\tc\\x00"),
-        ("\x7f\x9b", "\\x7f\\x9b"),
-        ("\u202e", "\\u202e"),
-        ("\udcff", "\\udcff"),
-        ("\U000e0001", "\\U000e0001"),
-        ("größe 中", "größe 中"),
-        ("", ""),
-    ],
-)
-def test_escape(text, shown):
-    assert escape(text) == shown
-
-
-@given(st.text())
-def test_escaped_text_is_printable(text):
-    assert escape(text).isprintable()
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [
-        (0, "0 B"),
-        (1, "1 B"),
-        (999, "999 B"),
-        (1000, "1 kB"),
-        (1536, "1.54 kB"),
-        (12_345, "12.3 kB"),
-        (999_499, "999 kB"),
-        (999_999, "1 MB"),
-        (13_761_264_768, "13.8 GB"),
-        (1_560_000_000_000, "1.56 TB"),
-        (0.5, "0.5 B"),
-    ],
-)
-def test_format_bytes(count, text):
-    assert format_bytes(count) == text
-
-
-@given(
-    st.integers(0, 999 * 10**12)
-    | st.builds(lambda power, less: 1000**power - less, st.integers(1, 4), st.integers(1, 9))
-)
-def test_sizes_are_close_and_plain(count):
-    number, unit = format_bytes(count).split()
-    assert "e" not in number
-    assert float(number) * 1000 ** ["B", "kB", "MB", "GB", "TB"].index(unit) == pytest.approx(count, rel=0.006)

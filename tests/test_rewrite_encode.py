@@ -79,7 +79,7 @@ def test_every_layout_has_a_form():
 @pytest.mark.parametrize("piece_bytes", [64 * 96 * 2, 8 << 20])
 def test_tensors_are_what_encode_makes_of_them(tmp_path, monkeypatch, layout, rule, piece_bytes):
     """And all others are the same bytes; which layout it is, is found out as of any other checkpoint."""
-    monkeypatch.setattr(encoding, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(encoding, "CHUNK_BYTES", piece_bytes)
     tensors = SOURCES[layout]
     source = write(tmp_path / "source", tensors, {"model_type": "x"})
     result = mxfp4np.encode_checkpoint(source, tmp_path / "out", rule=rule, layout=layout, max_shard_size=10_000)
@@ -156,7 +156,7 @@ def test_config_says_how_weights_are_packed(tmp_path, layout):
 
 def test_errors_of_each_tensor_and_of_all(tmp_path, monkeypatch):
     """Against the sums of the whole arrays; the worst block is where it is, whatever the pieces."""
-    monkeypatch.setattr(encoding, "PIECE_BYTES", 3 * 64 * 2)
+    monkeypatch.setattr(encoding, "CHUNK_BYTES", 3 * 64 * 2)
     up, down = normal(96, 64, seed=1), normal(64, 96, seed=2)
     up[37, 32:] = 2.0 ** np.linspace(-3, 0, 32)  # rounds worst of all
     up[5, 3] = np.nan

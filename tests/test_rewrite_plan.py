@@ -15,9 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mxfp4np
+from mxfp4np.rewrite import folder as files
 from mxfp4np.rewrite import plan as shards
-from mxfp4np.rewrite.convert import Copied, plan_conversion
-from mxfp4np.rewrite.plan import INDEX, RECORD, Output, Plan, Shard, make_shards, run_tasks, split_into_shards
+from mxfp4np.rewrite.convert import plan_conversion
+from mxfp4np.rewrite.folder import INDEX, RECORD
+from mxfp4np.rewrite.plan import Copied, Output, Plan, Shard, make_shards, split_into_shards
+from mxfp4np.rewrite.run import run_tasks
 from mxfp4np.storage.dtypes import DTYPES, nbytes_of
 from mxfp4np.storage.safetensors import SafetensorsFile
 from mxfp4np.storage.writer import header_bytes
@@ -36,13 +39,11 @@ class Together:
     def data(self, output):
         return np.resize(np.frombuffer(f"{output.name}|".encode(), np.uint8), output.nbytes)
 
-    def pieces(self, checkpoint, scratch):  # noqa: ARG002
+    def chunks(self, checkpoint):  # noqa: ARG002
         for which in reversed(range(len(self.outputs))):
             data = self.data(self.outputs[which])
             for begin in reversed(range(0, len(data), self.cut)):
-                piece = scratch.empty((min(self.cut, len(data) - begin),), np.dtype(np.uint8))
-                piece[:] = data[begin : begin + self.cut]
-                yield which, begin, piece
+                yield which, begin, data[begin : begin + self.cut]
         return f"report of {self.outputs[0].name}" if len(self.outputs) > 1 else None
 
 
@@ -217,16 +218,6 @@ def test_tasks_divide_a_plan(plan):
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-def test_scratch_is_one_memory():
-    scratch = shards.Scratch()
-    large = scratch.empty((3, 100), np.dtype(np.float32))
-    assert (large.shape, large.dtype) == ((3, 100), np.float32)
-    small = scratch.empty((2, 5), np.dtype(np.uint16))
-    assert np.shares_memory(large, small)
-    assert scratch.empty((), np.dtype(np.float32)).shape == ()
-    assert scratch.empty((0, 3), np.dtype(np.float32)).size == 0
-
-
 @pytest.mark.parametrize("workers", [1, 2, 100])
 def test_progress_reaches_the_total(plan, workers):
     prepare(plan)
@@ -333,13 +324,13 @@ def test_an_earlier_run_is_gone_on_with_or_removed(plan):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda plan: replace(plan, about={"a": 2}),
+        lambda plan: replace(plan, options={"a": 2}),
         lambda plan: replace(plan, documents={"config.json": b"{ }"}),
         lambda plan: replace(plan, copies={}),
         lambda plan: replace(plan, shards=make_shards(items_of(30, 20, 50, 40), 40)),
         lambda plan: (plan.copies["below/copy.txt"].write_text("changed"), replace(plan))[1],
     ],
-    ids=["about", "documents", "copies", "shards", "what is copied"],
+    ids=["options", "documents", "copies", "shards", "what is copied"],
 )
 def test_another_plan_is_refused(plan, change):
     prepare(plan)
@@ -381,15 +372,15 @@ def test_leftovers_of_others_are_left_alone(plan):
 
 
 def test_a_full_disk_is_noticed_before_the_start(plan, monkeypatch):
-    room = shards.shutil.disk_usage(plan.folder.parent)
-    monkeypatch.setattr(shards.shutil, "disk_usage", lambda _: room._replace(free=139))
+    room = files.shutil.disk_usage(plan.folder.parent)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: room._replace(free=139))
     with pytest.raises(OSError, match="140 B are to be written, but the disk has 139 B free"):
         prepare(plan)
     assert tree(plan.folder) == {}
-    monkeypatch.setattr(shards.shutil, "disk_usage", lambda _: room._replace(free=140))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: room._replace(free=140))
     prepare(plan)
     plan.tasks()[0].run()
-    monkeypatch.setattr(shards.shutil, "disk_usage", lambda _: room._replace(free=90))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: room._replace(free=90))
     prepare(plan, resume=True)  # what is there already needs no room
 
 
@@ -475,7 +466,7 @@ def test_a_folder_that_vanishes_is_an_error(plan):
 
 def test_header_is_that_of_save_file(source, tmp_path):
     """The same bytes, whoever writes them."""
-    items = [Copied(Output("x", "I64", (10,)))]
+    items = [Copied("x", (Output("x", "I64", (10,)),))]
     shards.Task(tmp_path, Shard("model.safetensors", tuple(items)), source).run()
     mxfp4np.save_file({"x": np.arange(10)}, tmp_path / "expected.safetensors", {"format": "pt"})
     assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "expected.safetensors").read_bytes()

@@ -12,7 +12,7 @@ from contract import run_python
 import mxfp4np
 from mxfp4np.backends.cpu import driver as cpu
 from mxfp4np.backends.memory import aligned_empty
-from mxfp4np.cli import bench
+from mxfp4np.cli import bench, timing
 from mxfp4np.format import DTYPES, decoded_dtype
 
 DATA = Path(__file__).parent / "data"
@@ -135,7 +135,7 @@ def test_available_memory(files, expected, tmp_path):
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert bench.available_memory(str(tmp_path)) == expected
+    assert timing.available_memory(str(tmp_path)) == expected
 
 
 def test_refusals_are_one_line(command, tmp_path):
@@ -168,10 +168,10 @@ def test_without_a_compiler_there_is_no_limit():
 def test_in_turn_makes_as_many_rounds_as_the_budget_allows():
     calls = []
     runs = [lambda: calls.append("a"), lambda: calls.append("b")]
-    assert [len(seconds) for seconds in bench.in_turn(runs, 5)] == [5, 5]
+    assert [len(seconds) for seconds in timing.in_turn(runs, 5)] == [5, 5]
     assert calls == ["a", "b"] * 6
-    assert [len(seconds) for seconds in bench.in_turn(runs, 5, budget=0)] == [3, 3]
-    assert [len(seconds) for seconds in bench.in_turn(runs, 2, budget=0)] == [2, 2]
+    assert [len(seconds) for seconds in timing.in_turn(runs, 5, budget=0)] == [3, 3]
+    assert [len(seconds) for seconds in timing.in_turn(runs, 2, budget=0)] == [2, 2]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -18,10 +18,9 @@ from hypothesis import strategies as st
 
 import mxfp4np
 from mxfp4np import CheckpointError, cli
-from mxfp4np.backends import threads
 from mxfp4np.rewrite import convert as conversion
 from mxfp4np.rewrite.convert import convert
-from mxfp4np.rewrite.plan import INDEX, RECORD
+from mxfp4np.rewrite.folder import INDEX, RECORD
 from mxfp4np.storage.dtypes import nbytes_of
 from mxfp4np.storage.safetensors import SafetensorsFile
 from mxfp4np.storage.writer import header_bytes, write_safetensors
@@ -81,7 +80,7 @@ def assert_converted(source, target, dtype="bfloat16", **options):
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_layout(folder, dtype, tmp_path, monkeypatch):
-    monkeypatch.setattr(conversion, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(conversion, "CHUNK_BYTES", 1000)
     result = convert(folder, tmp_path / "out", dtype=dtype, max_shard_size=40_000, verify=True)
     assert result.complete
     assert result.verification.findings == []
@@ -108,7 +107,7 @@ def test_gguf(tmp_path):
 @pytest.mark.parametrize("transpose", ["auto", "yes", "no"])
 @pytest.mark.parametrize("piece_bytes", [128, 5000, 32 << 20])
 def test_transpose(tmp_path, monkeypatch, transpose, piece_bytes):
-    monkeypatch.setattr(conversion, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(conversion, "CHUNK_BYTES", piece_bytes)
     arrays = {"w": packed(3, 40, 96), "m": packed(7, 64), "v": packed(64), "e": packed(0, 64), "f": packed(5, 0)}
     source = build(tmp_path / "in", {**arrays, "plain": np.arange(6).reshape(2, 3)})
     result = convert(source, tmp_path / "out", transpose=transpose, verify=True)
@@ -138,7 +137,7 @@ def test_random_tensors(tmp_path_factory, monkeypatch, data):
             dtype = np.dtype(data.draw(dtypes))
             tensors[f"t{i}"] = rng.integers(0, 2, shape).astype(dtype)
     source = build(folder / "in", tensors)
-    monkeypatch.setattr(conversion, "PIECE_BYTES", data.draw(st.sampled_from([128, 500, 1 << 20])))
+    monkeypatch.setattr(conversion, "CHUNK_BYTES", data.draw(st.sampled_from([128, 500, 1 << 20])))
     options = {
         "max_shard_size": data.draw(st.integers(1, 1000)),
         "transpose": data.draw(st.sampled_from(["auto", "yes", "no"])),
@@ -474,7 +473,6 @@ def test_same_bytes_whatever_the_workers(tmp_path, workers):
 
 
 def test_an_error_before_anything_has_begun_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(threads, "_pool", None)
     monkeypatch.setenv("MXFP4NP_NUM_THREADS", "x")
     with pytest.raises(ValueError, match="must be a positive integer, found 'x'"):
         convert(HF, tmp_path / "out", max_shard_size=50_000, workers=2)
@@ -727,7 +725,7 @@ DRIVER = """
     import itertools, os, random, shutil, signal, sys
     from pathlib import Path
     from mxfp4np.rewrite import convert as conversion
-    from mxfp4np.rewrite.plan import INDEX
+    from mxfp4np.rewrite.folder import INDEX
 
     source, root = map(Path, sys.argv[1:3])
     watched, numbers, last, at, act = None, None, 0, None, None
@@ -789,7 +787,7 @@ DRIVER = """
         assert left.items() <= expected.items(), sorted(left)
         assert INDEX not in left or left == expected
 
-    conversion.PIECE_BYTES = 20_000
+    conversion.CHUNK_BYTES = 20_000
     os.fsync = fsync
     sys.addaudithook(hook)
     convert(root / "expected")
@@ -926,7 +924,7 @@ def test_a_source_that_is_truncated_meanwhile(wide, tmp_path, io):
     from mxfp4np.rewrite import convert as conversion
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    conversion.PIECE_BYTES = 200_000
+    conversion.CHUNK_BYTES = 200_000
     source, target, io = sys.argv[1:]
 
     def progress(step):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import mxfp4np
 from mxfp4np.rewrite import verify as verification
-from mxfp4np.rewrite.plan import INDEX, RECORD
+from mxfp4np.rewrite.folder import INDEX, RECORD
 from mxfp4np.storage.safetensors import SafetensorsFile
 from mxfp4np.storage.writer import write_safetensors
 
@@ -69,7 +69,7 @@ def target(source, tmp_path):
 @pytest.mark.parametrize("workers", [1, 2, 50])
 @pytest.mark.parametrize("piece_bytes", [256, 5000, 4 << 20])
 def test_nothing_wrong(source, target, monkeypatch, workers, piece_bytes):
-    monkeypatch.setattr(verification, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(verification, "CHUNK_BYTES", piece_bytes)
     steps = []
     result = mxfp4np.verify(source, target.parent, workers=workers, progress=steps.append)
     assert result.findings == []
@@ -95,7 +95,7 @@ def test_any_byte_is_compared(tmp_path_factory, monkeypatch, data):
     elements = data.draw(st.lists(st.integers(0, int(np.prod(shape)) - 1), min_size=1, max_size=3, unique=True))
     for element in elements:
         flip(written, name, element, data.draw(st.integers(0, itemsize - 1)))
-    monkeypatch.setattr(verification, "PIECE_BYTES", data.draw(st.sampled_from([256, 1000, 4 << 20])))
+    monkeypatch.setattr(verification, "CHUNK_BYTES", data.draw(st.sampled_from([256, 1000, 4 << 20])))
     (finding,) = mxfp4np.verify(path, folder / "out").findings
     place = ", ".join(str(int(i)) for i in np.unravel_index(min(elements), shape))
     assert f"model.safetensors: tensor {name!r}[{place}]: expected " in finding
@@ -232,7 +232,7 @@ def test_against_gguf(tmp_path):
 @pytest.mark.parametrize("against", [True, False])
 @pytest.mark.parametrize("kind", [ZeroDivisionError, KeyboardInterrupt])
 def test_an_exception_in_progress_stops_all(tmp_path, monkeypatch, against, kind):
-    monkeypatch.setattr(verification, "PIECE_BYTES", 256)
+    monkeypatch.setattr(verification, "CHUNK_BYTES", 256)
     path = save(tmp_path / "in" / "m.safetensors", {f"w{i}": packed(400, 64, seed=i) for i in range(3)})
     mxfp4np.convert(path, tmp_path / "out")
     seen = []

@@ -1,0 +1,134 @@
+"""The small files beside rewritten weights: what config.json says afterwards, and which other files are copied."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from ..checkpoint import Checkpoint
+from ..errors import CheckpointError, LayoutError
+from ..format import BLOCK_SIZE
+from ..layouts.table import LAYOUTS, METADATA
+from ..storage.discover import PathLike
+from .folder import RECORD
+from .plan import json_bytes
+
+QUANTIZATION_KEYS: Final = ("quantization_config", "quantization")
+"""Keys of a config.json that say how weights are quantised; the second one is mlx's."""
+
+WEIGHTS: Final = (".safetensors", ".uqff", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx")
+"""Suffixes of files that hold weights, which are not copied."""
+
+STALE: Final = frozenset(
+    {"dtypes.json"} | {says.source for layout in LAYOUTS for says in layout.evidence} - {METADATA, "config.json"}
+)
+"""Files that describe packed tensors, which are not copied."""
+
+
+def decoded_config(config: dict[str, Any], dtype: str, *, keep: bool) -> dict[str, Any]:
+    """Return the config.json of the source changed for weights that are decoded to ``dtype``.
+
+    ``keep`` what it says of quantisation where tensors stay quantised in another way.
+    """
+    plain: dict[str, Any] = _without(config, ("expert_dtype", *(() if keep else QUANTIZATION_KEYS)))
+    for part in (plain, plain.get("text_config")):
+        if isinstance(part, dict):
+            part.update({key: dtype for key in ("dtype", "torch_dtype") if key in part})
+    if "model_type" in plain and "torch_dtype" not in plain:
+        plain["dtype"] = dtype
+    return plain
+
+
+def _without(value: Any, keys: tuple[str, ...]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {name: _without(inner, keys) for name, inner in value.items() if name not in keys}
+
+
+def encoded_config(config: dict[str, Any], layout: str, plain: Sequence[str]) -> dict[str, Any]:
+    """Return the config.json of the source changed for encoded weights; ``plain`` names the matrices not encoded."""
+    for key in QUANTIZATION_KEYS:
+        if key in config:
+            raise LayoutError(f"config.json has {key!r}: the weights are quantised already, convert them first")
+    return {**config, **_quantization(layout, plain)}
+
+
+def _quantization(layout: str, plain: Sequence[str]) -> dict[str, Any]:
+    """Return what is added to a config.json, as the tool that the layout is named after writes it."""
+    if layout == "gpt-oss-hf":
+        modules = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+        return {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": modules}}
+    if layout == "compressed-tensors":
+        weights = {
+            "num_bits": 4,
+            "type": "float",
+            "symmetric": True,
+            "strategy": "group",
+            "group_size": BLOCK_SIZE,
+            "scale_dtype": "torch.uint8",
+        }
+        return {
+            "quantization_config": {
+                "quant_method": "compressed-tensors",
+                "format": "mxfp4-pack-quantized",
+                "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+                "ignore": [name.removesuffix(".weight") for name in plain],
+                "quantization_status": "compressed",
+            }
+        }
+    if layout == "mlx":
+        how = {"group_size": BLOCK_SIZE, "bits": 4, "mode": "mxfp4"}
+        return {"quantization": how, "quantization_config": how}
+    return {}
+
+
+def folder_beside(source: PathLike | Sequence[PathLike], checkpoint: Checkpoint) -> Path | None:
+    """Return the folder whose other files go with a checkpoint: none if it was opened by the names of its weights."""
+    by_folder = isinstance(source, str | os.PathLike) and (checkpoint.index is not None or Path(source).is_dir())
+    return checkpoint.folder if by_folder else None
+
+
+def small_files(
+    checkpoint: Checkpoint,
+    beside: Path | None,
+    target: Path,
+    change: Callable[[dict[str, Any]], dict[str, Any]],
+) -> tuple[dict[str, bytes], dict[str, Path]]:
+    """Return the files that go with rewritten weights: those to be written, and those to be copied, by their names.
+
+    ``change`` returns the config.json of the target, given that of the source; ``beside`` comes from `folder_beside`.
+    """
+    copies = {} if beside is None else _files_beside(beside, target)
+    if not copies.pop("config.json", None):
+        return {}, copies
+    try:
+        return {"config.json": json_bytes(change(checkpoint.config))}, copies
+    except (RecursionError, UnicodeEncodeError) as error:
+        raise CheckpointError(f"{checkpoint.folder / 'config.json'}: cannot be written again: {error}") from error
+
+
+def _files_beside(folder: Path, target: Path) -> dict[str, Path]:
+    """Return the files that go with weights, for instance tokenizers, without folders that hold other weights."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or path.name in STALE:
+            continue
+        if path.is_dir():
+            if not path.is_symlink() and not _is_other(path.resolve(), target.resolve()):
+                found.update((f"{path.name}/{name}", inner) for name, inner in _files_beside(path, target).items())
+        elif not _is_weights(path) and stat.S_ISREG(path.stat().st_mode):  # a link to nothing is an error
+            found[path.name] = path
+    return found
+
+
+def _is_other(folder: Path, target: Path) -> bool:
+    """Tell whether a folder is the target, or holds another checkpoint or one that is being written."""
+    inside = (path for path in folder.rglob("*") if not path.is_relative_to(target))
+    return folder == target or any(_is_weights(path) or path.name == RECORD for path in inside)
+
+
+def _is_weights(path: Path) -> bool:
+    return path.suffix in WEIGHTS or path.name.endswith(".index.json")

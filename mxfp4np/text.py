@@ -1,0 +1,58 @@
+"""Text for people: names made safe to print, sizes, counts and tables.
+
+It knows nothing of tensors or files, so that rewriting and the command line can both use it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def escape(text: str) -> str:
+    """Return the text with every character that a terminal would not print as such escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def format_bytes(count: float) -> str:
+    """Return a size in decimal units.
+
+    Examples
+    --------
+    >>> format_bytes(1_560_000_000_000)
+    '1.56 TB'
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def count(number: int, what: str) -> str:
+    """Return for instance ``"1 shard"`` or ``"1,234 shards"``."""
+    return f"{number:,} {what}" + ("" if number == 1 else "s")
+
+
+def align(rows: Sequence[Sequence[str]], left: int | None = None) -> list[str]:
+    """Return rows of cells as lines with aligned columns.
+
+    Parameters
+    ----------
+    rows : sequence of sequence of str
+        All of the same length.
+    left : int, optional
+        How many of the first columns are aligned to the left, all by default; the others are to the right.
+
+    Examples
+    --------
+    >>> align([("NAME", "BYTES"), ("w", "17")], left=1)
+    ['NAME  BYTES', 'w        17']
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    left = len(widths) if left is None else left
+    lines = []
+    for cells in rows:
+        aligned = [cell.ljust(width) for cell, width in zip(cells[:left], widths[:left], strict=True)]
+        aligned += [cell.rjust(width) for cell, width in zip(cells[left:], widths[left:], strict=True)]
+        lines.append("  ".join(aligned).rstrip())
+    return lines

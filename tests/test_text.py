@@ -1,0 +1,66 @@
+"""Text for people: nothing steers the terminal, sizes are close and plain, columns are aligned."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mxfp4np.text import align, escape, format_bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain name.0", "plain name.0"),
+        ("\x1b[31m", "\\x1b[31m"),
+        ("a\nb\r\tc\0", "a\\nb\\r\\tc\\x00"),
+        ("\x7f\x9b", "\\x7f\\x9b"),
+        ("\u202e", "\\u202e"),
+        ("\udcff", "\\udcff"),
+        ("\U000e0001", "\\U000e0001"),
+        ("größe 中", "größe 中"),
+        ("", ""),
+    ],
+)
+def test_escape(text, shown):
+    assert escape(text) == shown
+
+
+@given(st.text())
+def test_escaped_text_is_printable(text):
+    assert escape(text).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (1, "1 B"),
+        (999, "999 B"),
+        (1000, "1 kB"),
+        (1536, "1.54 kB"),
+        (12_345, "12.3 kB"),
+        (999_499, "999 kB"),
+        (999_999, "1 MB"),
+        (13_761_264_768, "13.8 GB"),
+        (1_560_000_000_000, "1.56 TB"),
+        (0.5, "0.5 B"),
+    ],
+)
+def test_format_bytes(count, text):
+    assert format_bytes(count) == text
+
+
+@given(
+    st.integers(0, 999 * 10**12)
+    | st.builds(lambda power, less: 1000**power - less, st.integers(1, 4), st.integers(1, 9))
+)
+def test_sizes_are_close_and_plain(count):
+    number, unit = format_bytes(count).split()
+    assert "e" not in number
+    assert float(number) * 1000 ** ["B", "kB", "MB", "GB", "TB"].index(unit) == pytest.approx(count, rel=0.006)
+
+
+def test_columns_are_aligned():
+    rows = [("NAME", "BYTES"), ("w", "17"), ("", "")]
+    assert align(rows) == ["NAME  BYTES", "w     17", ""]
+    assert align(rows, left=1) == ["NAME  BYTES", "w        17", ""]
