@@ -1,6 +1,6 @@
-"""This library, its limits and its peers, decoding the same tensor in one process: `GROUPS` is the list of them.
+"""This library, its limits and its peers, decoding the same tensor in one process.
 
-A peer that is not installed stays in the list, without figures.
+A peer that is not installed keeps its row, without figures.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ import ml_dtypes
 import numpy as np
 
 import mxfp4np
+from benchmarks.timing import interleaved
 from mxfp4np.backends.cpu.driver import stream
 from mxfp4np.backends.memory import aligned_empty
 from mxfp4np.backends.threads import parallel_for
-from mxfp4np.cli.bench import Run, fill, in_turn
+from mxfp4np.cli.bench import Run, fill
 from mxfp4np.format import decoded_dtype
 
 ROW = (5760, 90)  # one expert of gpt-oss-20b's mlp1: 5760 rows of 90 blocks
@@ -33,7 +34,7 @@ REFERENCE = "gpt-oss `Checkpoint.get`"
 
 
 class Data:
-    """Random codes and scales, in memory and in a checkpoint, for so many experts."""
+    """Random codes and scales of some experts, in memory and in a checkpoint."""
 
     def __init__(self, experts: int, folder: Path, threads: int) -> None:
         rng = np.random.default_rng(0)
@@ -49,7 +50,7 @@ class Data:
 
     @functools.cache  # noqa: B019
     def out(self, dtype: str) -> np.ndarray:
-        """Return memory for the output that has been touched."""
+        """Return memory for the output whose pages exist."""
         out = aligned_empty(self.shape, decoded_dtype(dtype))
         fill(out, self.threads)
         return out
@@ -63,7 +64,7 @@ class Subject:
     dtype: str
     prepare: Callable[[Data], Run]
     share: float = 1.0
-    """Of the elements: slow peers get fewer, their rate being what counts."""
+    """The part of the experts that it decodes: slow peers get fewer, since rates are compared."""
 
 
 def ours(dtype: str, *, reuse: bool, threads: int | None = None) -> Callable[[Data], Run]:
@@ -212,11 +213,11 @@ PEERS = [
     Subject("gguf-py `dequantize`", "float32", gguf, 0.0625),
 ]
 GROUPS = OURS, PEERS
-"""Who is run in turn: new output is slow to come where peers have just let go of much memory."""
+"""What is run interleaved. Peers are separate: after they release much memory, new outputs are slow."""
 
 
 def measure(options: Namespace) -> list[dict[str, Any]]:
-    """Run every subject of a group once a round; return a row for each, its values per second or why there are none."""
+    """Return a row for each subject: its values per second, or why there are none."""
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         data = functools.cache(lambda experts: Data(experts, Path(folder), options.threads))
@@ -241,6 +242,6 @@ def measure(options: Namespace) -> list[dict[str, Any]]:
                 else:
                     runs[len(rows)] = run
                 rows.append(row)
-            for i, seconds in zip(runs, in_turn(list(runs.values()), options.rounds), strict=True):
+            for i, seconds in zip(runs, interleaved(list(runs.values()), options.rounds), strict=True):
                 rows[i]["rates"] = sorted(rows[i]["values"] / s for s in seconds)
     return rows
