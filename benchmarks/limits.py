@@ -17,9 +17,9 @@ import numpy as np
 
 import mxfp4np
 from benchmarks.timing import Row, Subject, amount, compare, repeated
-from mxfp4np.backends.cpu.driver import instruction_set, stream
+from mxfp4np.backends.cpu.driver import stream
 from mxfp4np.backends.memory import aligned_empty
-from mxfp4np.cli.bench import Run, fill
+from mxfp4np.cli.bench import Run, fill, machine
 from mxfp4np.format import DTYPES, decoded_dtype
 
 ROWS, GROUPS = 5760, 90  # gpt-oss-20b: mlp1 is [32, 5760, 90, 16]
@@ -54,7 +54,7 @@ class Bench:
             limit = partial(stream, self.packed.blocks, self.packed.scales, out, num_threads=self.threads)
             whole = Subject("whole, output reused : `stream`", dtype, decode, nbytes, floor=0.95)
             self.compare(whole, to=limit, nbytes=nbytes)
-            slow = instruction_set() == "avx2" and dtype == "bfloat16" and self.threads == 1
+            slow = machine()["code"] == "avx2" and dtype == "bfloat16" and self.threads == 1
             run = self.decode(self.packed, transposed, transpose=True)
             subject = Subject("transposed : not transposed", dtype, run, nbytes, floor=0.5 if slow else 0.6)
             self.compare(subject, to=decode, nbytes=nbytes)

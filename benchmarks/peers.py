@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 
 import mxfp4np
-from benchmarks.timing import interleaved
+from benchmarks.timing import Row, interleaved
 from mxfp4np.backends.cpu.driver import stream
 from mxfp4np.backends.memory import aligned_empty
 from mxfp4np.backends.threads import parallel_for
@@ -103,20 +103,23 @@ def numpy_ml_dtypes(data: Data) -> Run:
     return run
 
 
-def gpt_oss(data: Data) -> Run:
+def torch_arrays(data: Data) -> tuple[Any, Any, Any]:
+    """Return torch, and its views of the blocks and the scales."""
     import torch
-    from gpt_oss.torch.weights import Checkpoint
 
     torch.set_num_threads(data.threads)
-    checkpoint = Checkpoint(str(data.folder), torch.device("cpu"))
-    return lambda: checkpoint.get(data.name)
+    return torch, torch.from_numpy(data.blocks), torch.from_numpy(data.scales)
+
+
+def gpt_oss(data: Data) -> Run:
+    torch, _, _ = torch_arrays(data)
+    from gpt_oss.torch.weights import Checkpoint
+
+    return partial(Checkpoint(str(data.folder), torch.device("cpu")).get, data.name)
 
 
 def gpt_oss_compiled(data: Data) -> Run:
-    import torch
-    from gpt_oss.torch.weights import FP4_VALUES
-
-    torch.set_num_threads(data.threads)
+    torch, blocks, scales = torch_arrays(data)
 
     @torch.compile(dynamic=False)
     def formula(blocks, scales, table):
@@ -124,31 +127,23 @@ def gpt_oss_compiled(data: Data) -> Run:
         low, high = table[(blocks & 15).to(torch.long)], table[(blocks >> 4).to(torch.long)]
         return torch.ldexp(torch.stack([low, high], -1).flatten(-2), exponents).flatten(-2)
 
-    blocks, scales = torch.from_numpy(data.blocks), torch.from_numpy(data.scales)
-    table = torch.tensor(FP4_VALUES, dtype=torch.bfloat16)
-    return lambda: formula(blocks, scales, table)
+    return partial(formula, blocks, scales, torch.tensor(mxfp4np.format.FP4_VALUES, dtype=torch.bfloat16))
 
 
 def transformers(data: Data) -> Run:
-    import torch
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-    torch.set_num_threads(data.threads)
-    blocks, scales = torch.from_numpy(data.blocks), torch.from_numpy(data.scales)
-    return lambda: convert_moe_packed_tensors(blocks, scales)
+    return partial(convert_moe_packed_tensors, *torch_arrays(data)[1:])
 
 
 def compressed_tensors(data: Data) -> Run:
-    import torch
     from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
 
-    torch.set_num_threads(data.threads)
+    torch, blocks, scales = torch_arrays(data)
     rows = data.shape[0] * data.shape[1]
-    packed = torch.from_numpy(data.blocks.reshape(rows, -1))
-    scales = torch.from_numpy(data.scales.reshape(rows, -1))
 
     def run() -> Any:
-        values = unpack_fp4_from_uint8(packed, rows, data.shape[-1], dtype=torch.bfloat16)
+        values = unpack_fp4_from_uint8(blocks.reshape(rows, -1), rows, data.shape[-1], dtype=torch.bfloat16)
         factors = torch.exp2(scales.to(torch.float32) - 127).to(torch.bfloat16)
         return values.reshape(*scales.shape, 32) * factors.unsqueeze(-1)
 
@@ -216,22 +211,17 @@ GROUPS = OURS, PEERS
 """What is run interleaved. Peers are separate: after they release much memory, new outputs are slow."""
 
 
-def measure(options: Namespace) -> list[dict[str, Any]]:
+def measure(options: Namespace) -> list[Row]:
     """Return a row for each subject: its values per second, or why there are none."""
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         data = functools.cache(lambda experts: Data(experts, Path(folder), options.threads))
         for group in GROUPS:
             runs: dict[int, Run] = {}
             for subject in group:
                 subset = data(max(1, round(options.experts * subject.share)))
-                row = {
-                    "name": subject.name,
-                    "dtype": subject.dtype,
-                    "values": subset.size,
-                    "rates": [],
-                    "missing": None,
-                }
+                row: Row = {"name": subject.name, "dtype": subject.dtype, "values": subset.size}
+                row |= {"rates": [], "missing": None}
                 try:
                     run = subject.prepare(subset)
                     run()
