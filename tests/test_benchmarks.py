@@ -107,6 +107,7 @@ def test_floors_are_gathered_by_case_and_threads():
 )
 def test_sections_give_rows(section, measure, count, monkeypatch, tmp_path):
     monkeypatch.setattr(scaling, "usable_cpus", lambda: 1)
+    monkeypatch.setattr(encode, "torchao", lambda *_: [])
     rows = rows_of(report.table(section, measure(Namespace(**vars(TINY), folder=tmp_path))))
     assert len(rows) == count
     assert {row.count("|") for row in rows} == {len(report.SECTIONS[section][1]) + 1}
