@@ -76,7 +76,8 @@ def main() -> None:
             results[name]["device"] = measure.device()
         print(report.table(name, results[name]["rows"]), end="\n\n", flush=True)
     results = {name: results[name] for name in SECTIONS if name in results}
-    print(report.floors([row for name in options.only if name in results for row in results[name]["rows"]]))
+    if floors := report.floors([row for name in options.only if name in results for row in results[name]["rows"]]):
+        print(floors)
     path.write_text(json.dumps(results, indent=1) + "\n")
     path.with_suffix(".md").write_text(report.markdown(results))
     if find_spec("matplotlib"):

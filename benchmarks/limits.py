@@ -39,7 +39,7 @@ class Bench:
         self.rows: list[Row] = []
 
     def compare(self, *subjects: Subject, to: Run, nbytes: float, **options: Any) -> None:
-        """Compare subjects with a run that moves so many bytes."""
+        """Compare subjects with a run that moves ``nbytes`` bytes."""
         self.rows += compare((to, nbytes), subjects, self.rounds, self.threads, **options)
 
     def decode(self, array: mxfp4np.MXFP4Array, out: np.ndarray, *, transpose: bool = False) -> Run:

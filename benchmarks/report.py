@@ -171,6 +171,6 @@ def with_table(text: str, results: dict[str, Any]) -> str:
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not end:
-        raise ValueError(f"expected {BEGIN!r} and, behind it, {END!r}")
+        raise ValueError(f"expected {BEGIN!r} followed by {END!r}")
     section = results["peers"]
     return f"{before}{begin}\n{table('peers', section['rows'])}\n\n{caption(section)}.\n{end}{after}"
