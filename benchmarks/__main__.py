@@ -1,11 +1,12 @@
-"""Measure everything, and write JSON, Markdown and a plot.
+"""Measure sections, and write JSON, Markdown and a plot.
 
     python -m pip install '.[bench]'
     python -m pip install --no-deps --ignore-requires-python gpt-oss
     python -m benchmarks --write README.md
+    python -m benchmarks --only limits latency encode startup --threads 16 --out DIR
 
-Sections that are not measured anew keep what the JSON has: ``--only`` alone writes the reports again. So does ``cuda``
-where there is no CuPy, and the plot where there is no matplotlib.
+Sections that are not measured keep what the JSON has: ``--only`` alone writes the reports again. `cuda` needs CuPy, the
+plot matplotlib; without them they are left out.
 """
 
 from __future__ import annotations
@@ -14,63 +15,69 @@ import argparse
 import datetime as dt
 import json
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
-from benchmarks import limits, peers, report, scaling
+from benchmarks import report
+from benchmarks.peers import PACKAGES
 from mxfp4np.backends.threads import default_num_threads
 from mxfp4np.cli.timing import machine
 
-
-def cuda(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure a CUDA device, which needs CuPy."""
-    from benchmarks.cuda import measure
-
-    return measure(options)
-
-
 SECTIONS = {
-    "peers": peers.measure,
-    "limits": limits.measure,
-    "latency": limits.latency,
-    "sizes": scaling.sizes,
-    "threads": scaling.threads,
-    "cuda": cuda,
+    "peers": "peers.measure",
+    "limits": "limits.measure",
+    "latency": "limits.latency",
+    "encode": "encode.measure",
+    "startup": "startup.startup",
+    "opening": "startup.opening",
+    "conversion": "conversion.measure",
+    "sizes": "scaling.sizes",
+    "threads": "scaling.threads",
+    "cuda": "cuda.measure",
 }
+"""The module and the function that measure each section: called with the options, they return rows."""
+
+
+def parse() -> argparse.Namespace:
+    """Return the options of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", choices=SECTIONS, default=list(SECTIONS), help="sections to measure")
+    parser.add_argument("--experts", type=int, default=16, help="size of the data: of 33 MB of bfloat16 (default: 16)")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=default_num_threads(), help="limits and encode: and one too")
+    parser.add_argument("--folder", type=Path, default=Path.cwd(), help="for large temporary files (default: here)")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", metavar="DIR")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="put the table of peers between its markers")
+    return parser.parse_args()
 
 
 def main() -> None:
     """Measure and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", choices=SECTIONS, default=list(SECTIONS), help="sections to measure")
-    parser.add_argument("--experts", type=int, default=16, help="of 33 MB of bfloat16 each (default: 16)")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=default_num_threads())
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", metavar="DIR")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="put the table of peers between its markers")
-    options = parser.parse_args()
+    options = parse()
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "results.json"
-    old = json.loads(path.read_text()) if path.exists() else {}
-    results = {}
-    for name, measure in SECTIONS.items():
-        if name in options.only and (name != "cuda" or find_spec("cupy")):
-            print(f"measuring {name}", file=sys.stderr)
-            results[name] = {
-                "date": f"{dt.datetime.now(dt.UTC):%Y-%m-%d}",
-                "machine": machine(*peers.PACKAGES),
-                "threads": options.threads,
-                "rounds": options.rounds,
-                "rows": measure(options),
-            }
-            if name == "cuda":
-                from benchmarks.cuda import device
-
-                results[name]["device"] = device()
-            print(report.table(name, results[name]["rows"]), end="\n\n")
-        elif name in old:
-            results[name] = old[name]
+    results = json.loads(path.read_text()) if path.exists() else {}
+    for name in options.only:
+        if name == "cuda" and not find_spec("cupy"):
+            print("cuda is not measured: CuPy is not installed", file=sys.stderr)
+            continue
+        print(f"measuring {name}", file=sys.stderr)
+        module, function = SECTIONS[name].split(".")
+        measure = import_module(f"benchmarks.{module}")
+        results[name] = {
+            "date": f"{dt.datetime.now(dt.UTC):%Y-%m-%d}",
+            "machine": machine(*PACKAGES),
+            "threads": options.threads,
+            "rounds": options.rounds,
+            "rows": getattr(measure, function)(options),
+        }
+        if name == "cuda":
+            results[name]["device"] = measure.device()
+        print(report.table(name, results[name]["rows"]), end="\n\n", flush=True)
+    results = {name: results[name] for name in SECTIONS if name in results}
+    if floors := report.floors([row for name in options.only if name in results for row in results[name]["rows"]]):
+        print(floors)
     path.write_text(json.dumps(results, indent=1) + "\n")
     path.with_suffix(".md").write_text(report.markdown(results))
     if find_spec("matplotlib"):

@@ -1,51 +1,42 @@
-"""The CUDA backend against the memory of its device, the bus, and its peers, all in turn.
+"""The CUDA backend compared with copies by its device, the bus, and peers.
 
-Times on the device are taken with CUDA events, those that begin on the host by the clock. Peers that are not installed
-are left out: torch, and gpt-oss.
+What is on the device is timed by CUDA events, what begins on the host by the host's clock. Peers that are not
+installed, torch and gpt-oss, are left out.
 """
 
 from __future__ import annotations
 
-import ctypes
-import statistics
 import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import cupy
 import numpy as np
 
 import mxfp4np
-from mxfp4np.backends.memory import address_of
-from mxfp4np.cli.timing import Run, in_threads
+from benchmarks.timing import Row, Subject, compare
+from mxfp4np.cli.timing import Run
 from mxfp4np.format import DTYPES
 
 ROWS, GROUPS = 5760, 90  # gpt-oss-20b: mlp1 is [32, 5760, 90, 16], mlp2 [32, 2880, 90, 16]
 EXPERTS, LAYERS = 64, 4
-PINNED_BYTES = 4 << 20
+VALUES = 1 << 28  # that are encoded
+CACHE_BYTES = 1 << 30
+PINNED_BYTES = 256 << 20
 
 
-class Subject(NamedTuple):
-    """Something to run, the bytes that it moves, and the values that it decodes or encodes."""
+def event_clock() -> Callable[[Run], float]:
+    """Return a clock that takes the seconds between two CUDA events around what a run queues."""
+    memory = cupy.empty(CACHE_BYTES, np.uint8)
 
-    run: Run
-    nbytes: float
-    values: float = 0
-
-
-class Clock:
-    """Seconds of runs: between CUDA events, or by the clock."""
-
-    def __init__(self) -> None:
-        self.before = cupy.empty(1 << 30, np.uint8)
-
-    def on_device(self, run: Run) -> float:
-        """Return the seconds between two events around what a run queues, behind work that clears the cache."""
+    def clock(run: Run) -> float:
         begin, end = cupy.cuda.Event(), cupy.cuda.Event()
-        self.before.fill(0)  # while it runs, the host gets ahead
+        memory.fill(0)  # clears the cache; while it runs, the host queues what follows
         begin.record()
         result = run()
         end.record()
@@ -53,94 +44,62 @@ class Clock:
         del result
         return cupy.cuda.get_elapsed_time(begin, end) / 1e3
 
-    def from_host(self, run: Run) -> float:
-        """Return the seconds by the clock until a run is done on the device too."""
-        cupy.cuda.Device().synchronize()
-        begin = time.perf_counter()
-        result = run()
-        cupy.cuda.Device().synchronize()
-        seconds = time.perf_counter() - begin
-        del result
-        return seconds
+    return clock
 
 
-def in_turn(subjects: dict[str, Subject], seconds: Callable[[Run], float], rounds: int) -> list[dict[str, Any]]:
-    """Time subjects, and rate them by bytes a second, of the rate of the first one, the limit."""
-    times: dict[str, list[float]] = {name: [] for name in subjects}
-    for i in range(rounds + 2):
-        for name, subject in subjects.items():
-            taken = seconds(subject.run)
-            if i >= 2:
-                times[name].append(taken)
-    limit, *_ = subjects
-    rows = []
-    for name, subject in subjects.items():
-        rates = [subject.nbytes / s / 1e9 for s in times[name]]
-        limits = [subjects[limit].nbytes / s / 1e9 for s in times[limit]]
-        median = statistics.median(times[name])
-        rows.append(
-            {
-                "what": name,
-                "microseconds": median * 1e6,
-                "rates": sorted(rates),
-                "values": subject.values / median,
-                "shares": sorted(rate / other for rate, other in zip(rates, limits, strict=True)),
-            }
-        )
-    return rows
+def host_clock(run: Run) -> float:
+    """Return the seconds by the host's clock until what a run queues is done."""
+    cupy.cuda.Device().synchronize()
+    begin = time.perf_counter()
+    result = run()
+    cupy.cuda.Device().synchronize()
+    seconds = time.perf_counter() - begin
+    del result
+    return seconds
 
 
-def resident(clock: Clock, rounds: int) -> Iterator[dict[str, Any]]:
-    """Decode and encode what is on the device."""
+def on_device(rounds: int, threads: int) -> Iterator[Row]:
+    """Decode and encode what is on the device, compared with copying as many bytes there."""
     blocks = cupy.random.randint(0, 256, (EXPERTS, ROWS, GROUPS, 16), np.uint8)
     scales = cupy.random.randint(110, 135, (EXPERTS, ROWS, GROUPS), np.uint8)
     packed = mxfp4np.MXFP4Array(blocks, scales)
     source, target = cupy.random.randint(0, 256, (2 << 30,), np.uint8), cupy.empty(2 << 30, np.uint8)
 
-    def copy(nbytes: int) -> Subject:
-        return Subject(lambda: target.data.copy_from_device_async(source.data, nbytes), 2 * nbytes)
+    def copy(nbytes: int) -> tuple[Run, float]:
+        return partial(target.data.copy_from_device_async, source.data, nbytes), 2 * nbytes
 
-    subjects = {"limit: copy on the device": copy(source.nbytes)}
+    subjects = []
     outs = {dtype: packed.decode(dtype) for dtype in DTYPES}
     for dtype, out in outs.items():
-        turned, moved = out.reshape(EXPERTS, 32 * GROUPS, ROWS), packed.nbytes + out.nbytes
-        subjects[f"decode, {dtype}"] = Subject(lambda out=out: packed.decode(out=out), moved, packed.size)
-        subjects[f"decode transposed, {dtype}"] = Subject(
-            lambda turned=turned: packed.decode(out=turned, transpose=True), moved, packed.size
-        )
+        transposed, moved = out.reshape(EXPERTS, 32 * GROUPS, ROWS), packed.nbytes + out.nbytes
+        decode = partial(packed.decode, out=out)
+        subjects.append(Subject("CUDA decode : copy on the device", dtype, decode, moved, floor=0.95))
+        decode = partial(packed.decode, out=transposed, transpose=True)
+        subjects.append(Subject("CUDA decode, transposed : copy on the device", dtype, decode, moved, floor=0.85))
+        x = cupy.random.standard_normal(VALUES, np.float32).astype(out.dtype)
+        encoded = mxfp4np.encode(x)
+        encode, moved = partial(mxfp4np.encode, x, out=encoded), x.nbytes + encoded.nbytes
+        subjects.append(Subject("CUDA encode : copy on the device", dtype, encode, moved, floor=0.7))
     half, gaps = packed[:, ::2], outs["bfloat16"][:, : ROWS // 2]
-    subjects["decode every second row to rows with gaps, bfloat16"] = Subject(
-        lambda: half.decode(out=gaps), half.nbytes + gaps.nbytes, half.size
-    )
-    for dtype, out in outs.items():
-        x = cupy.random.standard_normal(1 << 28, np.float32).astype(out.dtype)
-        for rule in ("even", "floor"):
-            encoded = mxfp4np.encode(x, rule)
-            subjects[f"encode, {dtype}, {rule}"] = Subject(
-                lambda x=x, rule=rule, encoded=encoded: mxfp4np.encode(x, rule, out=encoded),
-                x.nbytes + encoded.nbytes,
-                x.size,
-            )
-    for what, run in torch_runs(blocks, scales).items():
-        subjects[f"gpt-oss's formula, {what}, bfloat16"] = Subject(
-            run, packed.nbytes + outs["bfloat16"].nbytes, packed.size
-        )
-    yield from in_turn(subjects, clock.on_device, rounds)
+    decode, moved = partial(half.decode, out=gaps), half.nbytes + gaps.nbytes
+    subjects.append(Subject("CUDA decode, every second row : copy on the device", "bfloat16", decode, moved))
+    moved = packed.nbytes + outs["bfloat16"].nbytes
+    for how, run in torch_runs(blocks, scales).items():
+        subjects.append(Subject("gpt-oss's formula in torch : copy on the device", f"bfloat16, {how}", run, moved))
+    clock = event_clock()
+    yield from compare(copy(source.nbytes), sorted(subjects, key=itemgetter(0)), rounds, threads, clock=clock)
     one = packed[0]
     out = one.decode()
     moved = one.nbytes + out.nbytes
-    subjects = {
-        "limit: copy of as many bytes as one expert": copy(moved // 2),
-        "decode one expert, output reused": Subject(lambda: one.decode(out=out), moved, one.size),
-        "decode one expert, new output": Subject(one.decode, moved, one.size),
-    }
-    yield from in_turn(subjects, clock.on_device, 3 * rounds)
-    subjects = {f"{name}, by the clock": subject for name, subject in subjects.items()}
-    yield from in_turn(subjects, clock.from_host, 3 * rounds)
+    for what, by in (("CUDA events", clock), ("the host's clock", host_clock)):
+        case = f"CUDA decode of one expert, by {what} : copy"
+        reused = Subject(case, "output reused", partial(one.decode, out=out), moved)
+        subjects = [reused, Subject(case, "new output", one.decode, moved)]
+        yield from compare(copy(moved // 2), subjects, 3 * rounds, threads, clock=by)
 
 
 def torch_runs(blocks: cupy.ndarray, scales: cupy.ndarray) -> dict[str, Run]:
-    """Return the formula of gpt-oss's loader, in eager mode and compiled, over the same memory, if torch is there."""
+    """Return the formula of gpt-oss's loader, eager and compiled, on the same memory, if torch is installed."""
     try:
         import torch
     except ImportError:
@@ -165,11 +124,11 @@ def torch_runs(blocks: cupy.ndarray, scales: cupy.ndarray) -> dict[str, Run]:
         exponents = factors.to(torch.int32) - 127
         return torch.ldexp(torch.stack([low, high], -1).flatten(-2), exponents)
 
-    return {"torch eager": eager, "torch.compile": lambda: formula(codes, factors)}
+    return {"eager": eager, "torch.compile": lambda: formula(codes, factors)}
 
 
-def from_file(clock: Clock, rounds: int, threads: int, folder: Path) -> list[dict[str, Any]]:
-    """Decode from files in the page cache to the device."""
+def from_files(rounds: int, threads: int, folder: Path) -> Iterator[Row]:
+    """Decode from files in the page cache to the device, compared with copying as many bytes of pinned memory."""
     rng = np.random.default_rng(0)
     for i in range(LAYERS):
         for j, rows in enumerate((ROWS, ROWS // 2)):
@@ -178,9 +137,8 @@ def from_file(clock: Clock, rounds: int, threads: int, folder: Path) -> list[dic
                 rng.integers(0, 256, (*shape, 16), np.uint8), rng.integers(110, 135, shape, np.uint8)
             )
             mxfp4np.save_file({f"block.{i}.mlp.mlp{j + 1}_weight": tensor}, folder / f"{i}-{j}.safetensors")
-    there, here = mxfp4np.Checkpoint(folder, "cuda:0"), mxfp4np.Checkpoint(folder)
-    names = list(here)
-    packed = {name: here.packed(name) for name in names}
+    to_device, to_host = mxfp4np.Checkpoint(folder, "cuda:0"), mxfp4np.Checkpoint(folder)
+    names = list(to_host)
 
     def load(checkpoint: Any, names: list[str]) -> None:
         for name in names:
@@ -190,20 +148,17 @@ def from_file(clock: Clock, rounds: int, threads: int, folder: Path) -> list[dic
         with mxfp4np.Checkpoint(folder, "cuda:0") as checkpoint:
             load(checkpoint, names)
 
-    def subject(run: Run, names: list[str]) -> Subject:
-        return Subject(run, sum(packed[name].nbytes for name in names), sum(packed[name].size for name in names))
+    def subject(variant: str, run: Run, names: list[str], floor: float | None = None) -> Subject:
+        nbytes = sum(to_host.packed(name).nbytes for name in names)
+        return Subject("files to device : pinned memory to device", variant, run, nbytes, floor)
 
-    pinned = np.frombuffer(cupy.cuda.alloc_pinned_memory(256 << 20), np.uint8, 256 << 20)
-    target = cupy.empty(256 << 20, np.uint8)
-    subjects = {
-        "limit: pinned memory to the device": Subject(lambda: target.set(pinned), pinned.nbytes),
-        "the same bytes of the files to pinned memory, no bus": subject(
-            lambda: copy_to_pinned(list(packed.values()), pinned, threads), names
-        ),
-        "files to device, layer by layer": subject(lambda: load(there, names), names),
-        "the largest tensor alone": subject(lambda: there.get(names[0]), names[:1]),
-        "decode on the CPU, then copy": subject(lambda: [cupy.asarray(here[name]) for name in names[:2]], names[:2]),
-    }
+    pinned = np.frombuffer(cupy.cuda.alloc_pinned_memory(PINNED_BYTES), np.uint8, PINNED_BYTES)
+    target = cupy.empty(PINNED_BYTES, np.uint8)
+    subjects = [
+        subject("all tensors", partial(load, to_device, names), names, floor=0.7),
+        subject("largest tensor", partial(load, to_device, names[:1]), names[:1], floor=0.7),
+        subject("decoded by the CPU", lambda: [cupy.asarray(to_host[name]) for name in names[:2]], names[:2]),
+    ]
     try:
         import torch
         from gpt_oss.torch.weights import Checkpoint
@@ -211,39 +166,22 @@ def from_file(clock: Clock, rounds: int, threads: int, folder: Path) -> list[dic
         pass
     else:
         peer = Checkpoint(str(folder), torch.device("cuda:0"))
-        subjects["gpt-oss `Checkpoint(device='cuda').get`"] = subject(lambda: load(peer, names[:2]), names[:2])
-    rows = in_turn(subjects, clock.from_host, rounds)
-    subjects = {name: subjects[name] for name in list(subjects)[:1]}
-    subjects["files to device, opened and closed, pinned memory made anew"] = subject(open_and_load, names)
-    return rows + in_turn(subjects, clock.from_host, rounds)[1:]
+        subjects.append(subject("gpt-oss's own loader", partial(load, peer, names[:2]), names[:2]))
+    bus = partial(target.set, pinned), pinned.nbytes
+    yield from compare(bus, subjects, rounds, threads, clock=host_clock)
+    subjects = [subject("all tensors, opened and closed", open_and_load, names)]
+    yield from compare(bus, subjects, rounds, threads, clock=host_clock)
 
 
-def copy_to_pinned(arrays: list[mxfp4np.MXFP4Array], pinned: np.ndarray, threads: int) -> None:
-    """Copy packed blocks to pinned memory, over and over to the same, in several threads."""
-    step, count = PINNED_BYTES, min(2 * threads, pinned.nbytes // PINNED_BYTES)
-    for array in arrays:
-        source, target = address_of(array.blocks), address_of(pinned)
-        in_threads(
-            lambda i, j, source=source, target=target: ctypes.memmove(
-                target + i // step % count * step, source + i, j - i
-            ),
-            array.blocks.nbytes,
-            step,
-            threads,
-        )
-
-
-def measure(options: Namespace) -> list[dict[str, Any]]:
+def measure(options: Namespace) -> list[Row]:
     """Return rows for what is on the device, and for what comes from files."""
-    clock = Clock()
-    rows = list(resident(clock, options.rounds))
+    rows = list(on_device(options.rounds, options.threads))
     cupy.get_default_memory_pool().free_all_blocks()
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
-        rows += from_file(clock, options.rounds, options.threads, Path(folder))
-    return rows
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        return rows + list(from_files(options.rounds, options.threads, Path(folder)))
 
 
 def device() -> str:
-    """Return the name of the device, and the CUDA that its driver is for."""
+    """Return the name of the device and the CUDA version of its driver."""
     name = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
     return f"{name}, driver for CUDA {cupy.cuda.runtime.driverGetVersion() / 1000:.1f}"

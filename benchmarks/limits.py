@@ -1,12 +1,11 @@
-"""The CPU decoder against the memory it runs on: each row is a pair of runs in turn, and the ratio of their rates.
+"""The CPU decoder compared with what the memory allows, in pairs of runs.
 
-`stream` loads the packed bytes and streams as many output bytes, with no decoding between the two: the limit.
+`stream` loads the packed bytes and stores as many bytes as the output has, past the cache, and decodes nothing.
 """
 
 from __future__ import annotations
 
 import os
-import statistics
 import tempfile
 import timeit
 from argparse import Namespace
@@ -17,83 +16,63 @@ from typing import Any
 import numpy as np
 
 import mxfp4np
+from benchmarks.timing import Row, Subject, amount, compare, repeated
 from mxfp4np.backends.cpu.driver import stream
 from mxfp4np.backends.memory import aligned_empty
-from mxfp4np.cli.timing import Run, fill, in_turn
+from mxfp4np.cli.timing import Run, fill, machine
 from mxfp4np.format import DTYPES, decoded_dtype
 
 ROWS, GROUPS = 5760, 90  # gpt-oss-20b: mlp1 is [32, 5760, 90, 16]
+CALLS = 200  # of 1 MiB in a run, so that a clock can time them
 
 
 class Bench:
-    """Data of one shape, and pairs of runs over it."""
+    """Packed experts in memory, and the rows measured so far."""
 
-    def __init__(self, experts: int, rounds: int, threads: int) -> None:
+    def __init__(self, options: Namespace) -> None:
         rng = np.random.default_rng(0)
-        self.shape = (experts, ROWS, GROUPS)
-        self.blocks = rng.integers(0, 256, (*self.shape, 16), np.uint8)
-        self.scales = rng.integers(118, 126, self.shape, np.uint8)
-        self.packed = mxfp4np.MXFP4Array(self.blocks, self.scales)
-        self.rounds, self.threads = rounds, threads
-        self.rows: list[dict[str, Any]] = []
-
-    def pair(self, what: str, a: Run, b: Run, bytes_a: float, bytes_b: float, **options: Any) -> None:
-        """Run two functions in turn, and keep their rates and the median of their ratios, round by round."""
-        seconds = in_turn([a, b], self.rounds, **options)
-        rates = [[n / s / 1e9 for s in times] for n, times in zip((bytes_a, bytes_b), seconds, strict=True)]
-        ratios = sorted(x / y for x, y in zip(*rates, strict=True))
-        self.rows.append(
-            {
-                "what": what,
-                "threads": self.threads,
-                "rate": statistics.median(rates[0]),
-                "other": statistics.median(rates[1]),
-                "ratio": statistics.median(ratios),
-                "lowest": ratios[0],
-                "highest": ratios[-1],
-            }
+        shape = 2 * options.experts, ROWS, GROUPS
+        self.packed = mxfp4np.MXFP4Array(
+            rng.integers(0, 256, (*shape, 16), np.uint8), rng.integers(118, 126, shape, np.uint8)
         )
+        self.rounds, self.threads, self.folder = options.rounds, options.threads, options.folder
+        self.rows: list[Row] = []
 
-    def decode(self, out: np.ndarray | None, dtype: str = "bfloat16", **options: Any) -> Run:
-        return lambda: self.packed.decode(dtype, out=out, num_threads=self.threads, **options)
+    def compare(self, *subjects: Subject, to: Run, nbytes: float, **options: Any) -> None:
+        """Compare subjects with a run that moves ``nbytes`` bytes."""
+        self.rows += compare((to, nbytes), subjects, self.rounds, self.threads, **options)
 
-    def reused(self) -> None:
-        """Compare with the limits, and transposed with untransposed, in every dtype."""
+    def decode(self, array: mxfp4np.MXFP4Array, out: np.ndarray, *, transpose: bool = False) -> Run:
+        return lambda: array.decode(out=out, transpose=transpose, num_threads=self.threads)
+
+    def whole(self) -> None:
+        """Compare decoding into a reused output with `stream`, and transposed with not, in every dtype."""
         for dtype in DTYPES:
-            out = self.packed.decode(dtype)
+            out, transposed = self.packed.decode(dtype), self.packed.decode(dtype, transpose=True)
+            nbytes = out.nbytes
+            decode = self.decode(self.packed, out)
+            limit = partial(stream, self.packed.blocks, self.packed.scales, out, num_threads=self.threads)
+            whole = Subject("whole, output reused : `stream`", dtype, decode, nbytes, floor=0.95)
+            self.compare(whole, to=limit, nbytes=nbytes)
+            slow = machine()["code"] == "avx2" and dtype == "bfloat16" and self.threads == 1
+            run = self.decode(self.packed, transposed, transpose=True)
+            subject = Subject("transposed : not transposed", dtype, run, nbytes, floor=0.5 if slow else 0.6)
+            self.compare(subject, to=decode, nbytes=nbytes)
 
-            def limit(out: np.ndarray = out) -> None:
-                stream(self.blocks, self.scales, out, num_threads=self.threads)
-
-            decode = self.decode(out, dtype)
-            self.pair(f"{dtype}, output reused : stream", decode, limit, out.nbytes, out.nbytes)
-            if dtype == "bfloat16":
-                self.pair(f"{dtype} : memset", decode, lambda out=out: fill(out, self.threads), out.nbytes, out.nbytes)
-            turned = self.packed.decode(dtype, transpose=True)
-            self.pair(
-                f"{dtype} transposed : not", self.decode(turned, dtype, transpose=True), decode, out.nbytes, out.nbytes
-            )
-
-    def fresh(self) -> None:
-        """Compare new outputs with allocating and filling the same."""
-        dtype = decoded_dtype("bfloat16")
-
-        def allocate_and_fill() -> np.ndarray:
-            out = aligned_empty(self.packed.shape, dtype)
-            fill(out, self.threads)
-            return out
-
+    def new_output(self) -> None:
+        """Compare new outputs with allocating and filling them."""
         nbytes = 2 * self.packed.size
-        self.pair("new output : allocate and fill", self.decode(None), allocate_and_fill, nbytes, nbytes)
+        run = partial(self.packed.decode, num_threads=self.threads)
+        limit = lambda: fill(aligned_empty(self.packed.shape, decoded_dtype("bfloat16")), self.threads)  # noqa: E731
+        subject = Subject("new output : allocate and fill", "bfloat16", run, nbytes, floor=0.85)
+        self.compare(subject, to=limit, nbytes=nbytes)
 
     def files(self) -> None:
-        """Compare a mapped file with memory, cached, and with the disk, cold."""
+        """Compare a mapped file with memory when it is cached, and with reading it when it is not."""
         out = self.packed.decode()
-        packed, decoded = self.packed.nbytes, out.nbytes
-        with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+        with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             path = Path(folder) / "model.safetensors"
             mxfp4np.save_file({"w": self.packed}, path)
-
             opened: list[mxfp4np.Checkpoint] = []
 
             def reopen(*, cold: bool = False) -> None:
@@ -103,7 +82,7 @@ class Bench:
                     with path.open("rb") as file:
                         os.fsync(file.fileno())
                         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-                opened.append(mxfp4np.Checkpoint(path))  # a new map, none of whose pages has been touched
+                opened.append(mxfp4np.Checkpoint(path))  # a new map, none of whose pages has been accessed
 
             def get() -> None:
                 opened[0].get("w", out=out, num_threads=self.threads)
@@ -114,79 +93,64 @@ class Bench:
                     while file.readinto(buffer):
                         pass
 
-            self.pair("mapped cached file : memory", get, self.decode(out), decoded, decoded, before=reopen)
+            subject = Subject("mapped file, cached : memory", "bfloat16", get, out.nbytes, floor=0.9)
+            self.compare(subject, to=self.decode(self.packed, out), nbytes=out.nbytes, before=reopen)
             if hasattr(os, "posix_fadvise"):
-                cold = partial(reopen, cold=True)
-                self.pair("cold file : sequential read, packed bytes", get, read, packed, packed, before=cold)
+                size = self.packed.nbytes
+                subject = Subject("mapped file, cold : sequential read", "bfloat16", get, size, floor=0.85)
+                self.compare(subject, to=read, nbytes=size, before=partial(reopen, cold=True))
             opened.pop().close()
 
-    def slices(self) -> None:
-        """Compare parts with the whole, per byte moved."""
-        whole = self.packed.decode()
-        total = whole.nbytes + self.packed.nbytes
-        for what, index in (
-            ("one expert", np.s_[1]),
-            ("every second row", np.s_[:, ::2]),
-            ("a range of columns of whole blocks", np.s_[..., 320:1600]),
+    def parts(self) -> None:
+        """Compare parts, and 17-byte blocks, with the whole, by bytes moved."""
+        packed, whole = self.packed, self.packed.decode()
+        memory = np.concatenate([packed.scales[..., None], packed.blocks], axis=-1)
+        moved = whole.nbytes + packed.nbytes
+        for case, floor, array in (
+            ("one expert", 0.75, packed[1]),
+            ("every second row", 0.65, packed[:, ::2]),
+            ("columns of whole blocks", 0.65, packed[..., 320:1600]),
+            ("blocks of 17 bytes, as in GGUF", None, mxfp4np.MXFP4Array(memory[..., 1:], memory[..., 0], "halves")),
         ):
-            part = self.packed[index]
-            out = part.decode()
-            moved = out.nbytes + part.nbytes
-            run = lambda part=part, out=out: part.decode(out=out, num_threads=self.threads)  # noqa: E731
-            self.pair(f"{what} : whole, per byte", run, self.decode(whole), moved, total)
-
-        def one_by_one() -> None:
-            for expert, out in zip(self.packed, whole, strict=True):
-                expert.decode(out=out, num_threads=self.threads)
-
-        self.pair("experts, one by one : whole, per byte", one_by_one, self.decode(whole), total, total)
-        ragged, rounded = self.packed[..., 325:1590], self.packed[..., 320:1600]
+            out = array.decode()
+            run = self.decode(array, out)
+            subject = Subject(f"{case} : whole, per byte", "bfloat16", run, out.nbytes + array.nbytes, floor)
+            self.compare(subject, to=self.decode(packed, whole), nbytes=moved)
+        mid_block, rounded = packed[..., 325:1590], packed[..., 320:1600]
         for dtype in DTYPES:
-            outs = ragged.decode(dtype), rounded.decode(dtype)
-            self.pair(
-                f"columns from mid-block, {dtype} : rounded out, per call",
-                lambda out=outs[0]: ragged.decode(out=out, num_threads=self.threads),
-                lambda out=outs[1]: rounded.decode(out=out, num_threads=self.threads),
-                outs[1].nbytes,
-                outs[1].nbytes,
-            )
+            outs = mid_block.decode(dtype), rounded.decode(dtype)
+            run, nbytes = self.decode(mid_block, outs[0]), outs[1].nbytes
+            subject = Subject("columns from mid-block : rounded to whole blocks", dtype, run, nbytes, floor=0.5)
+            self.compare(subject, to=self.decode(rounded, outs[1]), nbytes=nbytes)
 
     def small(self) -> None:
-        """Compare 1 MiB with a copy in the cache."""
+        """Compare 1 MiB of output, which one thread decodes, with a copy in the cache."""
         for dtype in DTYPES:
             count = (1 << 20) // decoded_dtype(dtype).itemsize // 32
-            blocks, scales = self.blocks.reshape(-1, 16)[:count].copy(), self.scales.reshape(-1)[:count].copy()
+            blocks, scales = self.packed.blocks.reshape(-1, 16)[:count], self.packed.scales.reshape(-1)[:count]
             out = mxfp4np.decode(blocks, scales, dtype)
-            source = out.copy()
-
-            def many(run: Run) -> Run:
-                return lambda: [run() for _ in range(200)]
-
-            self.pair(
-                f"1 MiB of {dtype} : np.copyto in the cache",
-                many(lambda blocks=blocks, scales=scales, out=out: mxfp4np.decode(blocks, scales, out=out)),
-                many(lambda source=source, out=out: np.copyto(out, source)),
-                200 << 20,
-                200 << 20,
-            )
+            run = repeated(partial(mxfp4np.decode, blocks, scales, out=out), CALLS)
+            subject = Subject("1 MiB : `np.copyto` in the cache", dtype, run, CALLS << 20, floor=0.5)
+            self.compare(subject, to=repeated(partial(np.copyto, out, out.copy()), CALLS), nbytes=CALLS << 20)
 
 
-def measure(options: Namespace) -> list[dict[str, Any]]:
-    """Return all pairs with the threads that were asked for, and those that depend on them most with one."""
-    bench = Bench(2 * options.experts, options.rounds, options.threads)
-    bench.reused()
-    bench.fresh()
+def measure(options: Namespace) -> list[Row]:
+    """Return all rows with the given threads, and those that depend on them most with one thread too."""
+    bench = Bench(options)
+    bench.whole()
+    bench.new_output()
     bench.files()
-    bench.slices()
+    bench.parts()
+    if bench.threads > 1:
+        bench.threads = 1
+        bench.whole()
+        bench.parts()
     bench.small()
-    bench.threads = 1
-    bench.reused()
-    bench.slices()
     return bench.rows
 
 
-def latency(options: Namespace) -> list[dict[str, Any]]:
+def latency(options: Namespace) -> list[Row]:
     """Time the decoding of one block, in microseconds."""
     one = np.zeros((1, 16), np.uint8), np.zeros(1, np.uint8)
-    times = timeit.repeat(lambda: mxfp4np.decode(*one), number=2000, repeat=3 * options.rounds)
-    return [{"what": "one block through `mxfp4np.decode`", "microseconds": sorted(s / 2000 * 1e6 for s in times)}]
+    seconds = timeit.repeat(lambda: mxfp4np.decode(*one), number=2000, repeat=3 * options.rounds)
+    return [amount("one block", "", 1, [s / 2000 * 1e6 for s in seconds], "us", ceiling=12)]

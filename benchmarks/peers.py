@@ -1,6 +1,6 @@
-"""This library, its limits and its peers, decoding the same tensor in one process: `GROUPS` is the list of them.
+"""This library, its limits and its peers, decoding the same tensor in one process.
 
-A peer that is not installed stays in the list, without figures.
+A peer that is not installed keeps its row, without figures.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import ml_dtypes
 import numpy as np
 
 import mxfp4np
+from benchmarks.timing import Row, interleaved
 from mxfp4np.backends.cpu.driver import stream
 from mxfp4np.backends.memory import aligned_empty
-from mxfp4np.cli.timing import Run, fill, in_threads, in_turn
+from mxfp4np.cli.timing import Run, fill, in_threads
 from mxfp4np.format import decoded_dtype
 
 ROW = (5760, 90)  # one expert of gpt-oss-20b's mlp1: 5760 rows of 90 blocks
@@ -32,7 +33,7 @@ REFERENCE = "gpt-oss `Checkpoint.get`"
 
 
 class Data:
-    """Random codes and scales, in memory and in a checkpoint, for so many experts."""
+    """Random codes and scales of some experts, in memory and in a checkpoint."""
 
     def __init__(self, experts: int, folder: Path, threads: int) -> None:
         rng = np.random.default_rng(0)
@@ -48,7 +49,7 @@ class Data:
 
     @functools.cache  # noqa: B019
     def out(self, dtype: str) -> np.ndarray:
-        """Return memory for the output that has been touched."""
+        """Return memory for the output whose pages exist."""
         out = aligned_empty(self.shape, decoded_dtype(dtype))
         fill(out, self.threads)
         return out
@@ -62,7 +63,7 @@ class Subject:
     dtype: str
     prepare: Callable[[Data], Run]
     share: float = 1.0
-    """Of the elements: slow peers get fewer, their rate being what counts."""
+    """The part of the experts that it decodes: slow peers get fewer, since rates are compared."""
 
 
 def ours(dtype: str, *, reuse: bool, threads: int | None = None) -> Callable[[Data], Run]:
@@ -101,20 +102,23 @@ def numpy_ml_dtypes(data: Data) -> Run:
     return run
 
 
-def gpt_oss(data: Data) -> Run:
+def torch_arrays(data: Data) -> tuple[Any, Any, Any]:
+    """Return torch, and its views of the blocks and the scales."""
     import torch
-    from gpt_oss.torch.weights import Checkpoint
 
     torch.set_num_threads(data.threads)
-    checkpoint = Checkpoint(str(data.folder), torch.device("cpu"))
-    return lambda: checkpoint.get(data.name)
+    return torch, torch.from_numpy(data.blocks), torch.from_numpy(data.scales)
+
+
+def gpt_oss(data: Data) -> Run:
+    torch, _, _ = torch_arrays(data)
+    from gpt_oss.torch.weights import Checkpoint
+
+    return partial(Checkpoint(str(data.folder), torch.device("cpu")).get, data.name)
 
 
 def gpt_oss_compiled(data: Data) -> Run:
-    import torch
-    from gpt_oss.torch.weights import FP4_VALUES
-
-    torch.set_num_threads(data.threads)
+    torch, blocks, scales = torch_arrays(data)
 
     @torch.compile(dynamic=False)
     def formula(blocks, scales, table):
@@ -122,31 +126,23 @@ def gpt_oss_compiled(data: Data) -> Run:
         low, high = table[(blocks & 15).to(torch.long)], table[(blocks >> 4).to(torch.long)]
         return torch.ldexp(torch.stack([low, high], -1).flatten(-2), exponents).flatten(-2)
 
-    blocks, scales = torch.from_numpy(data.blocks), torch.from_numpy(data.scales)
-    table = torch.tensor(FP4_VALUES, dtype=torch.bfloat16)
-    return lambda: formula(blocks, scales, table)
+    return partial(formula, blocks, scales, torch.tensor(mxfp4np.format.FP4_VALUES, dtype=torch.bfloat16))
 
 
 def transformers(data: Data) -> Run:
-    import torch
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-    torch.set_num_threads(data.threads)
-    blocks, scales = torch.from_numpy(data.blocks), torch.from_numpy(data.scales)
-    return lambda: convert_moe_packed_tensors(blocks, scales)
+    return partial(convert_moe_packed_tensors, *torch_arrays(data)[1:])
 
 
 def compressed_tensors(data: Data) -> Run:
-    import torch
     from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
 
-    torch.set_num_threads(data.threads)
+    torch, blocks, scales = torch_arrays(data)
     rows = data.shape[0] * data.shape[1]
-    packed = torch.from_numpy(data.blocks.reshape(rows, -1))
-    scales = torch.from_numpy(data.scales.reshape(rows, -1))
 
     def run() -> Any:
-        values = unpack_fp4_from_uint8(packed, rows, data.shape[-1], dtype=torch.bfloat16)
+        values = unpack_fp4_from_uint8(blocks.reshape(rows, -1), rows, data.shape[-1], dtype=torch.bfloat16)
         factors = torch.exp2(scales.to(torch.float32) - 127).to(torch.bfloat16)
         return values.reshape(*scales.shape, 32) * factors.unsqueeze(-1)
 
@@ -211,25 +207,20 @@ PEERS = [
     Subject("gguf-py `dequantize`", "float32", gguf, 0.0625),
 ]
 GROUPS = OURS, PEERS
-"""Who is run in turn: new output is slow to come where peers have just let go of much memory."""
+"""What is run interleaved. Peers are separate: after they release much memory, new outputs are slow."""
 
 
-def measure(options: Namespace) -> list[dict[str, Any]]:
-    """Run every subject of a group once a round; return a row for each, its values per second or why there are none."""
-    rows: list[dict[str, Any]] = []
+def measure(options: Namespace) -> list[Row]:
+    """Return a row for each subject: its values per second, or why there are none."""
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         data = functools.cache(lambda experts: Data(experts, Path(folder), options.threads))
         for group in GROUPS:
             runs: dict[int, Run] = {}
             for subject in group:
                 subset = data(max(1, round(options.experts * subject.share)))
-                row = {
-                    "name": subject.name,
-                    "dtype": subject.dtype,
-                    "values": subset.size,
-                    "rates": [],
-                    "missing": None,
-                }
+                row: Row = {"name": subject.name, "dtype": subject.dtype, "values": subset.size}
+                row |= {"rates": [], "missing": None}
                 try:
                     run = subject.prepare(subset)
                     run()
@@ -240,6 +231,6 @@ def measure(options: Namespace) -> list[dict[str, Any]]:
                 else:
                     runs[len(rows)] = run
                 rows.append(row)
-            for i, seconds in zip(runs, in_turn(list(runs.values()), options.rounds), strict=True):
+            for i, seconds in zip(runs, interleaved(list(runs.values()), options.rounds), strict=True):
                 rows[i]["rates"] = sorted(rows[i]["values"] / s for s in seconds)
     return rows

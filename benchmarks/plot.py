@@ -1,4 +1,4 @@
-"""The results as a picture of three panels: speed by peer, by size of the output, by threads."""
+"""A plot of three panels: speed by peer, by size of the output, by threads."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STYLES = {
 
 
 def write(results: dict[str, Any], path: Path) -> None:
-    """Write the panels of all sections that there are."""
+    """Write a panel for each section that was measured."""
     panels = {name: panel for name, panel in PANELS.items() if name in results}
     if not panels:
         return
@@ -58,16 +58,11 @@ def _peers(ax: Axes, rows: list[dict[str, Any]]) -> None:
 
 def _lines(ax: Axes, rows: list[dict[str, Any]], x: str) -> None:
     for what in dict.fromkeys(row["what"] for row in rows):
-        chosen = [row for row in rows if row["what"] == what]
-        places = [row[x] for row in chosen]
-        ax.plot(places, [median(row["rates"]) for row in chosen], label=what, markersize=5, **STYLES[what])
-        ax.fill_between(
-            places,
-            *([row["rates"][i] for row in chosen] for i in (0, -1)),
-            color=STYLES[what]["color"],
-            alpha=0.12,
-            lw=0,
-        )
+        line = [row for row in rows if row["what"] == what]
+        xs = [row[x] for row in line]
+        lowest, highest = ([row["rates"][i] for row in line] for i in (0, -1))
+        ax.plot(xs, [median(row["rates"]) for row in line], label=what, markersize=5, **STYLES[what])
+        ax.fill_between(xs, lowest, highest, color=STYLES[what]["color"], alpha=0.12, lw=0)
     ax.set_ylim(bottom=0)
     ax.grid(axis="y", alpha=0.3)
     ax.legend(fontsize=8, frameon=False)

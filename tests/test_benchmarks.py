@@ -1,4 +1,4 @@
-"""The benchmarks' rows and reports: that they are whole and up to date, never how fast anything was."""
+"""The benchmarks' rows and reports: that they are complete and up to date, never how fast anything was."""
 
 import json
 from argparse import Namespace
@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import limits, peers, report, scaling
+from benchmarks import encode, limits, peers, report, scaling, startup
+from benchmarks.timing import amount
 
 README = Path(__file__).parent.parent / "README.md"
 RESULTS = README.parent / "benchmarks" / "results" / "results.json"
@@ -65,17 +66,32 @@ def test_every_subject_has_a_row_whether_it_ran_or_not(monkeypatch):
     assert third == "| b | float32 | ValueError: one |  |  |"
 
 
-def test_a_device_has_its_table_and_is_named():
-    rows = [
-        {"what": "limit", "microseconds": 1466.2, "rates": [2900.0, 2930.0], "values": 0, "shares": [1.0, 1.0]},
-        {"what": "decode", "microseconds": 1000.0, "rates": [2.0, 3.0], "values": 2e9, "shares": [0.5, 0.9]},
-    ]
+def ratio(case, threads, ratio, floor):
+    rates = {"rate": 1000 * ratio, "other": 1000.0, "ratio": ratio, "lowest": 0.5, "highest": 1.0}
+    return {"case": case, "variant": "float16", "threads": threads, "floor": floor, **rates}
+
+
+def test_a_ratio_has_its_row_and_the_device_is_named():
+    rows = [ratio("a : b", 2, 0.949, 0.95), ratio("a : b", 1, 0.94, 0.95), ratio("c : d", 1, 0.5, None)]
     assert rows_of(report.table("cuda", rows)) == [
-        "| limit | 1,466 | 2,915 |  | 1.00 | 1.00 to 1.00 |",
-        "| decode | 1,000 | 2 | 2.0 | 0.70 | 0.50 to 0.90 |",
+        "| a : b | float16 | 2 | 949.0 | 1,000.0 | 0.95 | 0.50 to 1.00 | 0.95 met |",
+        "| a : b | float16 | 1 | 940.0 | 1,000.0 | 0.94 | 0.50 to 1.00 | 0.95 below |",
+        "| c : d | float16 | 1 | 500.0 | 1,000.0 | 0.50 | 0.50 to 1.00 |  |",
     ]
     section = json.loads(RESULTS.read_text())["peers"]
-    assert "rounds in turn; A device; " in report.caption({**section, "device": "A device"})
+    assert "interleaved rounds; A device; " in report.caption({**section, "device": "A device"})
+
+
+def test_floors_are_gathered_by_case_and_threads():
+    rows = [ratio("a : b", 2, 0.97, 0.6), ratio("a : b", 1, 0.4, 0.5), ratio("a : b", 1, 0.7, 0.6)]
+    rows += [ratio("c : d", 1, 0.5, None), amount("e", "", 1, [1, 13, 20], "us", 12), amount("f", "", 1, [1], "s")]
+    assert report.floors(rows).splitlines() == [
+        "| what : compared with | floor | 1 thread | 2 threads |",
+        "|---|---:|---:|---:|",
+        "| a : b | 0.5, 0.6 | 0.40 to 0.70 below | 0.97 met |",
+        "| e | 12 us | 13.0 above |  |",
+    ]
+    assert report.floors([]) == ""
 
 
 @pytest.mark.parametrize(
@@ -84,12 +100,14 @@ def test_a_device_has_its_table_and_is_named():
         ("latency", limits.latency, 1),
         ("sizes", scaling.sizes, 4 * 6),
         ("threads", scaling.threads, 4),
-        ("limits", limits.measure, 34),
+        ("limits", limits.measure, 32),
+        ("encode", encode.measure, 18),
+        ("startup", startup.startup, 5),
     ],
 )
 def test_sections_give_rows(section, measure, count, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(scaling, "usable_cpus", lambda: 1)
-    rows = rows_of(report.table(section, measure(TINY)))
+    monkeypatch.setattr(encode, "torchao", lambda *_: [])
+    rows = rows_of(report.table(section, measure(Namespace(**vars(TINY), folder=tmp_path))))
     assert len(rows) == count
-    assert {row.count("|") for row in rows} == {len(report.TABLES[section]) + 1}
+    assert {row.count("|") for row in rows} == {len(report.SECTIONS[section][1]) + 1}
