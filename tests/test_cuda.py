@@ -3,20 +3,14 @@
 All but the last tests need a device and are skipped without one.
 """
 
-import ctypes
 import gc
-import itertools
 import json
-import random
 import re
-import signal
 import sys
 import threading
-import time
 import types
-from functools import partial
+from unittest import mock
 
-import numba
 import numpy as np
 import pytest
 from contract import (
@@ -26,7 +20,6 @@ from contract import (
     every_magnitude,
     every_pair,
     indices,
-    interrupted_after,
     oracle,
     packed,
     run_python,
@@ -35,12 +28,11 @@ from contract import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mxfp4np.backends.cpu.kernels import FILLERS, LEADER
 
 import mxfp4np
-from mxfp4np.backends import get_backend
-from mxfp4np.backends.cpu import pool as crew
-from mxfp4np.backends.cuda import driver as cuda_backend
+from mxfp4np.backends import _get_backend, get_backend
+from mxfp4np.backends.cuda import driver, kernels, staging
+from mxfp4np.backends.cuda.cupy import working_cupy
 from mxfp4np.cli import bench
 from mxfp4np.format import RULES
 
@@ -95,9 +87,9 @@ def test_every_byte_under_every_scale(dtype, order):
     assert array.decode(out=out) is out
     assert_same_bits(out.get(), expected)
     assert_same_bits(array[:, 1:].decode(dtype).get(), expected[:, 1:])  # one element a thread
-    turned = poisoned(expected.shape[::-1], dtype)
-    array.decode(out=turned, transpose=True)
-    assert_same_bits(turned.get().T, expected)
+    transposed = poisoned(expected.shape[::-1], dtype)
+    array.decode(out=transposed, transpose=True)
+    assert_same_bits(transposed.get().T, expected)
     host = mxfp4np.MXFP4Array(blocks, scales, order)
     assert_same_bits(host.decode(dtype, device="cuda").get(), expected)
 
@@ -167,7 +159,7 @@ def test_nothing_is_written_around_the_output(dtype, order):
 @pytest.mark.parametrize("most", [1, 100, 1 << 31])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_along_several_axes_at_once_or_in_turn(monkeypatch, dtype, most):
-    monkeypatch.setattr(cuda_backend, "MOST_VECTORS", most)
+    monkeypatch.setattr(driver, "MAX_VECTORS", most)
     blocks, scales = random_pair(2, 3, 4, 6, 5)
     expected = oracle(blocks, scales, dtype)
     array = mxfp4np.MXFP4Array(cupy.asarray(blocks), cupy.asarray(scales))
@@ -200,10 +192,11 @@ def test_an_array_beyond_32_bit_addresses(dtype):
 @marked
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_from_the_host_in_many_pieces(monkeypatch, dtype):
-    monkeypatch.setattr(cuda_backend, "STAGED_BYTES", 5000)
-    monkeypatch.setattr(cuda_backend, "SLOT_BYTES", 1000)
-    monkeypatch.setattr(cuda_backend, "PIECE_BYTES", 250)
-    get_backend("cuda").release()  # slots of the usual size
+    monkeypatch.setattr(driver, "STAGED_BYTES", 5000)
+    monkeypatch.setattr(staging, "BUFFER_BYTES", 1000)
+    monkeypatch.setattr(staging, "MIN_COPY_BYTES", 250)
+    monkeypatch.setattr(staging, "CHUNK_BYTES", 96)
+    get_backend("cuda").release()  # buffers of the usual size
     blocks, scales = random_pair(3, 70, 9)
     expected = oracle(blocks, scales, dtype)
     array = mxfp4np.MXFP4Array(blocks, scales)
@@ -212,8 +205,8 @@ def test_from_the_host_in_many_pieces(monkeypatch, dtype):
             result = array[index].decode(dtype, device="cuda", num_threads=threads)
             assert_same_bits(result.get(), expected[index])
         if expected[index].ndim > 1:
-            turned = array[index].decode(dtype, device="cuda", transpose=True)
-            assert_same_bits(turned.get(), expected[index].swapaxes(-1, -2))
+            transposed = array[index].decode(dtype, device="cuda", transpose=True)
+            assert_same_bits(transposed.get(), expected[index].swapaxes(-1, -2))
         out = poisoned((3, 70, 290), dtype)[index] if expected[index].shape == out_shape(index) else None
         if out is not None:
             array[index].decode(out=out)
@@ -281,8 +274,8 @@ def test_a_checkpoint_on_a_device(model, io):
             assert_same_bits(ckpt.get("w", dtype=dtype).get(), host.get("w", dtype=dtype))
         for index in [np.s_[1], np.s_[:, ::2], np.s_[2, :, 5:99]]:
             assert_same_bits(ckpt.get("w", index=index).get(), host.get("w", index=index))
-        turned = ckpt.get("w", transpose=True)
-        assert_same_bits(turned.get(), host.get("w", transpose=True))
+        transposed = ckpt.get("w", transpose=True)
+        assert_same_bits(transposed.get(), host.get("w", transpose=True))
         out = poisoned((4, 64, 192), "float32")
         assert ckpt.get("w", out=out) is out
         assert_same_bits(out.get(), host.get("w", dtype="float32"))
@@ -426,10 +419,10 @@ def test_threads_and_memory_at_once():
     for thread in threads:
         thread.join()
     assert failures == [0] * 32
-    assert len(cuda_backend._pinned._all) * cuda_backend.SLOT_BYTES <= 256 << 20
-    assert len(cuda_backend._pinned._free) == len(cuda_backend._pinned._all) > 0
+    assert 0 < sum(pair.nbytes for pair in staging.pinned._all) <= 256 << 20
+    assert len(staging.pinned._free) == len(staging.pinned._all)
     get_backend("cuda").release()
-    assert not len(cuda_backend._pinned._all)
+    assert not len(staging.pinned._all)
 
 
 @marked
@@ -438,8 +431,8 @@ def test_closing_returns_pinned_memory_and_its_bound_can_be_set(model, monkeypat
     get_backend("cuda").release()
     with mxfp4np.Checkpoint(model, "cuda") as ckpt:
         assert_same_bits(ckpt["w"].get(), ckpt.packed("w").decode())
-        assert len(cuda_backend._pinned._all) == 1
-    assert not len(cuda_backend._pinned._all)
+        assert len(staging.pinned._all) == 1
+    assert not len(staging.pinned._all)
     monkeypatch.setenv("MXFP4NP_PINNED_BYTES", "much")
     with mxfp4np.Checkpoint(model, "cuda") as ckpt, pytest.raises(ValueError, match="number of bytes, found 'much'"):
         ckpt["w"]
@@ -454,7 +447,7 @@ def test_device_memory_is_the_output_and_two_buffers():
     pool.free_all_blocks()
     used = pool.total_bytes()
     out = array.decode(device="cuda")
-    assert pool.total_bytes() - used <= out.nbytes + 2 * cuda_backend.STAGED_BYTES + (1 << 20)
+    assert pool.total_bytes() - used <= out.nbytes + 2 * driver.STAGED_BYTES + (1 << 20)
 
 
 @marked
@@ -602,397 +595,6 @@ def test_two_devices_from_two_threads(model):
 # Without a device
 
 
-class HostCupy(types.ModuleType):
-    """What `_Transfer` needs of CuPy, with the host in the place of a device."""
-
-    batches = True
-
-    class Queue:
-        ptr = 0
-        id = 0
-        done = True
-
-        def __init__(self, *_, **__):
-            pass
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-        def wait_event(self, _):
-            pass
-
-        record = wait_event
-
-        def synchronize(self):
-            pass
-
-    class PinnedMemory:
-        def __init__(self, nbytes):
-            self.memory = ctypes.create_string_buffer(nbytes)
-            self.ptr = ctypes.addressof(self.memory)
-
-    def __init__(self):
-        super().__init__("cupy")
-        self.cuda = types.ModuleType("cupy.cuda")
-        self.cuda.Device = self.cuda.Stream = self.cuda.Event = self.Queue
-        self.cuda.PinnedMemory = self.PinnedMemory
-        self.cuda.get_current_stream = self.Queue
-        self.cuda.driver = types.SimpleNamespace(CUDADriverError=DriverError, ctxGetCurrent=lambda: 0)
-        names = {"copy": 4, "copy_batch": 9, "record": 2, "query": 1, "set_context": 1}
-        self.functions = {
-            name: ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_longlong] * count)(getattr(self, name))
-            for name, count in names.items()
-        }
-
-    def driver(self):
-        """Return the addresses of functions in the place of the driver's."""
-        functions = [ctypes.cast(function, ctypes.c_void_p).value for function in self.functions.values()]
-        functions[1] *= self.batches
-        return functions
-
-    def copy(self, to, source, nbytes, _):
-        ctypes.memmove(to, source, nbytes)
-        return 0
-
-    def copy_batch(self, targets, sources, sizes, count, attributes, first, number, _, stream):
-        assert (ctypes.c_int * 6).from_address(attributes)[:] == [1, 0, 0, 0, 0, 0]
-        assert (ctypes.c_longlong.from_address(first).value, number) == (0, 1)
-        copies = zip(*((ctypes.c_longlong * count).from_address(a) for a in (targets, sources, sizes)), strict=True)
-        return max(self.copy(*copy, stream) for copy in reversed(list(copies)))  # in whatever order
-
-    def record(self, *_):
-        return 0
-
-    query = set_context = record
-
-
-class DriverError(RuntimeError):
-    pass
-
-
-class LateCupy(HostCupy):
-    """The same, with streams that do what is queued when it has to be done, and at random before."""
-
-    def __init__(self, seed):
-        super().__init__()
-        self.random, self.streams, self.events, self.lock = random.Random(seed), [], [], threading.Lock()
-        self.cuda.Event = lambda **_: LateEvent(self)
-        self.cuda.Stream = lambda **_: LateStream(self)
-        current = LateStream(self)
-        self.cuda.get_current_stream = lambda: current
-
-    def copy(self, to, source, nbytes, stream):
-        self.streams[stream].queue.append(lambda: ctypes.memmove(to, source, nbytes))
-        return 0
-
-    def record(self, event, stream):
-        self.events[event].record(self.streams[stream])
-        return 0
-
-    def query(self, event):
-        return 0 if self.events[event].done else 600
-
-    def proceed(self):
-        """Do what one of the streams has to do next; return whether there was anything."""
-        with self.lock:
-            for stream in self.random.sample(self.streams, len(self.streams)):
-                if stream.queue and stream.queue[0]() is not False:
-                    stream.queue.pop(0)
-                    return True
-        return False
-
-
-class LateStream(HostCupy.Queue):
-    def __init__(self, device):
-        self.device, self.queue, self.ptr = device, [], len(device.streams)
-        device.streams.append(self)
-
-    def wait_event(self, event):
-        count = event.recorded
-        self.queue.append(lambda: event.reached >= count)
-
-    def synchronize(self):
-        while self.queue:
-            assert self.device.proceed(), "all streams wait for each other"
-
-
-class LateEvent:
-    def __init__(self, device):
-        self.device, self.recorded, self.reached, self.ptr = device, 0, 0, len(device.events)
-        device.events.append(self)
-
-    def record(self, stream):
-        self.recorded += 1
-        count = self.recorded
-        stream.queue.append(lambda: setattr(self, "reached", max(self.reached, count)))
-
-    @property
-    def done(self):
-        for _ in range(self.device.random.randrange(4)):
-            self.device.proceed()
-        return self.reached == self.recorded
-
-    def synchronize(self):
-        while self.reached < self.recorded:
-            assert self.device.proceed(), "all streams wait for each other"
-
-
-@pytest.mark.parametrize("seed", range(60))
-def test_streams_wait_for_each_other_where_they_have_to(host_cupy, monkeypatch, seed):
-    fake = LateCupy(seed)
-    monkeypatch.setitem(sys.modules, "cupy", fake)
-    monkeypatch.setitem(sys.modules, "cupy.cuda", fake.cuda)
-    monkeypatch.setattr(cuda_backend, "_driver", fake.driver)
-    stream = fake.cuda.get_current_stream()
-    source = np.random.default_rng(seed).integers(0, 256, (12, 4500), np.uint8)
-    targets = [OnHost(4500, np.uint8) for _ in range(2)]
-    targets[0].array[:] = 7
-    before, found = [], []
-    stream.queue.append(lambda: before.append(targets[0].array.copy()))  # what the caller queued, and is not done yet
-
-    def parts():
-        for i, row in enumerate(source):
-            target = targets[i % 2]
-            then = partial(stream.queue.append, partial(lambda target: found.append(target.array.copy()), target))
-            yield host_cupy._Part([host_cupy._Copy.to(target.data.ptr, row, row.dtype)], then)
-
-    host_cupy._Transfer(parts(), source.nbytes, 2).run()
-    source_then, source[:] = source.copy(), 0  # it has been read
-    stream.synchronize()
-    assert np.all(before[0] == 7)
-    assert np.array_equal(found, source_then)
-    host_cupy._pinned.release()
-
-
-@pytest.fixture(params=["batches", "copies"])
-def host_cupy(monkeypatch, request):
-    """Put the host in the place of a device, with small slots, and drivers that know batches and not."""
-    monkeypatch.setattr(HostCupy, "batches", request.param == "batches")
-    fake = HostCupy()
-    monkeypatch.setitem(sys.modules, "cupy", fake)
-    monkeypatch.setitem(sys.modules, "cupy.cuda", fake.cuda)
-    monkeypatch.setattr(cuda_backend, "_driver", fake.driver)
-    monkeypatch.setattr(cuda_backend, "_pinned", cuda_backend._Pinned())
-    monkeypatch.setattr(cuda_backend, "SLOT_BYTES", 1000)
-    monkeypatch.setattr(cuda_backend, "STAGED_BYTES", 10000)
-    monkeypatch.setattr(cuda_backend, "PIECE_BYTES", 96)
-    cuda_backend._copies.cache_clear()
-    yield cuda_backend
-    cuda_backend._copies.cache_clear()
-
-
-class OnHost:
-    """A contiguous array in the place of one on a device."""
-
-    def __init__(self, shape, dtype):
-        self.array = np.empty(shape, dtype)
-        self.itemsize, self.dtype = self.array.itemsize, self.array.dtype
-        self.data = types.SimpleNamespace(ptr=self.array.ctypes.data)
-
-
-@pytest.mark.parametrize("threads", [1, 2, 5])
-@pytest.mark.parametrize("slots", [1, 3, 100])
-def test_bytes_of_all_strides_and_dtypes_arrive(host_cupy, monkeypatch, threads, slots):
-    monkeypatch.setenv("MXFP4NP_PINNED_BYTES", str(1000 * slots))
-    big = np.random.default_rng(0).integers(0, 256, (6, 40, 16, 8), np.uint8)
-    sources = [
-        big,
-        big[::2],
-        big[:, ::-2],
-        big[::2, ::3],
-        big[..., ::2],
-        big.transpose(2, 0, 3, 1),
-        big[0, 0, 0],
-        big[0, 0, 0, 0:1],
-        big[2, 3, 4, 5],
-        big.reshape(-1)[1:-1].view(np.int16),
-    ]
-    for dtype in (None, np.float32):
-        for source in map(np.asarray, sources):
-            target = OnHost(source.shape, dtype or source.dtype)
-            host_cupy._Transfer(host_cupy._parts(source, target), target.array.nbytes, threads).run()
-            assert np.array_equal(target.array, source.astype(target.dtype))
-    assert len(host_cupy._pinned._all) <= slots
-
-
-@pytest.mark.parametrize("helpers", [0, 1])
-def test_slots_are_filled_where_fewer_threads_come_than_could(host_cupy, monkeypatch, helpers):
-    """Others may be at something else: the thread that leads, which fills none by itself, does what they would."""
-    some = crew.Crew(helpers)
-    some.enlist(helpers)
-    monkeypatch.setattr(cuda_backend, "shared_crew", lambda wanted: (some.address, wanted))
-    source, target = np.random.default_rng(0).integers(0, 256, (30, 7000), np.uint8), OnHost((30, 7000), np.uint8)
-    host_cupy._Transfer(host_cupy._parts(source, target), source.nbytes, 5).run()
-    assert np.array_equal(target.array, source)
-
-
-@pytest.mark.parametrize(("threads", "fillers"), [(3, 2), (2, 2)])
-def test_the_thread_that_leads_fills_slots_only_if_some_are_left(host_cupy, monkeypatch, threads, fillers):
-    """They would push what it does in between two parts out of its caches."""
-    monkeypatch.setattr(cuda_backend, "SLOTS", 2 * cuda_backend.SLOTS_EACH)
-    monkeypatch.setattr(crew, "_crew", crew.Crew(2))
-    found = []
-
-    class Watched(cuda_backend._Transfer):
-        def _lead(self, loading):
-            while loading[FILLERS] < threads - 1:
-                time.sleep(0.001)  # until all others are there
-            super()._lead(loading)
-            found.append((loading[FILLERS], loading[LEADER]))
-
-    source, target = np.random.default_rng(0).integers(0, 256, (30, 7000), np.uint8), OnHost((30, 7000), np.uint8)
-    Watched(host_cupy._parts(source, target), source.nbytes, threads).run()
-    assert found == [(fillers, threads - 1)]
-    assert np.array_equal(target.array, source)
-
-
-@pytest.mark.parametrize("threads", [1, 4])
-def test_parts_are_finished_once_they_are_there_and_memory_is_used_again_after(host_cupy, threads):
-    source = np.random.default_rng(0).integers(0, 256, (30, 7000), np.uint8)
-    targets = [OnHost(7000, np.uint8) for _ in range(2)]
-    found = []
-
-    def parts():
-        for i, row in enumerate(source):
-            target = targets[i % 2]
-            then = lambda i=i, target=target: found.append((i, target.array.copy()))  # noqa: E731
-            yield host_cupy._Part([host_cupy._Copy.to(target.data.ptr, row, row.dtype)], then)
-
-    host_cupy._Transfer(parts(), source.nbytes, threads).run()
-    assert [i for i, _ in found] == list(range(30))
-    assert all(np.array_equal(array, source[i]) for i, array in found)
-
-
-@pytest.mark.parametrize("threads", [1, 4])
-def test_an_error_on_the_way_ends_all_and_gives_back_the_memory(host_cupy, threads):
-    source = np.zeros((30, 7000), np.uint8)
-    target = OnHost(7000, np.uint8)
-
-    def fail():
-        raise MemoryError("enough")
-
-    for _ in range(20):
-        copy = host_cupy._Copy.to(target.data.ptr, source[0], source.dtype)
-        parts = (host_cupy._Part([copy], fail if i == 3 else lambda: None) for i in range(30))
-        with pytest.raises(MemoryError, match="enough"):
-            host_cupy._Transfer(parts, source.nbytes, threads).run()
-    assert len(host_cupy._pinned._free) == len(host_cupy._pinned._all) == host_cupy.SLOTS_EACH * threads
-    host_cupy._pinned.release()
-    assert not len(host_cupy._pinned._all)
-
-
-@pytest.mark.parametrize(
-    ("function", "threads"), [("copy", 1), ("copy", 3), ("record", 3), ("query", 1), ("query", 3), ("set_context", 3)]
-)
-def test_an_error_of_the_driver_ends_all_with_its_number(host_cupy, monkeypatch, function, threads):
-    failed, times = threading.Event(), itertools.count()
-
-    def fail(*_):
-        if function != "set_context" and next(times) < 3:
-            return 0
-        failed.set()
-        return 719
-
-    def wait(*_):
-        assert failed.wait(timeout=10)
-        return 0
-
-    functions = {"query": wait} if function == "set_context" else {}
-    functions[function] = fail
-    fake = type("Failing", (HostCupy,), {name: staticmethod(what) for name, what in functions.items()})()
-    monkeypatch.setattr(cuda_backend, "_driver", fake.driver)
-    source, target = np.zeros((30, 7000), np.uint8), OnHost((30, 7000), np.uint8)
-    with pytest.raises(DriverError, match="719"):
-        host_cupy._Transfer(host_cupy._parts(source, target), source.nbytes, threads).run()
-    assert len(host_cupy._pinned._free) == len(host_cupy._pinned._all) == host_cupy.SLOTS_EACH * threads
-
-
-@pytest.mark.parametrize("threads", [1, 3])
-def test_an_error_of_the_last_copy_is_not_lost(host_cupy, monkeypatch, threads):
-    source, target = np.zeros((30, 700), np.uint8), OnHost((30, 700), np.uint8)
-    end = target.data.ptr + target.array.nbytes
-    fake = type("Failing", (HostCupy,), {"copy": lambda _, to, __, nbytes, ___: 719 * (to + nbytes == end)})()
-    monkeypatch.setattr(cuda_backend, "_driver", fake.driver)
-    for _ in range(100):
-        with pytest.raises(DriverError, match="719"):
-            host_cupy._Transfer(host_cupy._parts(source, target), source.nbytes, threads).run()
-
-
-@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="the system has no such timer")
-@pytest.mark.parametrize("threads", [1, 3])
-def test_waiting_for_a_device_that_is_busy_can_be_interrupted(host_cupy, monkeypatch, threads):
-    not_ready = numba.cfunc("int32(int64)")(lambda _: 600)  # not Python, which would be interrupted itself
-    fake = HostCupy()
-    copy, copy_batch, record, _, set_context = fake.driver()
-    functions = copy, copy_batch, record, not_ready.address, set_context
-    monkeypatch.setattr(cuda_backend, "_driver", lambda: functions)
-    source, target = np.zeros((30, 7000), np.uint8), OnHost((30, 7000), np.uint8)
-    with pytest.raises(KeyboardInterrupt), interrupted_after(0.05):
-        host_cupy._Transfer(host_cupy._parts(source, target), source.nbytes, threads).run()
-    assert len(host_cupy._pinned._free) == len(host_cupy._pinned._all) == host_cupy.SLOTS_EACH * threads
-
-
-def slow_copy(*copy):
-    """Give other threads the time to fill all of their slots."""
-    time.sleep(0.002)
-    return HostCupy.copy(None, *copy)
-
-
-@pytest.mark.parametrize("threads", [3, 8])
-def test_what_is_full_while_the_driver_is_busy_is_queued_as_one_the_oldest_first(host_cupy, monkeypatch, threads):
-    batches = []
-
-    def copy_batch(self, *batch):
-        batches.append(list((ctypes.c_int64 * batch[3]).from_address(batch[0])))
-        return HostCupy.copy_batch(self, *batch)
-
-    fake = type("Slow", (HostCupy,), {"copy": staticmethod(slow_copy), "copy_batch": copy_batch})()
-    monkeypatch.setattr(cuda_backend, "_driver", fake.driver)
-    monkeypatch.setattr(crew, "_crew", crew.Crew(threads - 1))
-    source, target = np.random.default_rng(0).integers(0, 256, (30, 7000), np.uint8), OnHost((30, 7000), np.uint8)
-    host_cupy._Transfer(host_cupy._parts(source, target), source.nbytes, threads).run()
-    assert np.array_equal(target.array, source)
-    assert max(map(len, batches), default=0) in (range(3, 9) if HostCupy.batches else [0])
-    assert all(targets == sorted(targets) for targets in batches)
-
-
-@pytest.mark.parametrize("host_cupy", ["batches"], indirect=True)
-def test_an_error_of_a_batch_ends_all_with_its_number(host_cupy, monkeypatch):
-    failing = {"copy": staticmethod(slow_copy), "copy_batch": staticmethod(lambda *_: 719)}
-    fake = type("Failing", (HostCupy,), failing)()
-    monkeypatch.setattr(cuda_backend, "_driver", fake.driver)
-    source, target = np.zeros((30, 7000), np.uint8), OnHost((30, 7000), np.uint8)
-    with pytest.raises(DriverError, match="719"):
-        host_cupy._Transfer(host_cupy._parts(source, target), source.nbytes, 3).run()
-    assert len(host_cupy._pinned._free) == len(host_cupy._pinned._all) == 3 * host_cupy.SLOTS_EACH
-
-
-def test_one_thread_at_a_time_calls_the_driver(host_cupy, monkeypatch):
-    """Where several do, they wait for each other, and much longer than a call takes."""
-    busy, callers, overlaps = threading.Lock(), set(), []
-
-    def take_a_while(*_):
-        if not busy.acquire(blocking=False):
-            overlaps.append(threading.get_ident())
-            return 0
-        callers.add(threading.get_ident())
-        time.sleep(1e-5)
-        busy.release()
-        return 0
-
-    functions = dict.fromkeys(("copy", "record", "query"), staticmethod(take_a_while))
-    fake = type("Slow", (HostCupy,), functions)()
-    monkeypatch.setattr(cuda_backend, "_driver", fake.driver)
-    monkeypatch.setattr(crew, "_crew", crew.Crew(3))
-    source, target = np.zeros((30, 7000), np.uint8), OnHost((30, 7000), np.uint8)
-    host_cupy._Transfer(host_cupy._parts(source, target), source.nbytes, 4).run()
-    assert not overlaps
-    assert len(callers) > 1
-
-
 @pytest.mark.parametrize(("axes", "most", "counts"), [(1, 100, [100, 100, 4]), (2, 408, [408] * 12), (1, 1, None)])
 def test_rows_of_too_many_vectors_are_decoded_in_turn(monkeypatch, axes, most, counts):
     """In as many vectors of 16 bytes as a kernel counts; rows that are longer, one element a thread."""
@@ -1000,69 +602,42 @@ def test_rows_of_too_many_vectors_are_decoded_in_turn(monkeypatch, axes, most, c
     found = []
 
     def launch(kernel, _, *arguments, threads=None):
-        found.append(arguments[3] if kernel is cuda_backend.cuda_kernels.decode_rows else None)
+        found.append(arguments[3] if kernel is kernels.decode_rows else None)
         assert threads is None or 2 * threads >= arguments[3]
 
-    monkeypatch.setattr(cuda_backend, "MOST_VECTORS", most)
-    monkeypatch.setattr(cuda_backend, "_launch", launch)
-    monkeypatch.setattr(cuda_backend, "_raw", lambda *_: None)
-    monkeypatch.setattr(cuda_backend, "_decode_any", lambda *_: found.append("any"))
+    monkeypatch.setattr(driver, "MAX_VECTORS", most)
+    monkeypatch.setattr(driver, "_launch", launch)
+    monkeypatch.setattr(driver, "_raw", lambda *_: None)
+    monkeypatch.setattr(driver, "_decode_any", lambda *_: found.append("any"))
     walked = [(24, 1, 1, 1), (51, 2, 2, 2)][-axes:]
-    cuda_backend._decode_rows(out, out, out, walked, False)
+    driver._decode_rows(out, out, out, walked, False)
     assert found == (counts or ["any"])
 
 
 @pytest.mark.parametrize("error", [NotImplementedError("no"), ImportError("no"), OSError("no"), "compiler"])
-def test_what_a_compiler_says_is_said_with_what_to_do(host_cupy, monkeypatch, error):
+def test_what_a_compiler_says_is_said_with_what_to_do(monkeypatch, error):
     class CompileError(Exception):
         pass
 
-    monkeypatch.setitem(sys.modules, "cupy.cuda.compiler", types.SimpleNamespace(CompileException=CompileError))
+    for name in ("cupy", "cupy.cuda", "cupy.cuda.compiler"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules["cupy.cuda.compiler"].CompileException = CompileError
 
     def fail(*_, **__):
         raise CompileError("no") if error == "compiler" else error
 
     with pytest.raises(mxfp4np.BackendUnavailableError, match=r"cannot compile for this device \(no\): install"):
-        host_cupy._launch(lambda _: fail, np.dtype(np.float32))
+        driver._launch(lambda _: fail, np.dtype(np.float32))
     error = MemoryError("enough")
     with pytest.raises(MemoryError, match="enough"):
-        host_cupy._launch(lambda _: fail, np.dtype(np.float32))
-
-
-def test_an_interrupt_loses_no_pinned_memory(host_cupy, monkeypatch):
-    slot, made = host_cupy._Slot, []
-
-    def interrupted():
-        made.append(slot())
-        if len(made) == 3:
-            raise KeyboardInterrupt
-        return made[-1]
-
-    monkeypatch.setattr(host_cupy, "_Slot", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        host_cupy._pinned.take(5)
-    assert len(host_cupy._pinned._all) == len(host_cupy._pinned._free) == 2
-    host_cupy._pinned.release()
-    assert len(host_cupy._pinned._all) == 0
-
-
-def test_pinned_memory_that_an_interrupt_has_lost_is_not_waited_for(host_cupy, monkeypatch):
-    monkeypatch.setenv("MXFP4NP_PINNED_BYTES", "1000")
-    host_cupy._pinned.take(1)  # which nobody keeps
-    assert len(host_cupy._pinned.take(1)) == 1
+        driver._launch(lambda _: fail, np.dtype(np.float32))
 
 
 def test_a_device_does_what_is_timed_as_often_as_counts():
     device, calls = object.__new__(bench._Device), []
-    device._device = HostCupy.Queue()
+    device._device = mock.MagicMock()
     device.finishing(lambda: calls.append(None))()
     assert len(calls) == bench.TIMES_ON_DEVICE
-
-
-def test_bytes_are_not_brought_to_a_device_without_compiled_code(host_cupy, monkeypatch):
-    monkeypatch.setattr(cuda_backend, "kernel_address", lambda *_: None)
-    with pytest.raises(mxfp4np.BackendUnavailableError, match="unset NUMBA_DISABLE_JIT"):
-        host_cupy._Transfer([], 1, 1)
 
 
 @pytest.fixture
@@ -1070,11 +645,13 @@ def fake_cupy(monkeypatch):
     """Return a function that puts something in the place of CuPy."""
 
     def put(module):
-        cuda_backend._working_cupy.cache_clear()
+        working_cupy.cache_clear()
+        _get_backend.cache_clear()
         monkeypatch.setitem(sys.modules, "cupy", module)
 
     yield put
-    cuda_backend._working_cupy.cache_clear()
+    working_cupy.cache_clear()
+    _get_backend.cache_clear()
 
 
 def without_driver():

@@ -1,7 +1,7 @@
-"""One interface for everything that touches packed bytes, and the rule that picks who does.
+"""The interface of backends, and the rule that selects one.
 
-A backend decodes arrays into an array, and encodes an array into arrays. It knows no file, no tensor name and no model.
-To add a device, add a module with an object that follows `Backend`, and its line in `get_backend`.
+A backend decodes packed arrays and encodes values. Only backends touch packed bytes, and they know no file, no tensor
+name and no model. To add a device, add a folder with a class that implements `Backend`, and a line to `get_backend`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 class Backend(Protocol):
-    """What every backend offers.
+    """What every backend implements.
 
-    Arrays are NumPy's, or CuPy's if the backend is for CUDA; packed bytes and values to encode may come from the host.
+    Arrays are NumPy's, or CuPy's if the backend is for CUDA, which also takes packed bytes and values from the host.
     """
 
     name: str
@@ -32,19 +32,19 @@ class Backend(Protocol):
         ...
 
     def asarray(self, array: NDArray[Any]) -> NDArray[Any]:
-        """Return an array of the host as one of this backend's."""
+        """Return an array of the host as an array of this backend."""
         ...
 
     def store(self, array: NDArray[Any], out: NDArray[Any]) -> None:
-        """Copy an array of the host into ``out``, an array of this backend's of any dtype."""
+        """Copy an array of the host into ``out``, an array of this backend of any dtype."""
         ...
 
     def check_out(self, out: Any, *inputs: NDArray[Any]) -> None:
-        """Refuse an output that is no array of this backend's, cannot be written, or shares memory with an input."""
+        """Refuse an output that is not an array of this backend, cannot be written, or shares memory with an input."""
         ...
 
     def release(self) -> None:
-        """Return memory that is kept between calls to the system."""
+        """Return memory to the system that was kept between calls."""
         ...
 
     def decode(
@@ -67,13 +67,13 @@ class Backend(Protocol):
         scales : (..., G) uint8
             E8M0 scales, any strides.
         out : (..., L) bfloat16, float16 or float32
-            Written whole, any strides. Shares no memory with the inputs.
+            All of it is written. Any strides. Shares no memory with the inputs.
         start : int
-            Elements of each row's first block to leave out, 0 to 31. ``start + L`` needs exactly ``G`` blocks.
+            Elements of each row's first block to skip, 0 to 31. ``start + L`` elements need exactly ``G`` blocks.
         order : {"pairs", "halves"}
-            Where the elements of a block lie; see `mxfp4np.format.ORDERS`.
+            Order of the elements in a block; see `mxfp4np.format.ORDERS`.
         fresh : bool
-            Whether ``out`` is new memory, which nothing has touched yet.
+            Whether ``out`` is new memory that has not been written yet.
         num_threads : int, optional
             At most this many threads; as many as the process may use by default.
         """
@@ -88,16 +88,16 @@ class Backend(Protocol):
         rule: str,
         num_threads: int | None = None,
     ) -> None:
-        """Encode ``x`` into packed blocks, in pairs.
+        """Encode ``x`` into packed blocks, in the order "pairs".
 
         Parameters
         ----------
         x : (..., 32 * G) bfloat16, float16 or float32
             Values, any strides. Shares no memory with the outputs.
         blocks : (..., G, 16) uint8
-            Codes, written whole, any strides.
+            Codes, all written. Any strides.
         scales : (..., G) uint8
-            E8M0 scales, written whole, any strides.
+            E8M0 scales, all written. Any strides.
         rule : {"even", "floor", "rceil", "ceil"}
             How scales are chosen; see `mxfp4np.encode`.
         num_threads : int, optional
@@ -107,19 +107,20 @@ class Backend(Protocol):
 
 
 def get_backend(name: str | None = None, device: str | None = None) -> Backend:
-    """Return the backend called ``name``, or the one that serves ``device``.
+    """Return the backend called ``name``, or the default one for ``device``.
 
     Parameters
     ----------
     name : {"cpu", "numpy", "cuda"}, optional
-        ``"cpu"`` is Numba on all cores, ``"numpy"`` the slow reference that defines what is right, ``"cuda"`` is CuPy.
+        ``"cpu"`` is Numba on all cores, ``"numpy"`` the slow reference for correct results, ``"cuda"`` is CuPy.
     device : str, optional
-        ``"cpu"``, or ``"cuda"`` for CuPy's current device, or ``"cuda:1"``. Without a name either, ``"cpu"``.
+        ``"cpu"``, or ``"cuda"`` for CuPy's current device, or ``"cuda:1"``. By default, the device of ``name``, or
+        ``"cpu"`` without one.
 
     Raises
     ------
     BackendUnavailableError
-        If what the backend needs is not installed.
+        If a package that the backend needs is not installed, or a driver or device is missing.
     ValueError
         If there is no such backend or device.
 
@@ -128,7 +129,7 @@ def get_backend(name: str | None = None, device: str | None = None) -> Backend:
     >>> get_backend().name
     'cpu'
     """
-    return _get_backend(name, device)  # with one spelling for each call, which a cache needs
+    return _get_backend(name, device)  # the cache tells positional from keyword arguments
 
 
 @functools.cache
@@ -157,7 +158,7 @@ def _get_backend(name: str | None, device: str | None) -> Backend:
 
 
 def as_array(array: Any) -> NDArray[Any]:
-    """Return a NumPy array, or a view as a CuPy one of what is on a CUDA device."""
+    """Return a NumPy array, or a CuPy view of an array on a CUDA device."""
     if not isinstance(array, np.ndarray) and hasattr(array, "__cuda_array_interface__"):
         from .cuda.cupy import as_cupy
 
@@ -166,25 +167,25 @@ def as_array(array: Any) -> NDArray[Any]:
 
 
 def as_numpy(array: Any, out: NDArray[Any] | None = None) -> NDArray[Any]:
-    """Return a NumPy array: a copy of what is on a CUDA device, contiguous or in ``out``."""
+    """Return a NumPy array. Of an array on a CUDA device it is a copy, contiguous or in ``out``."""
     array = as_array(array)
     return array if isinstance(array, np.ndarray) else array.get(out=out)
 
 
 def device_of(array: Any) -> str:
-    """Return ``"cpu"``, or ``"cuda:0"`` or another where a CuPy array is."""
+    """Return the device of an array: ``"cpu"``, or ``"cuda:0"`` or another for CuPy's."""
     return "cpu" if isinstance(array, np.ndarray) else f"cuda:{array.device.id}"
 
 
 def backend_for(packed: Any, out: Any, name: str | None, device: str | None) -> Backend:
-    """Return the backend for data where it is, or, if that is the host, for where it is wanted.
+    """Return the backend for the device that holds the data, or, for data of the host, the device of the result.
 
     Parameters
     ----------
     packed, out : array or None
-        What is worked on, and where the result goes if that is given.
+        The data, and the array that the result is written to, if there is one.
     name, device : str, optional
-        What the caller asked for.
+        Arguments of the caller.
     """
     if isinstance(packed, np.ndarray):
         if device is None and not isinstance(out, np.ndarray) and hasattr(out, "__cuda_array_interface__"):

@@ -1,1 +1,1 @@
-"""The CUDA backend: kernels built by CuPy, and the staging that brings packed bytes of the host to a device."""
+"""The CUDA backend: kernels compiled by CuPy, and the copying of packed bytes from the host to a device."""

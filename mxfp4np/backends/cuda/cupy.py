@@ -1,4 +1,4 @@
-"""CuPy, if there is one that works, and what to do if there is not."""
+"""CuPy: import it when it is first needed, or say what is missing and what to install."""
 
 from __future__ import annotations
 
@@ -13,14 +13,20 @@ OLDEST_CUPY: Final = 14
 
 
 def as_cupy(array: Any) -> NDArray[Any]:
-    """Return a view as a CuPy array of an array that some library has on a CUDA device."""
+    """Return a CuPy view of an array that any library has on a CUDA device."""
     view: NDArray[Any] = working_cupy()[0].asarray(array)
     return view
 
 
 @functools.cache
 def working_cupy() -> tuple[Any, int]:
-    """Return CuPy and the number of devices."""
+    """Return CuPy and the number of devices.
+
+    Raises
+    ------
+    BackendUnavailableError
+        If CuPy, a driver or a device is missing.
+    """
     instead = "device='cpu' works without it"
     try:
         import cupy
@@ -45,5 +51,5 @@ def working_cupy() -> tuple[Any, int]:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says, or its type."""
+    """Return the first line of an error's message that is not empty, or the name of its type."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,10 +1,10 @@
-"""The CUDA backend: has CuPy run the kernels of `mxfp4np.backends.cuda.kernels`.
+"""The CUDA backend: runs the kernels of `mxfp4np.backends.cuda.kernels` through CuPy.
 
-All policy is here: which kernel suits an array, on which device and stream it runs, and how packed bytes of the host
-get there. CuPy is imported when a CUDA device or array is first used.
+All policy is here: which kernel fits an array, on which device and stream it runs, and in which parts packed bytes of
+the host are copied to the device. CuPy is imported when a CUDA device or array is first used.
 
-Work is queued on the caller's current stream, and results are ready for whatever comes later on it. Bytes from the host
-are staged in parts, and each is decoded behind its copy.
+Work is queued on the caller's current stream, so that what the caller queues there afterwards finds the results. Bytes
+of the host are copied part by part, and each part is decoded after its copy, while the next one is copied.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from .kernels import ROW_AXES, ROWS, THREADS, VALUES, VECTORS
 from .staging import Part, parts_of, pinned, transfer
 
 STAGED_BYTES: Final = 64 << 20
-"""Packed bytes that are decoded at a time, where they come from the host; a device keeps memory for two times that."""
+"""Packed bytes of the host that are decoded at a time. The device needs memory for twice that."""
 
-MOST_VECTORS: Final = (1 << 31) - 1
-"""Vectors that rows with gaps are decoded to at a time: what a kernel counts in 32 bits."""
+MAX_VECTORS: Final = (1 << 31) - 1
+"""Vectors that `decode_rows` writes at most, since it counts them in 32 bits."""
 
 _UINT8: Final = np.dtype(np.uint8)
 
 _ROUND_UP: Final = {"floor": 0, "even": 0x200000, "rceil": 0x3FFFFF, "ceil": 0x7FFFFF}
-"""What carries into the exponent of a float32 whose scale a rule rounds up."""
+"""Added to the bits of the largest float32 of a block: carries into the exponent where the rule rounds the scale up."""
 
 
 class CUDABackend:
@@ -46,7 +46,7 @@ class CUDABackend:
     Parameters
     ----------
     ordinal : int, optional
-        Of the device; without it, whichever is the current one.
+        Number of the device. By default, the current device at each call.
 
     Raises
     ------
@@ -136,7 +136,7 @@ class CUDABackend:
     def _decode_staged(
         self, blocks: NDArray[np.uint8], scales: NDArray[np.uint8], out: Any, start: int, halves: bool, threads: int
     ) -> None:
-        """Decode from host memory: part by part, through two buffers on the device in turn."""
+        """Decode from host memory, part by part, through two buffers on the device that are used in turn."""
         indices = list(split(scales.shape, 1 + BYTES_PER_BLOCK, STAGED_BYTES, (ROWS, 1)))
         largest = scales[indices[0]].size * (BYTES_PER_BLOCK + 1)
         buffers = [self.empty((largest,), _UINT8) for _ in indices[:2]]
@@ -144,15 +144,15 @@ class CUDABackend:
         def decode(index: Any, shape: tuple[int, ...], buffer: Any) -> None:
             span, count = index[-1], math.prod(shape)
             codes = buffer[: BYTES_PER_BLOCK * count].reshape(*shape, BYTES_PER_BLOCK)
-            factors = buffer[BYTES_PER_BLOCK * count :][:count].reshape(shape)
+            scale_bytes = buffer[BYTES_PER_BLOCK * count :][:count].reshape(shape)
             begin, end = BLOCK_SIZE * span.start - start, BLOCK_SIZE * span.stop - start
             target = out[(*index[:-1], slice(max(0, begin), min(end, out.shape[-1])))]
-            _decode(codes, factors, target, max(0, -begin), halves)
+            _decode(codes, scale_bytes, target, max(0, -begin), halves)
 
         def parts() -> Iterator[Part]:
             for index, buffer in zip(indices, itertools.cycle(buffers), strict=False):
-                codes, factors = blocks[index], scales[index]
-                yield Part(buffer.data.ptr, [codes, factors], partial(decode, index, factors.shape, buffer))
+                codes, scale_bytes = blocks[index], scales[index]
+                yield Part(buffer.data.ptr, [codes, scale_bytes], partial(decode, index, scale_bytes.shape, buffer))
 
         transfer(parts(), blocks.nbytes + scales.nbytes, threads)
 
@@ -190,7 +190,7 @@ def _same_device(out: Any, *inputs: Any) -> None:
 
 
 def _check_aligned(array: Any, what: str) -> None:
-    """Refuse elements at addresses that are no multiples of their size, which a device cannot load or store."""
+    """Refuse elements whose addresses are not multiples of their size: a device cannot load or store them."""
     size = array.itemsize
     strides = [stride for n, stride in zip(array.shape, array.strides, strict=True) if n > 1]
     if array.data.ptr % size or any(stride % size for stride in strides):
@@ -198,7 +198,7 @@ def _check_aligned(array: Any, what: str) -> None:
 
 
 def _launch(kernel: Callable[[str], Any], dtype: np.dtype[Any], *arguments: Any, threads: int | None = None) -> None:
-    """Queue a kernel, built if it has not been used before: for so many threads, or as many as elements."""
+    """Queue a kernel, with one thread for each element by default. It is compiled when it is first used."""
     options = {} if threads is None else {"size": threads, "block_size": THREADS}
     try:
         kernel(name_of(dtype))(*arguments, **options)
@@ -206,7 +206,7 @@ def _launch(kernel: Callable[[str], Any], dtype: np.dtype[Any], *arguments: Any,
         from cupy.cuda.compiler import CompileException
 
         if not isinstance(error, CompileException | NotImplementedError | ImportError | OSError):
-            raise  # not what its compiler, or the lack of one, comes as
+            raise  # not an error of the compiler, nor of a missing one
         raise BackendUnavailableError(
             f"CuPy cannot compile for this device ({first_line(error)}): install the extra cuda12 or cuda13, which "
             "brings CUDA's compiler; device='cpu' works without it"
@@ -214,18 +214,18 @@ def _launch(kernel: Callable[[str], Any], dtype: np.dtype[Any], *arguments: Any,
 
 
 def _in_blocks(threads: int) -> int:
-    """Return so many threads, or a few more that fill up CUDA blocks."""
+    """Round a number of threads up to whole CUDA blocks."""
     return -(-threads // THREADS) * THREADS
 
 
 def _raw(array: Any, offset: int = 0) -> Any:
-    """Return an array of one byte, so many bytes behind the address of another: a kernel finds the rest."""
+    """Return an array of one byte, at an offset in bytes from another: it passes an address to a kernel."""
     import cupy
 
     return cupy.ndarray((1,), cupy.uint8, array.data + offset)
 
 
-# Decoding and encoding what is on the current device
+# Decoding and encoding on the current device
 
 
 def _decode(blocks: Any, scales: Any, out: Any, start: int, halves: bool) -> None:
@@ -239,59 +239,59 @@ def _decode(blocks: Any, scales: Any, out: Any, start: int, halves: bool) -> Non
         _launch(kernels.decode, out.dtype, *arguments, threads=_in_blocks(-(-vectors // VECTORS)))
         return
     transposed = is_transposed(out)
-    lead, most = (scales.ndim - 2, 1) if transposed else (scales.ndim - 1, ROW_AXES)
-    lines = out.swapaxes(-1, -2) if transposed else out
+    lead, max_axes = (scales.ndim - 2, 1) if transposed else (scales.ndim - 1, ROW_AXES)
+    rows = out.swapaxes(-1, -2) if transposed else out
     outer = merged_axes(out.shape[:lead], out.strides[:lead])
-    if len(outer) > most or lines.shape[-1] * out.itemsize % 16 or not _is_dense(lines, 1, 16):
+    if len(outer) > max_axes or rows.shape[-1] * out.itemsize % 16 or not _is_dense(rows, 1, 16):
         _decode_any(blocks, scales, out, start, halves)
         return
     axes = merged_axes(out.shape[:lead], *(array.strides[:lead] for array in (blocks, scales, out)))
-    if len(axes) > most or not _is_dense(blocks, 2, 16 if transposed else 4) or not _is_dense(scales, 1, 1):
-        # What does not lie as the kernel wants it is copied: it is half as large as the output at most.
+    if len(axes) > max_axes or not _is_dense(blocks, 2, 16 if transposed else 4) or not _is_dense(scales, 1, 1):
+        # The kernel does not support these strides: copy the packed bytes, at most half as many as the output's.
         blocks, scales = blocks.copy(), scales.copy()
         axes = merged_axes(out.shape[:lead], *(array.strides[:lead] for array in (blocks, scales, out)))
     (_decode_columns if transposed else _decode_rows)(blocks, scales, out, axes, halves)
 
 
-def _is_dense(array: Any, inner: int, grain: int) -> bool:
-    """Tell whether the innermost axes are contiguous, and address and other strides multiples of so many bytes."""
+def _is_dense(array: Any, inner: int, alignment: int) -> bool:
+    """Return whether the innermost axes are contiguous, and the address and all other strides are aligned."""
     step = array.itemsize
     for n, stride in zip(array.shape[: -inner - 1 : -1], array.strides[: -inner - 1 : -1], strict=True):
         if n > 1 and stride != step:
             return False
         step *= n
     outer = zip(array.shape[:-inner], array.strides[:-inner], strict=True)
-    return array.data.ptr % grain == 0 and all(n <= 1 or stride % grain == 0 for n, stride in outer)
+    return array.data.ptr % alignment == 0 and all(n <= 1 or stride % alignment == 0 for n, stride in outer)
 
 
 def _decode_rows(blocks: Any, scales: Any, out: Any, axes: list[tuple[int, ...]], halves: bool) -> None:
-    """Decode rows along a few axes, whose lengths and strides are given."""
+    """Decode rows along axes whose lengths and strides are given."""
     per_row = out.shape[-1] * out.itemsize // 16
     sizes, *steps = zip(*axes, *[(1, 0, 0, 0)] * (ROW_AXES - len(axes)), strict=True)
-    each = math.prod(sizes[1:]) * per_row  # vectors for a step along the first axis
-    most = MOST_VECTORS // each
-    if not most:
+    per_step = math.prod(sizes[1:]) * per_row  # vectors of a step along the first axis
+    steps_at_once = MAX_VECTORS // per_step
+    if not steps_at_once:
         _decode_any(blocks, scales, out, 0, halves)
         return
-    for first in range(0, sizes[0], most):
-        vectors = min(most, sizes[0] - first) * each
+    for first in range(0, sizes[0], steps_at_once):
+        vectors = min(steps_at_once, sizes[0] - first) * per_step
         raw = [_raw(array, first * step[0]) for array, step in zip((blocks, scales, out), steps, strict=True)]
         arguments = *raw[:2], halves, vectors, per_row, *sizes[1:], *itertools.chain(*steps), raw[2]
         _launch(kernels.decode_rows, out.dtype, *arguments, threads=_in_blocks(-(-vectors // VECTORS)))
 
 
 def _decode_columns(blocks: Any, scales: Any, out: Any, axes: list[tuple[int, ...]], halves: bool) -> None:
-    """Decode matrices that follow each other along at most one axis to columns."""
+    """Decode a stack of matrices, along one axis at most, to a transposed output."""
     ((matrices, *steps),) = axes or [(1, 0, 0, 0)]
-    rows, groups = scales.shape[-2:]
-    chunks = -(-rows // ROWS)
-    shape = rows, groups, chunks, *steps, blocks.strides[-3], scales.strides[-2], out.strides[-1]
+    rows, per_row = scales.shape[-2:]
+    row_groups = -(-rows // ROWS)
+    shape = rows, per_row, row_groups, *steps, blocks.strides[-3], scales.strides[-2], out.strides[-1]
     arguments = _raw(blocks), _raw(scales), halves, *shape, _raw(out)
-    _launch(kernels.transpose, out.dtype, *arguments, threads=32 * matrices * chunks * groups)
+    _launch(kernels.transpose, out.dtype, *arguments, threads=32 * matrices * row_groups * per_row)
 
 
 def _decode_any(blocks: Any, scales: Any, out: Any, start: int, halves: bool) -> None:
-    """Decode from any strides to any strides."""
+    """Decode arrays of any strides."""
     words = out.view(f"u{out.itemsize}")
     _launch(kernels.decode_any, out.dtype, blocks, scales, halves, start, out.shape[-1], scales.shape[-1], words)
 
@@ -300,11 +300,11 @@ def _encode(x: Any, blocks: Any, scales: Any, rule: str) -> None:
     if not x.flags.c_contiguous or x.data.ptr % 16:
         x = x.copy()
     codes = blocks if blocks.flags.c_contiguous and blocks.data.ptr % 16 == 0 else _new_like(blocks)
-    factors = scales if scales.flags.c_contiguous else _new_like(scales)
-    units = x.size // VALUES[name_of(x.dtype)]
-    arguments = _raw(x), units, np.uint32(_ROUND_UP[rule]), _raw(codes), _raw(factors)
-    _launch(kernels.encode, x.dtype, *arguments, threads=_in_blocks(units))
-    for array, written in ((blocks, codes), (scales, factors)):
+    scale_bytes = scales if scales.flags.c_contiguous else _new_like(scales)
+    threads = x.size // VALUES[name_of(x.dtype)]
+    arguments = _raw(x), threads, np.uint32(_ROUND_UP[rule]), _raw(codes), _raw(scale_bytes)
+    _launch(kernels.encode, x.dtype, *arguments, threads=_in_blocks(threads))
+    for array, written in ((blocks, codes), (scales, scale_bytes)):
         if array is not written:
             array[...] = written
 

@@ -1,19 +1,21 @@
-"""CUDA kernels, built by CuPy when they are first used: no policy.
+"""CUDA kernels that decode and encode, compiled by CuPy when they are first used.
 
-A kernel is given addresses, as arrays of one element, and strides in bytes. It checks nothing: `mxfp4np.backends.cuda`
-chooses one whose conditions hold.
+A kernel takes addresses, as arrays of one element, and strides in bytes. It checks nothing and chooses nothing:
+`mxfp4np.backends.cuda.driver` selects a kernel whose conditions hold.
 
-* `decode` gives each thread vectors of 16 bytes of output, so that neighbours write next to each other.
-* `decode_rows` does the same where there are gaps between rows.
-* `transpose` gives each thread one block of 8 rows, whose nibbles it turns, 8 x 8 at a time, in registers.
-* `decode_any` gives each thread one element, and takes any strides.
-* `encode` gives each thread 8 or 16 values, and as many threads a block as that takes.
+* `decode`: contiguous arrays. A thread writes vectors of 16 bytes; neighbouring threads write adjacent vectors.
+* `decode_rows`: the same for rows that are not adjacent.
+* `transpose`: transposed output. A thread loads one block from each of 8 rows and transposes 8 x 8 nibbles at a time,
+  in registers.
+* `decode_any`: any strides. A thread writes one element.
+* `encode`: a thread loads 8 or 16 values; the threads of a block of 32 values exchange their largest magnitude.
 
-Values are decoded in pairs, two of 16 bits to a word: the four bits of E2M1, put where such a value has its sign, the
-end of its exponent and the first bit of its fraction, are right but for a power of two, the subnormal ones included.
-Two products make up for it and for the scale. A float32 is a bfloat16 with 16 zeros behind.
+Values are decoded in pairs, two of 16 bits in a word. The sign, exponent and fraction of an E2M1 code are moved to the
+sign, the lowest bits of the exponent and the highest bit of the fraction of a bfloat16 or float16. The result, normal
+or subnormal, is the value times a power of two. Two multiplications correct that power and apply the scale. A float32
+is a bfloat16 followed by 16 zero bits.
 
-CuPy compiles with ``-ftz=true``, under which plain products lose subnormal numbers: those of PTX do not.
+CuPy compiles with ``-ftz=true``, which flushes subnormal products to zero. Products written in PTX keep them.
 """
 
 from __future__ import annotations
@@ -25,16 +27,16 @@ THREADS: Final = 128
 """Threads of a CUDA block."""
 
 VECTORS: Final = 2
-"""Vectors that a thread has, whose loads are under way at the same time."""
+"""Vectors that a thread decodes. Their loads overlap."""
 
 ROW_AXES: Final = 3
-"""Axes that `decode_rows` walks through."""
+"""Axes of rows that `decode_rows` takes."""
 
 ROWS: Final = 256
-"""Rows that a warp of `transpose` has."""
+"""Rows that a warp of `transpose` decodes, one block of each."""
 
 VALUES: Final = {"bfloat16": 16, "float16": 16, "float32": 8}
-"""Values that a thread of `encode` has: 8, 16 or 32."""
+"""Values that a thread of `encode` encodes: 8, 16 or 32."""
 
 _COMMON = """
 // A product that keeps subnormal numbers.
@@ -46,7 +48,7 @@ __device__ __forceinline__ float times(float a, float b) {
 """
 
 _BFLOAT16 = """
-const int PLACE = 6;  // where the lowest bit of a code goes: then a value is times 2**-126
+const int CODE_BIT = 6;  // where the lowest bit of a code is moved, which gives the value times 2**-126
 const unsigned MAGNITUDES = 0x01C001C0u;
 __device__ __forceinline__ unsigned product(unsigned a, unsigned b) {
 #if __CUDA_ARCH__ >= 800
@@ -66,29 +68,29 @@ __device__ __forceinline__ Factors factors_of(unsigned scale) {
 """
 
 _FLOAT16 = """
-const int PLACE = 9;  // times 2**-14
+const int CODE_BIT = 9;  // gives the value times 2**-14
 const unsigned MAGNITUDES = 0x0E000E00u;
 __device__ __forceinline__ unsigned product(unsigned a, unsigned b) {
     unsigned pair;
     asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
     return pair;
 }
-// One of the two products is exact: the first is the result, or else twice the value, and the second the result.
+// The result is rounded once: the second factor is 1, or the first product is exact, twice the value of the code.
 __device__ __forceinline__ Factors factors_of(unsigned scale) {
-    int power = max((int)scale, 89) - 113;  // with 2**-38, all values round to zero
+    int power = max((int)scale, 89) - 113;  // at a scale of 2**-38, all values round to zero
     Factors factors = {power < -14 ? 1u << power + 24 : power + 15 << 10, 0x3C00};
     if (power > 15) {
         factors.first = 0x7800;
         factors.second = (unsigned)power << 10;
     }
-    if (scale > 143)  // what is not zero becomes infinite
+    if (scale > 143)  // all values but zero overflow to infinity
         factors.first = factors.second = scale == 255 ? 0x7E00 : 0x7BFF;
     return factors;
 }
 """
 
 _DECODING = """
-// What to multiply by: the numbers in the low halves, or pairs of them.
+// The two factors of a block: one number in the low 16 bits, or the numbers of two blocks in both halves.
 struct Factors {
     unsigned first, second;
 };
@@ -97,14 +99,14 @@ __device__ __forceinline__ Factors pair_of(Factors low, Factors high) {
     Factors factors = {__byte_perm(low.first, high.first, 0x5410), __byte_perm(low.second, high.second, 0x5410)};
     return factors;
 }
-// The values of two codes, which begin at a bit of a word and 16 bits above.
+// The values of two codes, whose lowest bits are bits `bit` and `bit + 16` of a word.
 __device__ __forceinline__ unsigned values_at(unsigned codes, int bit, Factors factors) {
-    unsigned magnitudes = PLACE < bit ? codes >> (bit - PLACE & 31) : codes << (PLACE - bit & 31);
+    unsigned magnitudes = CODE_BIT < bit ? codes >> (bit - CODE_BIT & 31) : codes << (CODE_BIT - bit & 31);
     unsigned bits = (magnitudes & MAGNITUDES) | (codes << 12 - bit & 0x80008000u);
     return product(product(bits, factors.first), factors.second);
 }
-// The low nibbles of four bytes, next to each other.
-__device__ __forceinline__ unsigned squeeze(unsigned x) {
+// The low nibbles of four bytes, packed into the low 16 bits.
+__device__ __forceinline__ unsigned pack_low_nibbles(unsigned x) {
     x &= 0x0F0F0F0Fu;
     x = (x | x >> 4) & 0x00FF00FFu;
     return (x | x >> 8) & 0xFFFFu;
@@ -118,8 +120,7 @@ const int N = 8;  // elements in 16 bytes
 __device__ __forceinline__ Word word_of(unsigned value) {
     return value;
 }
-// A vector of N elements from their codes, the first in the lowest bits, and the factors of each and the one N / 2
-// further on.
+// A vector of N elements from their codes, the first in the lowest bits. factors[j] belong to elements j and j + N / 2.
 __device__ __forceinline__ uint4 vector_of(unsigned codes, const Factors* factors) {
     unsigned pairs[4];
     #pragma unroll
@@ -130,14 +131,14 @@ __device__ __forceinline__ uint4 vector_of(unsigned codes, const Factors* factor
         __byte_perm(pairs[0], pairs[1], 0x7632), __byte_perm(pairs[2], pairs[3], 0x7632)
     );
 }
-// The codes of a block's vector.
+// The codes of one vector of a block.
 __device__ __forceinline__ unsigned codes_of(const unsigned char* block, int vector, bool halves) {
     const unsigned* words = reinterpret_cast<const unsigned*>(block);
     if (!halves)
         return __ldg(words + vector);
     words += (vector & 1) * 2;
     int shift = vector / 2 * 4;
-    return squeeze(__ldg(words) >> shift) | squeeze(__ldg(words + 1) >> shift) << 16;
+    return pack_low_nibbles(__ldg(words) >> shift) | pack_low_nibbles(__ldg(words + 1) >> shift) << 16;
 }
 """,
     32: """
@@ -154,7 +155,7 @@ __device__ __forceinline__ uint4 vector_of(unsigned codes, const Factors* factor
 __device__ __forceinline__ unsigned codes_of(const unsigned char* block, int vector, bool halves) {
     if (!halves)
         return __ldg(reinterpret_cast<const unsigned short*>(block) + vector);
-    return squeeze(__ldg(reinterpret_cast<const unsigned*>(block) + (vector & 3)) >> vector / 4 * 4);
+    return pack_low_nibbles(__ldg(reinterpret_cast<const unsigned*>(block) + (vector & 3)) >> vector / 4 * 4);
 }
 """,
 }
@@ -214,9 +215,9 @@ _DECODE_ROWS = """
             __stcs(target[v], vector_of_block(codes[v], scale[v]));
 """
 
-_TURN = """
-// Turn 8 x 8 nibbles: nibble k of word j changes places with nibble j of word k.
-__device__ __forceinline__ void turn(unsigned* x) {
+_TRANSPOSE_NIBBLES = """
+// Transpose 8 x 8 nibbles: swap nibble k of word j with nibble j of word k.
+__device__ __forceinline__ void transpose_nibbles(unsigned* x) {
     #pragma unroll
     for (int j = 0; j < 4; ++j) {
         unsigned low = x[j], high = x[j + 4];
@@ -240,22 +241,23 @@ __device__ __forceinline__ void turn(unsigned* x) {
 """
 
 _TRANSPOSE = """
-    // A warp has one block of each of 256 rows; a thread has N rows next to each other and, if that is not 8, N more.
-    ptrdiff_t group = i >> 5;
-    ptrdiff_t chunk = group / groups;
-    group -= chunk * groups;
-    ptrdiff_t matrix = chunk / chunks;
-    chunk -= matrix * chunks;
-    ptrdiff_t first = chunk * 256 + (i & 31) * N;
+    // A warp decodes one block of each of 256 rows. A thread decodes 8 of them: N adjacent rows and, if N is 4, the N
+    // rows that are 32 * N further.
+    ptrdiff_t block_index = i >> 5;
+    ptrdiff_t row_group = block_index / per_row;
+    block_index -= row_group * per_row;
+    ptrdiff_t matrix = row_group / row_groups;
+    row_group -= matrix * row_groups;
+    ptrdiff_t first = row_group * 256 + (i & 31) * N;
     uint4 codes[8];
     Factors factors[8];
     #pragma unroll
     for (int j = 0; j < 8; ++j) {
         ptrdiff_t row = first + j / N * (32 * N) + j % N;
         if (row < rows) {
-            const unsigned char* block = &blocks[matrix * blocks_matrix + row * blocks_row + group * 16];
+            const unsigned char* block = &blocks[matrix * blocks_matrix + row * blocks_row + block_index * 16];
             codes[j] = __ldg(reinterpret_cast<const uint4*>(block));
-            factors[j] = factors_of(__ldg(&scales[matrix * scales_matrix + row * scales_row + group]));
+            factors[j] = factors_of(__ldg(&scales[matrix * scales_matrix + row * scales_row + block_index]));
         }
     }
     #pragma unroll
@@ -270,10 +272,10 @@ _TRANSPOSE = """
         #pragma unroll
         for (int j = 0; j < 8; ++j)
             x[j] = w == 0 ? codes[j].x : w == 1 ? codes[j].y : w == 2 ? codes[j].z : codes[j].w;
-        turn(x);
+        transpose_nibbles(x);
         #pragma unroll
         for (int k = 0; k < 8; ++k) {
-            ptrdiff_t element = 32 * group + (halves ? 16 * (k & 1) + 4 * w + k / 2 : 8 * w + k);
+            ptrdiff_t element = 32 * block_index + (halves ? 16 * (k & 1) + 4 * w + k / 2 : 8 * w + k);
             uint4* target = reinterpret_cast<uint4*>(column + element * out_column);
             #pragma unroll
             for (int h = 0; h < 8 / N; ++h)
@@ -286,7 +288,7 @@ _TRANSPOSE = """
 _DECODE_ANY = """
     ptrdiff_t row = i / length;
     ptrdiff_t at = i - row * length + start;
-    ptrdiff_t block = row * groups + at / 32;
+    ptrdiff_t block = row * per_row + at / 32;
     int element = at % 32;
     unsigned code = blocks[block * 16 + (halves ? element % 16 : element / 2)];
     if (halves ? element >= 16 : element & 1)
@@ -297,7 +299,7 @@ _DECODE_ANY = """
 _LOADS = {
     "bfloat16": """
 typedef unsigned short Word;
-// 8 values, as floats.
+// Load 8 values as floats.
 __device__ __forceinline__ void load(const uint4* x, ptrdiff_t i, float* values) {
     uint4 vector = __ldcs(x + i);
     unsigned pairs[4] = {vector.x, vector.y, vector.z, vector.w};
@@ -334,9 +336,9 @@ __device__ __forceinline__ void load(const uint4* x, ptrdiff_t i, float* values)
 }
 
 _ENCODE = """
-    const int threads = 32 / VALUES;  // of a block, next to each other in a warp
+    const int per_block = 32 / VALUES;  // threads, adjacent in a warp
     float values[VALUES];
-    if (i < units) {
+    if (i < threads) {
         #pragma unroll
         for (int j = 0; j < VALUES; j += 8)
             load(reinterpret_cast<const uint4*>(&x[0]), i * (VALUES / 8) + j / 8, values + j);
@@ -346,9 +348,9 @@ _ENCODE = """
     for (int j = 0; j < VALUES; ++j)
         largest = max(largest, __float_as_uint(values[j]) & 0x7FFFFFFFu);
     #pragma unroll
-    for (int j = 1; j < threads; j *= 2)
+    for (int j = 1; j < per_block; j *= 2)
         largest = max(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, j));
-    // The exponent of the largest magnitude, one more if its fraction is beyond what the rule leaves, and 2 less.
+    // The exponent of the largest magnitude, rounded up where the rule says so, minus 2, the largest exponent of E2M1.
     bool finite = largest < 0x7F800000u;
     int scale = finite ? max((int)(largest + round_up >> 23) - 2, 0) : 255;
     float factor = __uint_as_float(finite ? 254 - scale << 23 : 0);
@@ -359,8 +361,9 @@ _ENCODE = """
         #pragma unroll
         for (int j = 8 * w + 7; j >= 8 * w; --j) {
             float value = fminf(fabsf(times(values[j], factor)), 6);
-            // Added to 2**22 times its power of two, at least 1, it is rounded to halves of that power, which are in
-            // the lowest bits of the sum. A power more is two codes more; 2 makes 2 * 127 a multiple of 8.
+            // Round to E2M1 by an addition: with a power of two that is 2**22 times that of the value (of 1, if it is
+            // smaller), the lowest bit of the sum counts halves of the value's power of two. Each further power adds 2
+            // to the code. The bias of exponents adds 2 * 127, which the 2 makes a multiple of 8.
             unsigned power = __float_as_uint(fmaxf(value, 1)) & 0x7F800000u;
             float sum = value + __uint_as_float(power + (22u << 23) + 2);
             codes = codes << 4 | (__float_as_uint(sum) + (power >> 22) & 7);
@@ -371,20 +374,20 @@ _ENCODE = """
         signs = (signs | signs << 3) & 0x11111111u;
         words[w] = codes | signs << 3;
     }
-    if (!finite) {  // zeros with the signs of the values, which NaN may have lost by now
+    if (!finite) {  // zeros with the signs of the values, read again because a product may change the sign of NaN
         #pragma unroll
         for (int w = 0; w < VALUES / 8; ++w) {
             words[w] = 0;
-            for (int j = 0; j < 8 && i < units; ++j) {
+            for (int j = 0; j < 8 && i < threads; ++j) {
                 const unsigned char* value = &x[(i * VALUES + 8 * w + j + 1) * (int)sizeof(Word) - 1];
                 words[w] |= (*value >> 7) << 4 * j + 3;
             }
         }
     }
-    if (i < units) {
+    if (i < threads) {
         store(&blocks[0], i, words);
-        if (i % threads == 0)
-            scales[i / threads] = scale;
+        if (i % per_block == 0)
+            scales[i / per_block] = scale;
     }
 """
 
@@ -424,14 +427,14 @@ def _decoder(name: str, dtype: str, inputs: str, outputs: str, operation: str, *
 
 @functools.cache
 def decode(dtype: str) -> Any:
-    """Return the kernel for whole blocks that follow each other, 16 bytes of output a time."""
+    """Return the kernel for contiguous arrays of whole blocks."""
     count = f"const int VECTORS = {VECTORS};"
     return _decoder("decode", dtype, "uint64 vectors", "raw uint8 out", _DECODE, _VECTOR_OF_BLOCK, count)
 
 
 @functools.cache
 def decode_rows(dtype: str) -> Any:
-    """Return the kernel for rows of whole blocks, along three axes, in fewer than 2**31 vectors."""
+    """Return the kernel for contiguous rows of whole blocks, along three axes, of fewer than 2**31 vectors in total."""
     strides = (f"int64 {array}{axis}" for array in ("blocks", "scales", "out") for axis in range(ROW_AXES))
     inputs = f"uint32 vectors, uint32 per_row, uint32 size1, uint32 size2, {', '.join(strides)}"
     count = f"const int VECTORS = {VECTORS};"
@@ -440,33 +443,33 @@ def decode_rows(dtype: str) -> Any:
 
 @functools.cache
 def transpose(dtype: str) -> Any:
-    """Return the kernel for matrices whose columns follow each other in the output."""
+    """Return the kernel for a stack of matrices with a transposed output: contiguous along the axis of rows."""
     return _decoder(
         "transpose",
         dtype,
-        "int64 rows, int64 groups, int64 chunks, int64 blocks_matrix, int64 scales_matrix, int64 out_matrix,"
+        "int64 rows, int64 per_row, int64 row_groups, int64 blocks_matrix, int64 scales_matrix, int64 out_matrix,"
         "int64 blocks_row, int64 scales_row, int64 out_column",
         "raw uint8 out",
         _TRANSPOSE,
-        _TURN,
+        _TRANSPOSE_NIBBLES,
     )
 
 
 @functools.cache
 def decode_any(dtype: str) -> Any:
-    """Return the kernel for everything else."""
+    """Return the kernel for arrays of any strides."""
     word = "uint32" if dtype == "float32" else "uint16"
-    return _decoder("decode_any", dtype, "int64 start, int64 length, int64 groups", f"{word} out", _DECODE_ANY)
+    return _decoder("decode_any", dtype, "int64 start, int64 length, int64 per_row", f"{word} out", _DECODE_ANY)
 
 
 @functools.cache
 def encode(dtype: str) -> Any:
-    """Return the kernel that encodes."""
+    """Return the kernel that encodes contiguous arrays."""
     values = VALUES[dtype]
     return _element_wise(
         "encode",
         dtype,
-        "raw uint8 x, int64 units, uint32 round_up",
+        "raw uint8 x, int64 threads, uint32 round_up",
         "raw uint8 blocks, raw uint8 scales",
         _ENCODE,
         f"const int VALUES = {values};",

@@ -1,8 +1,8 @@
-"""Host to device: bytes are gathered in pinned memory, copied asynchronously, and used behind the copy.
+"""Copy arrays of the host to a device, through pinned memory.
 
-Two pinned buffers take turns: while one is copied, the worker pool fills the other. Copies have a stream of their own,
-and what uses them is queued on the caller's, so that both go on while the host gathers what comes next. Nothing here
-knows what the bytes are.
+The worker pool gathers bytes in one of two pinned buffers while the other is copied. Copies are asynchronous and have a
+stream of their own; kernels that use them are queued on the caller's stream, and wait for them by events. So gathering,
+copying and decoding overlap. This module does not know what the bytes are.
 """
 
 from __future__ import annotations
@@ -26,25 +26,26 @@ from ..memory import address_of, merged_axes
 from .cupy import first_line
 
 BUFFER_BYTES: Final = 32 << 20
-"""Bytes of a pinned buffer, at most: the bus and the pool rest for some microseconds in between."""
+"""Size of a pinned buffer, at most. Between two copies, the bus and the pool are idle for some microseconds."""
 
-PIECE_BYTES: Final = 1 << 20
-"""Bytes that are copied at a time, at least, unless there are fewer."""
+MIN_COPY_BYTES: Final = 1 << 20
+"""Bytes of one copy, at least, unless fewer are left."""
 
-PIECES: Final = 8
-"""Pieces that a small transfer is cut into, so that gathering and copying overlap."""
+COPIES: Final = 8
+"""Copies that a transfer is split into where they are large enough, so that gathering and copying overlap."""
 
 CHUNK_BYTES: Final = 256 << 10
-"""Bytes that a thread gathers at a time."""
+"""Bytes that a worker claims at a time."""
 
 PINNED_VARIABLE: Final = "MXFP4NP_PINNED_BYTES"
 PINNED_BYTES: Final = 256 << 20
-"""Pinned memory of a process at most, if the environment variable does not say."""
+"""Bound of the pinned memory of a process, if the environment variable is not set. Two chunks are always granted."""
 
 POLL: Final = 2e-5
-"""Seconds between looks whether a copy is done: waiting in CUDA could not be interrupted."""
+"""Seconds to sleep between polls. Unlike a wait inside CUDA, a sleep can be interrupted."""
 
 HOST_TO_DEVICE: Final = 1  # cudaMemcpyHostToDevice
+NOT_READY: Final = 600  # cudaErrorNotReady
 
 
 class Part(NamedTuple):
@@ -57,57 +58,55 @@ class Part(NamedTuple):
 
 
 def parts_of(source: NDArray[Any], target: Any) -> Iterator[Part]:
-    """Cut an array that is to be copied to a contiguous one, so that little is converted at a time."""
+    """Split an array that is copied to a contiguous one of any dtype, so that little is converted at a time."""
     address = target.data.ptr
     for index in split(source.shape, target.itemsize, BUFFER_BYTES):
-        piece = np.asarray(source[index])
-        yield Part(address, [piece.astype(target.dtype, copy=False)])
-        address += piece.size * target.itemsize
+        array = np.asarray(source[index])
+        yield Part(address, [array.astype(target.dtype, copy=False)])
+        address += array.size * target.itemsize
 
 
 def transfer(parts: Iterable[Part], nbytes: int, num_threads: int) -> None:
-    """Copy parts, of so many bytes together, to the current device.
+    """Copy parts, of ``nbytes`` in total, to the current device.
 
-    Returns when nothing is left to read from the host; what comes later on the current stream comes after it.
+    Returns when all sources have been read. Whatever is queued on the current stream afterwards runs after the copies.
     """
     import cupy
 
     kernel = compiled_kernel("gather", "gather")
     if kernel is None:
-        raise BackendUnavailableError(
-            "bytes of the host are brought to a device by compiled code: unset NUMBA_DISABLE_JIT"
-        )
-    stream, copying = cupy.cuda.get_current_stream(), _copy_stream(cupy.cuda.Device().id)
+        raise BackendUnavailableError("copying from the host to a device needs compiled code: unset NUMBA_DISABLE_JIT")
+    stream, copy_stream = cupy.cuda.get_current_stream(), _copy_stream(cupy.cuda.Device().id)
     pair = pinned.take()
-    turns = itertools.cycle(pair.buffers)
-    piece_bytes = min(pair.nbytes // 2, max(PIECE_BYTES, nbytes // PIECES))
+    copy_bytes = min(pair.nbytes // 2, max(MIN_COPY_BYTES, nbytes // COPIES))
     try:
-        before_last = last = _recorded(stream)  # whoever used the memory of a part before
+        # A part may use the memory of the part before the previous one, once the caller's stream has used that.
+        before_previous = previous = _record(stream)
         for part in parts:
-            copying.wait_event(before_last)
+            copy_stream.wait_event(before_previous)
             address = part.address
             for source in part.sources:
                 runs = _Runs.of(source)
-                for begin in range(0, source.nbytes, piece_bytes):
-                    count = min(piece_bytes, source.nbytes - begin)
-                    buffer = next(turns)
+                for begin in range(0, source.nbytes, copy_bytes):
+                    count = min(copy_bytes, source.nbytes - begin)
+                    buffer = next(pair.in_turn)
                     buffer.wait()
                     _gather(kernel, runs, begin, count, buffer.address, num_threads)
-                    cupy.cuda.runtime.memcpyAsync(address, buffer.address, count, HOST_TO_DEVICE, copying.ptr)
-                    buffer.copied = _recorded(copying)
+                    cupy.cuda.runtime.memcpyAsync(address, buffer.address, count, HOST_TO_DEVICE, copy_stream.ptr)
+                    buffer.copied = _record(copy_stream)
                     address += count
-            stream.wait_event(_recorded(copying))
+            stream.wait_event(_record(copy_stream))
             part.then()
-            before_last, last = last, _recorded(stream)
+            before_previous, previous = previous, _record(stream)
     except BaseException:
-        copying.synchronize()  # the memory that is copied to may be freed
-        raise
-    finally:
+        copy_stream.synchronize()  # the caller may free the memory that is copied to
         pinned.give_back(pair)
+        raise
+    pinned.give_back(pair)
 
 
 class _Runs(NamedTuple):
-    """Where the bytes of an array lie: in runs, a stride apart."""
+    """An array as runs of contiguous bytes, which begin a stride apart."""
 
     source: NDArray[Any]
     nbytes: int
@@ -115,7 +114,7 @@ class _Runs(NamedTuple):
 
     @classmethod
     def of(cls, source: NDArray[Any]) -> Self:
-        """Describe an array, or a copy of it if its strides are less simple."""
+        """Describe an array, or a contiguous copy of it if it has other strides."""
         axes = merged_axes(source.shape, source.strides)
         if len(axes) > 2 or (axes and axes[-1][1] != source.itemsize):
             source = np.ascontiguousarray(source)
@@ -125,13 +124,10 @@ class _Runs(NamedTuple):
 
 
 def _gather(kernel: CompiledFunction, runs: _Runs, skip: int, count: int, target: int, num_threads: int) -> None:
-    """Gather ``count`` bytes at an address, by the worker pool where that pays."""
+    """Copy ``count`` bytes of the runs, after ``skip`` bytes of them, to an address of the host."""
     from ..cpu.gather import GATHER
 
     job = np.array((address_of(runs.source), runs.nbytes, runs.stride, skip, target), GATHER)
-    if count <= PIECE_BYTES // 2:
-        kernel.call(address_of(job), 0, count)
-        return
     worker_pool().run(kernel.address, address_of(job), count, (CHUNK_BYTES, CHUNK_BYTES), num_threads)
 
 
@@ -142,62 +138,72 @@ class _Buffer:
         import cupy
 
         self._memory = cupy.cuda.PinnedMemory(nbytes)
-        self.nbytes, self.address = nbytes, self._memory.ptr
+        self.address = self._memory.ptr
         self.copied: Any = None
-        """The event that what is in it has been copied."""
+        """The event after the last copy from this buffer."""
 
     def wait(self) -> None:
-        """Wait until what is in it has been copied."""
-        while self.copied is not None and not self.copied.done:
+        """Wait until the last copy from this buffer is done, or raise the error of the device."""
+        import cupy
+
+        if self.copied is None:
+            return
+        while cupy.cuda.runtime.eventQuery(self.copied.ptr) == NOT_READY:
             time.sleep(POLL)
+        self.copied.synchronize()  # raises what a query only returns
 
 
 class _Pair:
-    """Two buffers of one size."""
+    """Two buffers of one size, which are used in turn."""
 
     def __init__(self, nbytes: int) -> None:
         self.buffers = _Buffer(nbytes), _Buffer(nbytes)
+        self.in_turn = itertools.cycle(self.buffers)
         self.nbytes = 2 * nbytes
 
 
 class _Pinned:
-    """The pinned memory of this process: pairs of buffers that are kept from one transfer to the next."""
+    """The pinned memory of this process: pairs of buffers, which are kept from one transfer to the next.
+
+    A transfer that does not give its pair back, because it is interrupted, frees it. So `_all` does not own pairs.
+    """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()  # a signal handler may need a pair too
         self._free: list[_Pair] = []
         self._all: weakref.WeakSet[_Pair] = weakref.WeakSet()
 
     def take(self) -> _Pair:
-        """Return a pair that nobody uses, or a new one; wait for one where the bound allows no more."""
+        """Return a pair that is not in use, or a new one; wait for one if the bound allows no new one."""
         bound = _pinned_bytes()
-        nbytes = max(1, min(BUFFER_BYTES, bound // 2))
-        with self._changed:
-            while not self._free and self._all and sum(pair.nbytes for pair in self._all) + 2 * nbytes > bound:
-                self._changed.wait(timeout=1)  # nobody tells of a pair that an interrupt has lost
-            if self._free:
-                return self._free.pop()
-            try:
-                pair = _Pair(nbytes)
-            except Exception as error:
-                raise DeviceMemoryError(
-                    f"the system grants no pinned memory ({first_line(error)}): {2 * nbytes:,} bytes are needed"
-                ) from error
-            self._all.add(pair)
-            return pair
+        nbytes = max(CHUNK_BYTES, min(BUFFER_BYTES, bound // 2))
+        while True:
+            with self._lock:
+                if self._free:
+                    return self._free.pop()
+                if not self._all or sum(pair.nbytes for pair in self._all) + 2 * nbytes <= bound:
+                    return self._new(nbytes)
+            time.sleep(POLL)
+
+    def _new(self, nbytes: int) -> _Pair:
+        try:
+            pair = _Pair(nbytes)
+        except Exception as error:
+            raise DeviceMemoryError(
+                f"the system grants no pinned memory ({first_line(error)}): {2 * nbytes:,} bytes are needed"
+            ) from error
+        self._all.add(pair)
+        return pair
 
     def give_back(self, pair: _Pair) -> None:
-        """Let others have a pair, whose copies may still be under way."""
-        with self._changed:
+        """Make a pair available to others. Copies from it may still be running."""
+        with self._lock:
             self._free.append(pair)
-            self._changed.notify()
 
     def release(self) -> None:
         """Return all memory that is not in use to the system."""
-        with self._changed:
+        with self._lock:
             pairs, self._free = self._free, []
-            self._all.difference_update(pairs)
-            self._changed.notify_all()
         for pair in pairs:
             for buffer in pair.buffers:
                 buffer.wait()
@@ -213,8 +219,8 @@ def _pinned_bytes() -> int:
     return int(text) if text else PINNED_BYTES
 
 
-def _recorded(stream: Any) -> Any:
-    """Return an event that is recorded on a stream of the current device."""
+def _record(stream: Any) -> Any:
+    """Return a new event of the current device, recorded on a stream of it."""
     import cupy
 
     event = cupy.cuda.Event(disable_timing=True)
@@ -224,7 +230,7 @@ def _recorded(stream: Any) -> Any:
 
 @functools.cache
 def _copy_stream(device: int) -> Any:
-    """Return the stream of a device, the current one, for copies from the host."""
+    """Return the stream on which a device copies from the host."""
     import cupy
 
     with cupy.cuda.Device(device):
