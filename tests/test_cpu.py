@@ -230,34 +230,36 @@ def memory_at(offset, shape, strides):
 
 
 @pytest.mark.parametrize(
-    ("index", "offset", "strides", "name", "streamed"),
+    ("index", "offset", "strides", "cached", "streamed"),
     [
-        (np.s_[:], 0, (128, 1), "decode_rows", True),
-        (np.s_[::2, 32:96], 0, (64, 1), "decode_rows", True),
-        (np.s_[:], 0, (160, 1), "decode_rows", True),  # rows with gaps, of whole lines
-        (np.s_[:], 0, (136, 1), "decode_rows", False),  # of a part of a line
-        (np.s_[:], 2, (128, 1), "decode_rows", False),
-        (np.s_[:], 1, (128, 1), "decode_rows", False),
-        (np.s_[:, 5:], 0, (123, 1), "decode_rows", False),
-        (np.s_[:, :100], 0, (128, 1), "decode_rows", False),
-        (np.s_[:], 0, (256, 2), "decode_rows", False),
-        (np.s_[:], 0, (1, 32), "decode_columns", True),
-        (np.s_[:], 0, (1, 20), "decode_columns", False),
-        (np.s_[:, 5:], 0, (1, 32), "decode_columns", True),
+        (np.s_[:], 0, (128, 1), "decode_rows", "decode_rows"),
+        (np.s_[::2, 32:96], 0, (64, 1), "decode_rows", "decode_rows"),
+        (np.s_[:], 0, (160, 1), "decode_rows", "decode_rows"),  # rows with gaps, of whole lines
+        (np.s_[:], 0, (136, 1), "decode_rows", "decode_any_rows"),  # of a part of a line
+        (np.s_[:], 2, (128, 1), "decode_rows", "decode_any_rows"),
+        (np.s_[:], 1, (128, 1), "decode_rows", "decode_any_rows"),
+        (np.s_[:, 5:], 0, (123, 1), "decode_any_rows", "decode_any_rows"),
+        (np.s_[:, :100], 0, (128, 1), "decode_any_rows", "decode_any_rows"),
+        (np.s_[:, 5:36], 0, (128, 1), "decode_any_rows", "decode_any_rows"),
+        (np.s_[:], 0, (256, 2), "decode_any_rows", "decode_any_rows"),
+        (np.s_[:], 0, (1, 32), "decode_columns", "decode_columns"),
+        (np.s_[:, 5:], 0, (1, 32), "decode_columns", "decode_columns"),
+        (np.s_[:], 0, (1, 20), "decode_columns", None),  # columns of a part of a line are not streamed
     ],
 )
-def test_the_kernel_follows_from_where_rows_lie(index, offset, strides, name, streamed):
-    """Whole and aligned cache lines are streamed, if they are many."""
+def test_the_kernel_follows_from_where_rows_lie(index, offset, strides, cached, streamed):
+    """Whole blocks are written directly, if to whole and aligned cache lines or through the cache."""
     rng = np.random.default_rng(0)
     part = MXFP4Array(rng.integers(0, 256, (20, 4, 16), np.uint8), rng.integers(0, 256, (20, 4), np.uint8))[index]
     out = memory_at(offset, part.shape, strides)
-    for streaming_bytes, streaming in ((sys.maxsize, False), (0, streamed)):
+    for streaming_bytes, name in ((sys.maxsize, cached), (0, streamed)):
         with (
             mock.patch.object(cpu, "STREAMING_BYTES", streaming_bytes),
             mock.patch.object(cpu, "compiled_kernel", wraps=cpu.compiled_kernel) as compiled,
         ):
             part.decode(out=out)
-        assert compiled.call_args.args == ("decode", name, 2, False, streaming)
+        streaming = streaming_bytes == 0 and name is not None
+        assert compiled.call_args.args == ("decode", name or cached, 2, False, streaming)
         assert_same_bits(out, oracle(part.blocks, part.scales, "float16")[:, part.start :][:, : part.shape[1]])
 
 

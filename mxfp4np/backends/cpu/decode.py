@@ -14,7 +14,6 @@ constants in the compiled code; it decodes units ``start`` to ``stop - 1`` of a 
 
 from __future__ import annotations
 
-import numba
 from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
@@ -29,21 +28,18 @@ from .simd import (
     broadcast,
     byte_lookup,
     call,
+    copy_run,
     inner,
     load,
     load_uint8,
-    load_uint16,
     offset,
     prefetch,
-    prefetch_to_write,
     repeated,
     shuffle,
     stack_buffer,
     store,
     store_fence,
     store_uint8,
-    store_uint16,
-    store_uint32,
     target_of,
     transpose,
     vector,
@@ -139,55 +135,73 @@ def row_addresses(job, row):
     )
 
 
-@inner
-def decode_elements(job, begin, end, codes, scales, values):
-    """Decode the elements of a row that are in blocks ``begin`` to ``end - 1``, one by one."""
-    for i in range(max(0, 32 * begin - job.start), min(job.length, 32 * end - job.start)):
-        g, j = divmod(job.start + i, 32)
-        byte, is_high = (j % 16, j // 16) if job.halves else (j // 2, j % 2)
-        code = load_uint8(codes + g * job.codes_step + byte) >> 4 * is_high & 15
-        word = job.table + TABLE_LINE * load_uint8(scales + g * job.scales_step) + 2 * code
-        value = values + i * job.values_step
-        if job.itemsize == 4:
-            store_uint32(numba.uint32(load_uint16(word)) << 16, value)
-        else:
-            store_uint16(load_uint16(word), value)
-
-
 def decode_rows(itemsize, halves, streaming):
-    """Return the kernel to rows of any length and start. Its units are blocks, row by row.
+    """Return the kernel to rows of whole blocks whose elements are contiguous. Its units are blocks, row by row.
 
-    Streaming needs rows of whole blocks, aligned to cache lines.
+    Streaming needs rows that are aligned to cache lines.
     """
-    write_ahead = 1024
 
     def kernel(pointer, start, stop):
         job = carray(pointer, 1)[0]
         table, ahead, codes_step, scales_step = job.table, job.prefetch, job.codes_step, job.scales_step
         unit = start
         while unit < stop:
-            row = unit // job.blocks_per_row
-            begin = unit - row * job.blocks_per_row
+            row, begin = divmod(unit, job.blocks_per_row)
             end = min(job.blocks_per_row, begin + stop - unit)
             codes, scales, values = row_addresses(job, row)
-            first = min(max(begin, job.whole_begin), end)
-            last = max(first, min(end, job.whole_end))
-            if not streaming:
-                decode_elements(job, begin, first, codes, scales, values)
-                decode_elements(job, last, end, codes, scales, values)
-            block, scale = codes + first * codes_step, scales + first * scales_step
-            value = values + (32 * first - job.start) * itemsize
-            for g in range(first, last):
+            block, scale = codes + begin * codes_step, scales + begin * scales_step
+            value = values + 32 * begin * itemsize
+            for g in range(begin, end):
                 if g % 4 == 0:
                     prefetch(block + ahead)
-                if not streaming:
-                    prefetch_to_write(value + write_ahead)
-                    if itemsize == 4:
-                        prefetch_to_write(value + write_ahead + SIZE_OF_CACHE_LINE)
                 decode_block(block, table + TABLE_LINE * load_uint8(scale), value, itemsize, halves, streaming)
                 block += codes_step
                 scale += scales_step
                 value += 32 * itemsize
+            unit += end - begin
+        if streaming:
+            store_fence()
+
+    return kernel
+
+
+# Rows to any rows: blocks are decoded to a buffer, and what is wanted of it is copied
+
+BATCH = 64
+"""Blocks that the buffer has room for."""
+
+
+@inner
+def scatter(job, buffer, begin, end, values, streaming):
+    """Copy the elements of blocks ``begin`` to ``end - 1`` of a row from a buffer to where they belong."""
+    first, last = max(0, 32 * begin - job.start), min(job.length, 32 * end - job.start)
+    source, size = buffer + (job.start + first - 32 * begin) * job.itemsize, job.itemsize
+    if job.values_step == size:
+        copy_run(source, values + first * size, (last - first) * size, streaming)
+    else:
+        for i in range(first, last):
+            copy_run(source, values + i * job.values_step, size, False)
+            source += size
+
+
+def decode_any_rows(itemsize, halves, streaming):
+    """Return the kernel to rows that begin or end inside a block, or have any strides. Its units are blocks."""
+    block_bytes, buffer_bytes = 32 * itemsize, BATCH * 32 * itemsize
+
+    def kernel(pointer, start, stop):
+        job = carray(pointer, 1)[0]
+        buffer = stack_buffer(buffer_bytes)
+        unit = start
+        while unit < stop:
+            row, begin = divmod(unit, job.blocks_per_row)
+            end = min(job.blocks_per_row, begin + stop - unit, begin + BATCH)
+            codes, scales, values = row_addresses(job, row)
+            for g in range(begin, end):
+                block = codes + g * job.codes_step
+                line = job.table + TABLE_LINE * load_uint8(scales + g * job.scales_step)
+                prefetch(block + job.prefetch)
+                decode_block(block, line, buffer + (g - begin) * block_bytes, itemsize, halves, False)
+            scatter(job, buffer, begin, end, values, streaming)
             unit += end - begin
         if streaming:
             store_fence()
@@ -263,20 +277,22 @@ def decode_columns(itemsize, halves, streaming):
     Streaming needs columns that are aligned to cache lines.
     """
     between_bytes, between_nibbles = (1, 16) if halves else (2, 1)  # of columns
-    codes_bytes, scales_bytes, exponents_bytes = 16 * GROUP, GROUP, 2 * GROUP
+    codes_bytes, scales_bytes, exponents_bytes, block_bytes = 16 * GROUP, GROUP, 2 * GROUP, 32 * itemsize
 
     def kernel(pointer, start, stop):
         job = carray(pointer, 1)[0]
         transposed, row_scales = stack_buffer(codes_bytes), stack_buffer(scales_bytes)
-        exponents = stack_buffer(exponents_bytes)
+        exponents, decoded = stack_buffer(exponents_bytes), stack_buffer(block_bytes)
         groups = (job.rows + GROUP - 1) // GROUP
         for unit in range(start, stop):
             group, g = divmod(unit, job.blocks_per_row)
             matrix, group = divmod(group, groups)
-            codes, scales, values = row_addresses(job, matrix * job.rows + GROUP * group)
-            block, scale = codes + g * job.codes_step, scales + g * job.scales_step
+            block, scale, values = row_addresses(job, matrix * job.rows + GROUP * group)
+            block += g * job.codes_step
+            scale += g * job.scales_step
             rows = min(GROUP, job.rows - GROUP * group)
-            done = rows // 32 * 32 if job.whole_begin <= g < job.whole_end else 0
+            is_whole = job.start <= 32 * g and 32 * (g + 1) <= job.start + job.length
+            done = rows // 32 * 32 if is_whole else 0
             for row in range(done):
                 store_uint8(load_uint8(scale + row * job.scales_row), row_scales + row)
             for top in range(0, done, 32):
@@ -298,8 +314,9 @@ def decode_columns(itemsize, halves, streaming):
                     low += 32 * itemsize
                     high += 32 * itemsize
             for row in range(done, rows):
-                source = codes + row * job.codes_row, scales + row * job.scales_row
-                decode_elements(job, g, g + 1, *source, values + row * itemsize)
+                own_line = job.table + TABLE_LINE * load_uint8(scale + row * job.scales_row)
+                decode_block(block + row * job.codes_row, own_line, decoded, itemsize, halves, False)
+                scatter(job, decoded, g, g + 1, values + row * itemsize, False)
         if streaming:
             store_fence()
 

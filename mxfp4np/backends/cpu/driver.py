@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import BackendUnavailableError
-from ...format import BLOCK_SIZE, BYTES_PER_BLOCK, blocks_in
+from ...format import BLOCK_SIZE, BYTES_PER_BLOCK
 from ..memory import ALIGNMENT, HostBackend, address_of, is_transposed, merged_axes
 from ..reference import ReferenceBackend
 from ..threads import default_num_threads
@@ -68,20 +68,20 @@ class CPUBackend(HostBackend):
             return
         if blocks.strides[-1] != 1:  # the bytes of a block lie apart: gather them, at most half the size of `out`
             blocks = np.ascontiguousarray(blocks)
-        columns, halves = is_transposed(out), order == "halves"
+        columns = is_transposed(out)
         job = _describe(blocks, scales, out, start, columns=columns)
         if job is None:
             for part in zip(blocks, scales, out, strict=True):
                 self.decode(*part, start=start, order=order, fresh=fresh, num_threads=num_threads)
             return
-        streaming = out.nbytes >= STREAMING_BYTES and not fresh and _fills_cache_lines(job, columns=columns)
-        kernel = compiled_kernel(
-            "decode", "decode_columns" if columns else "decode_rows", out.itemsize, halves, streaming
-        )
+        streaming = out.nbytes >= STREAMING_BYTES and not fresh
+        name = _decoder(job, streaming=streaming)
+        if columns:
+            name, streaming = "decode_columns", streaming and _is_aligned(job, "values_step")
+        kernel = compiled_kernel("decode", name, out.itemsize, order == "halves", streaming)
         if kernel is None:
             return ReferenceBackend().decode(blocks, scales, out, start=start, order=order)
         job |= _table(word_name(out.dtype))
-        job["halves"] = halves
         _run(kernel, job, num_threads, columns=columns, fresh=fresh)
 
     def encode(
@@ -187,8 +187,6 @@ def _describe(
     ahead = PREFETCH_BYTES
     if axes and axes[-1][1] != per_row * steps[0]:
         ahead = max(PREFETCH_ROWS, PREFETCH_BLOCKS // per_row) * axes[-1][1]
-    at_once = values.strides[-1] == values.itemsize or columns
-    first, last = (blocks_in(start), (start + length) // BLOCK_SIZE) if at_once else (per_row, per_row)
     job = {
         "codes": address_of(codes),
         "scales": address_of(scales),
@@ -196,10 +194,7 @@ def _describe(
         "blocks_per_row": per_row,
         "start": start,
         "length": length,
-        "whole_begin": first,
-        "whole_end": last,
         "itemsize": values.itemsize,
-        "halves": False,
         "prefetch": ahead,
     }
     axes = [(1, 0, 0, 0)] * (2 - len(axes)) + axes
@@ -209,11 +204,16 @@ def _describe(
     return job
 
 
-def _fills_cache_lines(job: dict[str, int], *, columns: bool) -> bool:
-    """Tell whether kernels write whole and aligned cache lines only, as streaming needs."""
-    whole = (job["whole_begin"], job["whole_end"]) == (0, job["blocks_per_row"])
-    inner = job["values_step"] if columns else job["values_row"]
-    return (columns or whole) and (job["values"] | inner | job["values_matrix"]) % ALIGNMENT == 0
+def _decoder(job: dict[str, int], *, streaming: bool) -> str:
+    """Return which kernel decodes to rows."""
+    is_whole = job["start"] == 0 and job["length"] == BLOCK_SIZE * job["blocks_per_row"]
+    is_direct = is_whole and job["values_step"] == job["itemsize"]
+    return "decode_rows" if is_direct and (not streaming or _is_aligned(job, "values_row")) else "decode_any_rows"
+
+
+def _is_aligned(job: dict[str, int], stride: str) -> bool:
+    """Tell whether rows, or columns, begin with a cache line."""
+    return (job["values"] | job[stride] | job["values_matrix"]) % ALIGNMENT == 0
 
 
 def _table(name: str, rule: str | None = None) -> dict[str, int]:

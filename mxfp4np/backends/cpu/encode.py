@@ -172,7 +172,7 @@ def encode_words(job, words, count, codes, codes_step, scales, scales_step):
 def encode_rows(itemsize):
     """Return the kernel that encodes rows. Its units are blocks, row by row."""
     block_bytes = 32 * itemsize
-    values_bytes, words_bytes, ahead = BATCH * block_bytes, BATCH * 64, BATCH * block_bytes
+    values_bytes, words_bytes = BATCH * block_bytes, BATCH * 64
 
     def kernel(pointer, start, stop):
         job = carray(pointer, 1)[0]
@@ -183,8 +183,6 @@ def encode_rows(itemsize):
             codes, scales, values = row_addresses(job, row)
             count = min(BATCH, stop - unit, job.blocks_per_row - g)
             words = values + 32 * g * job.values_step
-            for i in range(0, count * block_bytes, SIZE_OF_CACHE_LINE):
-                prefetch(words + ahead + i)
             if job.values_step != itemsize:
                 for i in range(32 * count):
                     copy_bytes(words + i * job.values_step, gathered + i * itemsize, itemsize, False)

@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 from numba import carray
 
-from .simd import SIZE_OF_CACHE_LINE, copy_bytes, inner, prefetch, store_fence
+from .simd import copy_run, store_fence
 
 GATHER: Final = np.dtype(
     [
@@ -26,22 +26,8 @@ GATHER: Final = np.dtype(
 RECORD = GATHER
 """What the kernel reads."""
 
-PREFETCH_BYTES: Final = 2048
 
-
-@inner
-def copy_run(source, target, count):
-    """Copy bytes, a cache line at a time while there is one, and past the cache where lines are aligned."""
-    for _ in range(count // SIZE_OF_CACHE_LINE):
-        prefetch(source + PREFETCH_BYTES)
-        copy_bytes(source, target, SIZE_OF_CACHE_LINE, False)
-        source += SIZE_OF_CACHE_LINE
-        target += SIZE_OF_CACHE_LINE
-    for i in range(count % SIZE_OF_CACHE_LINE):
-        copy_bytes(source + i, target + i, 1, False)
-
-
-def gather():
+def gather(streaming):
     """Return the kernel. Its units are bytes of the target."""
 
     def kernel(pointer, start, stop):
@@ -49,7 +35,7 @@ def gather():
         while start < stop:
             run, offset = divmod(job.skip + start, job.run_bytes)
             count = min(stop - start, job.run_bytes - offset)
-            copy_run(job.source + run * job.run_stride + offset, job.target + start, count)
+            copy_run(job.source + run * job.run_stride + offset, job.target + start, count, streaming)
             start += count
         store_fence()
 

@@ -30,9 +30,7 @@ JOB: Final = np.dtype(
             *("values", "values_matrix", "values_row", "values_step"),
             *("matrices", "rows", "blocks_per_row"),
             *("start", "length"),  # of a row, in elements
-            *("whole_begin", "whole_end"),  # the blocks of a row that are decoded at once; the others go by elements
             "itemsize",
-            "halves",  # whether elements lie in halves, see `mxfp4np.format.ORDERS`, or in pairs
             "table",  # see the kernel
             *("least_scale", "most_scale", "mantissa_bits"),  # scales with which all values are normal numbers
             "prefetch",  # how far ahead of the codes to prefetch, in bytes

@@ -194,24 +194,40 @@ def copy_bytes(typingctx, source, target, count, streaming):
     return types.void(types.int64, types.int64, count, streaming), codegen
 
 
-def _prefetcher(*, write):
-    @intrinsic
-    def prefetch_line(typingctx, address):
-        """Ask for the cache line at an address, which need not exist."""
+@inner
+def copy_run(source, target, count, streaming):
+    """Copy bytes; streaming, a cache line of the target at a time."""
+    end = target + count
+    if streaming and count >= SIZE_OF_CACHE_LINE:
+        while target % SIZE_OF_CACHE_LINE:
+            copy_bytes(source, target, 1, False)
+            source += 1
+            target += 1
+    while target + SIZE_OF_CACHE_LINE <= end:
+        if streaming:
+            copy_bytes(source, target, SIZE_OF_CACHE_LINE, True)
+        else:
+            copy_bytes(source, target, SIZE_OF_CACHE_LINE, False)
+        source += SIZE_OF_CACHE_LINE
+        target += SIZE_OF_CACHE_LINE
+    while target < end:
+        copy_bytes(source, target, 1, False)
+        source += 1
+        target += 1
 
-        def codegen(context, builder, signature, args):
-            pointer = builder.inttoptr(args[0], I8.as_pointer())
-            arguments = pointer, I32(int(write)), I32(3), I32(1)  # into all levels of the cache, as data
-            signature = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
-            builder.call(builder.module.declare_intrinsic("llvm.prefetch", (pointer.type,), signature), arguments)
-            return context.get_dummy_value()
 
-        return types.void(types.int64), codegen
+@intrinsic
+def prefetch(typingctx, address):
+    """Ask for the cache line at an address, which need not exist."""
 
-    return prefetch_line
+    def codegen(context, builder, signature, args):
+        pointer = builder.inttoptr(args[0], I8.as_pointer())
+        arguments = pointer, I32(0), I32(3), I32(1)  # to read, into all levels of the cache, as data
+        signature = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
+        builder.call(builder.module.declare_intrinsic("llvm.prefetch", (pointer.type,), signature), arguments)
+        return context.get_dummy_value()
 
-
-prefetch, prefetch_to_write = _prefetcher(write=False), _prefetcher(write=True)
+    return types.void(types.int64), codegen
 
 
 @intrinsic

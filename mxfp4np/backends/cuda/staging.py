@@ -44,6 +44,8 @@ PINNED_BYTES: Final = 256 << 20
 POLL: Final = 2e-5
 """Seconds to sleep between polls. Unlike a wait inside CUDA, a sleep can be interrupted."""
 
+STREAMING = True
+
 HOST_TO_DEVICE: Final = 1  # cudaMemcpyHostToDevice
 NOT_READY: Final = 600  # cudaErrorNotReady
 
@@ -73,7 +75,7 @@ def transfer(parts: Iterable[Part], nbytes: int, num_threads: int) -> None:
     """
     import cupy
 
-    kernel = compiled_kernel("gather", "gather")
+    kernel = compiled_kernel("gather", "gather", STREAMING)
     if kernel is None:
         raise BackendUnavailableError("copying from the host to a device needs compiled code: unset NUMBA_DISABLE_JIT")
     stream, copy_stream = cupy.cuda.get_current_stream(), _copy_stream(cupy.cuda.Device().id)
