@@ -187,7 +187,7 @@ def random_rows(rows=30, length=7000, seed=0):
 
 
 def transfer_all(source, target, threads=1):
-    staging.transfer(staging.parts_of(source, target), target.array.nbytes, threads)
+    staging.transfer(staging.parts_of(source, target), threads)
 
 
 def pinned_bytes():
@@ -233,7 +233,7 @@ def test_parts_of_several_arrays_of_any_strides_lie_one_after_the_other(threads)
     big = np.random.default_rng(0).integers(0, 256, (40, 30, 16), np.uint8)
     sources = [big[::3, 1:], big[0, 0, :0], big[5, 5, ::-1], big[..., 3], big[1, 2, 3:4], np.arange(5)]
     target = OnHost(sum(source.nbytes for source in sources), np.uint8)
-    staging.transfer([staging.Part(target.data.ptr, sources)], target.array.nbytes, threads)
+    staging.transfer([staging.Part(target.data.ptr, sources)], threads)
     assert target.array.tobytes() == b"".join(source.tobytes() for source in sources)
 
 
@@ -250,7 +250,7 @@ def test_parts_are_finished_once_they_are_there_and_memory_is_used_again_after(t
             then = lambda i=i, target=target: found.append((i, target.array.copy()))  # noqa: E731
             yield staging.Part(target.data.ptr, [row], then)
 
-    staging.transfer(parts(), source.nbytes, threads)
+    staging.transfer(parts(), threads)
     assert [i for i, _ in found] == list(range(30))
     assert all(np.array_equal(array, source[i]) for i, array in found)
 
@@ -272,7 +272,7 @@ def test_streams_wait_for_each_other_where_they_have_to(put_cupy, seed):
     targets[0].array[:] = 7
     before, found = [], []
     stream.queue.append(lambda: before.append(targets[0].array.copy()))  # what the caller queued, and is not done yet
-    staging.transfer(late_parts(source, stream, found, targets), source.nbytes, 2)
+    staging.transfer(late_parts(source, stream, found, targets), 2)
     source_then, source[:] = source.copy(), 0  # it has been read
     stream.synchronize()
     assert np.all(before[0] == 7)
@@ -288,7 +288,7 @@ def test_buffers_of_one_transfer_are_used_by_the_next_after_their_copies(put_cup
     for i in range(6):
         source = random_rows(3, 600, 10 * seed + i)
         expected += [*source]
-        staging.transfer(late_parts(source, stream, found), source.nbytes, 1)
+        staging.transfer(late_parts(source, stream, found), 1)
     assert_nothing_is_in_use()
     stream.synchronize()
     assert np.array_equal(found, expected)
@@ -305,7 +305,7 @@ def test_threads_at_once_share_a_device_and_pinned_memory_within_its_bound(put_c
         for i in range(4):
             source = random_rows(4, 1500, 100 * seed + 10 * number + i)
             expected += [*source]
-            staging.transfer(late_parts(source, stream, found), source.nbytes, 2)
+            staging.transfer(late_parts(source, stream, found), 2)
             most.append(pinned_bytes())
             if i == number:
                 staging.pinned.release()  # while others use theirs
@@ -336,7 +336,7 @@ def test_an_error_on_the_way_ends_all_and_gives_back_the_memory(threads):
     for _ in range(20):
         parts = (staging.Part(target.data.ptr, [source[0]], fail if i == 3 else lambda: None) for i in range(30))
         with pytest.raises(MemoryError, match="enough"):
-            staging.transfer(parts, source.nbytes, threads)
+            staging.transfer(parts, threads)
     assert_nothing_is_in_use()
     staging.pinned.release()
     assert not len(staging.pinned._all)
@@ -442,7 +442,7 @@ def test_an_interrupt_between_any_two_lines_leaves_nothing_running_and_no_memory
     for line in itertools.count():
         fake = put_cupy(LateCupy(line))
         stream, found = fake.cuda.get_current_stream(), []
-        staging.transfer(late_parts(source, stream, found), source.nbytes, 1)  # whose copies may still be queued
+        staging.transfer(late_parts(source, stream, found), 1)  # whose copies may still be queued
         run = partial(staging.transfer, late_parts(source, stream, found), source.nbytes, 1)
         interrupted = interrupted_at(line, run)
         if len(staging.pinned._free) != len(staging.pinned._all):
@@ -521,4 +521,4 @@ def test_pinned_memory_that_the_system_does_not_grant_is_said(host_cupy, monkeyp
 def test_bytes_are_not_brought_to_a_device_without_compiled_code(monkeypatch):
     monkeypatch.setattr(staging, "compiled_kernel", lambda *_: None)
     with pytest.raises(mxfp4np.BackendUnavailableError, match="unset NUMBA_DISABLE_JIT"):
-        staging.transfer([], 1, 1)
+        staging.transfer([], 1)

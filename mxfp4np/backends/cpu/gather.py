@@ -27,7 +27,7 @@ RECORD = GATHER
 """What the kernel reads."""
 
 
-def gather(streaming):
+def gather():
     """Return the kernel. Its units are bytes of the target."""
 
     def kernel(pointer, start, stop):
@@ -35,7 +35,7 @@ def gather(streaming):
         while start < stop:
             run, offset = divmod(job.skip + start, job.run_bytes)
             count = min(stop - start, job.run_bytes - offset)
-            copy_run(job.source + run * job.run_stride + offset, job.target + start, count, streaming)
+            copy_run(job.source + run * job.run_stride + offset, job.target + start, count, False)
             start += count
         store_fence()
 

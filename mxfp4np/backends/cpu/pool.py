@@ -49,8 +49,8 @@ CHUNKS_AT_ONCE: Final = 64
 CHUNKS_OF_A_THREAD: Final = 3
 """The share of what is left that a thread claims: one of so many that it would have, if all were as large."""
 
-LOOKS: Final = 1 << 12
-"""How often an idle worker looks for a task before it sleeps, 0.1 to 0.2 ms. To wake one takes 50 microseconds."""
+LOOKS: Final = 1 << 14
+"""How often an idle worker looks for a task before it sleeps, 0.4 to 0.8 ms. To wake one takes 50 microseconds."""
 
 SPINS: Final = 1 << 11
 """How often a caller looks whether workers are done, 20 to 100 microseconds, before it sleeps in between."""
@@ -85,13 +85,22 @@ def workers_of(pool: int) -> range:
     return range(first, first + atomic_load(pool + COUNT) * WORKER_SIZE, WORKER_SIZE)
 
 
+@inner  # type: ignore[untyped-decorator]
+def wake_two(pool: int, task: int) -> None:
+    """Wake two workers that sleep and have been assigned a task. To wake one takes 5 to 10 microseconds."""
+    count = 2
+    for worker in workers_of(pool):
+        if count > 0 and atomic_load(worker + AT) == task and atomic_replace(worker + IS_ASLEEP, 1, 0):
+            call_c(atomic_load(pool + RELEASE), (atomic_load(worker + LOCK),))
+            count -= 1
+
+
 def assign(pool: int, task: int, count: int) -> None:
-    """Assign a task to some workers that are idle, and wake those that sleep."""
+    """Assign a task to some workers that are idle, and wake two of them; each that begins wakes two more."""
     for worker in workers_of(pool):
         if count > 0 and atomic_replace(worker + AT, IDLE, task):
             count -= 1
-            if atomic_replace(worker + IS_ASLEEP, 1, 0):
-                call_c(atomic_load(pool + RELEASE), (atomic_load(worker + LOCK),))
+    wake_two(pool, task)
 
 
 def finish(pool: int, task: int) -> None:
@@ -117,11 +126,12 @@ def serve(pool: int, worker: int) -> None:
             looks += 1
         if looks == LOOKS:
             atomic_replace(worker + IS_ASLEEP, 0, 1)
-            # Who assigns a task from here on releases the lock, once, and has said so in `is_asleep` before.
+            # Who wakes this worker from here on releases the lock, once, and has said so in `is_asleep` before.
             if atomic_load(worker + AT) == IDLE or not atomic_replace(worker + IS_ASLEEP, 1, 0):
                 call_c(atomic_load(pool + ACQUIRE), (atomic_load(worker + LOCK), -1, 0))
         task = atomic_load(worker + AT)
         if task != IDLE and task & RUNNING == 0 and atomic_replace(worker + AT, task, task + RUNNING):
+            wake_two(pool, task)
             while work(task):
                 pass
             atomic_replace(worker + AT, task + RUNNING, IDLE)

@@ -28,7 +28,7 @@ from .cupy import first_line, working_cupy
 from .kernels import ROW_AXES, ROWS, THREADS, VALUES, VECTORS
 from .staging import Part, parts_of, pinned, transfer
 
-STAGED_BYTES: Final = 64 << 20
+STAGED_BYTES: Final = 128 << 20
 """Packed bytes of the host that are decoded at a time. The device needs memory for twice that."""
 
 MAX_VECTORS: Final = (1 << 31) - 1
@@ -94,7 +94,7 @@ class CUDABackend:
             return
         with out.device:
             target = out if out.flags.c_contiguous else self.empty(out.shape, out.dtype)
-            transfer(parts_of(array, target), target.nbytes, default_num_threads())
+            transfer(parts_of(array, target), default_num_threads())
             if target is not out:
                 out[...] = target
 
@@ -154,7 +154,7 @@ class CUDABackend:
                 codes, scale_bytes = blocks[index], scales[index]
                 yield Part(buffer.data.ptr, [codes, scale_bytes], partial(decode, index, scale_bytes.shape, buffer))
 
-        transfer(parts(), blocks.nbytes + scales.nbytes, threads)
+        transfer(parts(), threads)
 
     def encode(
         self,

@@ -28,11 +28,8 @@ from .cupy import first_line
 BUFFER_BYTES: Final = 32 << 20
 """Size of a pinned buffer, at most. Between two copies, the bus and the pool are idle for some microseconds."""
 
-MIN_COPY_BYTES: Final = 1 << 20
-"""Bytes of one copy, at least, unless fewer are left."""
-
-COPIES: Final = 8
-"""Copies that a transfer is split into where they are large enough, so that gathering and copying overlap."""
+MIN_COPY_BYTES: Final = 8 << 20
+"""Bytes from twice which on a part is split into several copies: for less, the pool would be woken too often."""
 
 CHUNK_BYTES: Final = 256 << 10
 """Bytes that a worker claims at a time."""
@@ -44,7 +41,8 @@ PINNED_BYTES: Final = 256 << 20
 POLL: Final = 2e-5
 """Seconds to sleep between polls. Unlike a wait inside CUDA, a sleep can be interrupted."""
 
-STREAMING = True
+SPINS: Final = 1000
+"""Polls without sleeping, for about as long as a copy takes: the shortest sleep takes 70 microseconds."""
 
 HOST_TO_DEVICE: Final = 1  # cudaMemcpyHostToDevice
 NOT_READY: Final = 600  # cudaErrorNotReady
@@ -68,35 +66,37 @@ def parts_of(source: NDArray[Any], target: Any) -> Iterator[Part]:
         address += array.size * target.itemsize
 
 
-def transfer(parts: Iterable[Part], nbytes: int, num_threads: int) -> None:
-    """Copy parts, of ``nbytes`` in total, to the current device.
+def transfer(parts: Iterable[Part], num_threads: int) -> None:
+    """Copy parts to the current device, one after the other.
 
     Returns when all sources have been read. Whatever is queued on the current stream afterwards runs after the copies.
     """
     import cupy
 
-    kernel = compiled_kernel("gather", "gather", STREAMING)
+    kernel = compiled_kernel("gather", "gather")
     if kernel is None:
         raise BackendUnavailableError("copying from the host to a device needs compiled code: unset NUMBA_DISABLE_JIT")
     stream, copy_stream = cupy.cuda.get_current_stream(), _copy_stream(cupy.cuda.Device().id)
     pair = pinned.take()
-    copy_bytes = min(pair.nbytes // 2, max(MIN_COPY_BYTES, nbytes // COPIES))
     try:
         # A part may use the memory of the part before the previous one, once the caller's stream has used that.
         before_previous = previous = _record(stream)
         for part in parts:
             copy_stream.wait_event(before_previous)
-            address = part.address
-            for source in part.sources:
-                runs = _Runs.of(source)
-                for begin in range(0, source.nbytes, copy_bytes):
-                    count = min(copy_bytes, source.nbytes - begin)
-                    buffer = next(pair.in_turn)
-                    buffer.wait()
-                    _gather(kernel, runs, begin, count, buffer.address, num_threads)
-                    cupy.cuda.runtime.memcpyAsync(address, buffer.address, count, HOST_TO_DEVICE, copy_stream.ptr)
-                    buffer.copied = _record(copy_stream)
-                    address += count
+            sources, total = (
+                [_Runs.of(source) for source in part.sources],
+                sum(source.nbytes for source in part.sources),
+            )
+            copies = max(1, -(-total // (pair.nbytes // 2)), min(COPIES, total // MIN_COPY_BYTES))
+            copy_bytes = max(1, -(-total // copies))
+            for begin in range(0, total, copy_bytes):
+                count = min(copy_bytes, total - begin)
+                buffer = next(pair.in_turn)
+                buffer.wait()
+                _gather(kernel, sources, begin, count, buffer.address, num_threads)
+                address = part.address + begin
+                cupy.cuda.runtime.memcpyAsync(address, buffer.address, count, HOST_TO_DEVICE, copy_stream.ptr)
+                buffer.copied = _record(copy_stream)
             stream.wait_event(_record(copy_stream))
             part.then()
             before_previous, previous = previous, _record(stream)
@@ -125,12 +125,19 @@ class _Runs(NamedTuple):
         return cls(source, count * source.itemsize, outer[0][1] if outer else 0)
 
 
-def _gather(kernel: CompiledFunction, runs: _Runs, skip: int, count: int, target: int, num_threads: int) -> None:
-    """Copy ``count`` bytes of the runs, after ``skip`` bytes of them, to an address of the host."""
+def _gather(
+    kernel: CompiledFunction, sources: list[_Runs], skip: int, count: int, target: int, num_threads: int
+) -> None:
+    """Copy ``count`` bytes of the sources, after ``skip`` bytes of them, to an address of the host."""
     from ..cpu.gather import GATHER
 
-    job = np.array((address_of(runs.source), runs.nbytes, runs.stride, skip, target), GATHER)
-    worker_pool().run(kernel.address, address_of(job), count, (CHUNK_BYTES, CHUNK_BYTES), num_threads)
+    for runs in sources:
+        here = min(count, runs.source.nbytes - skip)
+        if here > 0:
+            job = np.array((address_of(runs.source), runs.nbytes, runs.stride, skip, target), GATHER)
+            worker_pool().run(kernel.address, address_of(job), here, (CHUNK_BYTES, CHUNK_BYTES), num_threads)
+            target, count = target + here, count - here
+        skip = max(0, skip - runs.source.nbytes)
 
 
 class _Buffer:
@@ -150,8 +157,10 @@ class _Buffer:
 
         if self.copied is None:
             return
+        polls = 0
         while cupy.cuda.runtime.eventQuery(self.copied.ptr) == NOT_READY:
-            time.sleep(POLL)
+            time.sleep(POLL if polls > SPINS else 0)
+            polls += 1
         self.copied.synchronize()  # raises what a query only returns
 
 
