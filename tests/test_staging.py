@@ -443,7 +443,7 @@ def test_an_interrupt_between_any_two_lines_leaves_nothing_running_and_no_memory
         fake = put_cupy(LateCupy(line))
         stream, found = fake.cuda.get_current_stream(), []
         staging.transfer(late_parts(source, stream, found), 1)  # whose copies may still be queued
-        run = partial(staging.transfer, late_parts(source, stream, found), source.nbytes, 1)
+        run = partial(staging.transfer, late_parts(source, stream, found), 1)
         interrupted = interrupted_at(line, run)
         if len(staging.pinned._free) != len(staging.pinned._all):
             gc.collect()

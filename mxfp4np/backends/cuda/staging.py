@@ -83,11 +83,9 @@ def transfer(parts: Iterable[Part], num_threads: int) -> None:
         before_previous = previous = _record(stream)
         for part in parts:
             copy_stream.wait_event(before_previous)
-            sources, total = (
-                [_Runs.of(source) for source in part.sources],
-                sum(source.nbytes for source in part.sources),
-            )
-            copies = max(1, -(-total // (pair.nbytes // 2)), min(COPIES, total // MIN_COPY_BYTES))
+            sources = [_Runs.of(source) for source in part.sources]
+            total = sum(source.nbytes for source in part.sources)
+            copies = max(1, -(-total // (pair.nbytes // 2)), min(2, total // MIN_COPY_BYTES))
             copy_bytes = max(1, -(-total // copies))
             for begin in range(0, total, copy_bytes):
                 count = min(copy_bytes, total - begin)
