@@ -31,7 +31,7 @@ BUFFER_BYTES: Final = 32 << 20
 MIN_COPY_BYTES: Final = 8 << 20
 """Bytes from twice which on a part is split into several copies: for less, the pool would be woken too often."""
 
-CHUNK_BYTES: Final = 256 << 10
+CHUNK_BYTES: Final = 64 << 10
 """Bytes that a worker claims at a time."""
 
 PINNED_VARIABLE: Final = "MXFP4NP_PINNED_BYTES"
