@@ -108,7 +108,7 @@ def test_after_an_interrupt_nothing_is_decoded_any_more(monkeypatch):
     blocks, scales = make(0)
     out = np.empty(32 * BLOCKS, np.float32)
     mxfp4np.decode(blocks, scales, out=out, num_threads=2)
-    own = compiler.worker_pool()
+    own = cpu.worker_pool()
 
     def interrupted(task):
         record = np.frombuffer((ctypes.c_char * pool.TASK.itemsize).from_address(task), pool.TASK)[0]

@@ -17,13 +17,10 @@ from collections.abc import Callable, Hashable
 from importlib import import_module
 from pathlib import Path
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ... import __version__
 from ...errors import BackendUnavailableError
-
-if TYPE_CHECKING:
-    from .pool import Pool
 
 _built: dict[Hashable, Any] = {}
 _building = threading.RLock()  # of the thread that builds, or of one that forks
@@ -131,21 +128,3 @@ def compiled_kernel(module: str, name: str, *constants: int) -> CompiledFunction
 
     kernel: CompiledFunction | None = build_once((module, name, *constants), make)
     return kernel
-
-
-def worker_pool() -> Pool:
-    """Return the pool of worker threads of this process; a forked child has none of its parent's."""
-
-    def compile_functions() -> dict[str, CompiledFunction]:
-        from .pool import compile_functions
-
-        return compile_functions()
-
-    def make() -> Pool:
-        from .pool import Pool
-
-        return Pool(functions)
-
-    functions = build_once("pool", compile_functions)
-    pool: Pool = build_once(("pool", os.getpid()), make)
-    return pool

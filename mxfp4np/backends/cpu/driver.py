@@ -6,7 +6,8 @@ how work is cut. Kernels and Numba are imported when something is first decoded 
 
 from __future__ import annotations
 
-from typing import Any, Final
+import os
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +17,12 @@ from ...format import BLOCK_SIZE, BYTES_PER_BLOCK
 from ..memory import ALIGNMENT, HostBackend, address_of, is_transposed, merged_axes
 from ..reference import ReferenceBackend
 from ..threads import default_num_threads
-from .compiler import CompiledFunction, build_once, compiled_kernel, worker_pool
+from .compiler import CompiledFunction, build_once, compiled_kernel
 from .geometry import make_job
 from .tables import MANTISSA_BITS, NORMAL_SCALES, decode_table, encode_table, word_name
+
+if TYPE_CHECKING:
+    from .pool import Pool
 
 GROUP_ROWS: Final = 128
 """Rows that kernels to and from columns work on together, as in `mxfp4np.backends.cpu.decode`."""
@@ -149,6 +153,24 @@ def instruction_set() -> str:
 
     target: str = target_of(cpu_target.target_context)  # type: ignore[no-untyped-call]
     return target
+
+
+def worker_pool() -> Pool:
+    """Return the pool of worker threads of this process; a forked child has none of its parent's."""
+
+    def compile_functions() -> dict[str, CompiledFunction]:
+        from .pool import compile_functions
+
+        return compile_functions()
+
+    def make() -> Pool:
+        from .pool import Pool
+
+        return Pool(functions)
+
+    functions = build_once("pool", compile_functions)
+    pool: Pool = build_once(("pool", os.getpid()), make)
+    return pool
 
 
 def _describe(

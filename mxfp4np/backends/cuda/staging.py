@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from ...errors import BackendUnavailableError, DeviceMemoryError
 from ...shapes import split
-from ..cpu.compiler import CompiledFunction, compiled_kernel, worker_pool
+from ..cpu.compiler import CompiledFunction, compiled_kernel
+from ..cpu.driver import worker_pool
 from ..memory import address_of, merged_axes
 from .cupy import first_line
 
