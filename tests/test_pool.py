@@ -232,7 +232,7 @@ def test_when_the_start_of_a_thread_is_interrupted_another_takes_its_place(own_p
         own_pool.assign(own_pool.address, task.ctypes.data, HELPERS)
         while own_pool.work(task.ctypes.data):
             pass
-        own_pool.finish(own_pool.address, task.ctypes.data)
+        own_pool.join(own_pool.address, task.ctypes.data)
         assert len(done) == next(counted) == 20
         assert all_are_idle(own_pool)
 

@@ -5,8 +5,8 @@ scales, so a table has all values. It has a line of 64 bytes for each scale: the
 their low bytes, then their high bytes. Looking 16 entries up is one byte shuffle on most processors. Words are bfloat16
 or float16; a float32 is the bfloat16 and 16 zero bits, since two bits of mantissa need no more.
 
-How the arrays lie is said by `mxfp4np.backends.cpu.geometry`. A kernel is made by a function whose arguments are
-constants in the compiled code; it decodes units ``start`` to ``stop - 1`` of a job. The caller has checked everything.
+`mxfp4np.backends.cpu.geometry` says how the arrays lie. A kernel is made by a function whose arguments are constants in
+the compiled code; it does units ``start`` to ``stop - 1`` of a job. The driver has checked everything.
 """
 
 # Numba infers the types of these functions, and has none for mypy.
@@ -18,7 +18,7 @@ from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
 
-from .geometry import JOB
+from .geometry import GROUP_ROWS, JOB
 from .simd import (
     I8,
     I16,
@@ -28,6 +28,7 @@ from .simd import (
     broadcast,
     byte_lookup,
     call,
+    copy_bytes,
     copy_run,
     inner,
     load,
@@ -48,14 +49,14 @@ from .simd import (
 TABLE_LINE, LOW_BYTES, HIGH_BYTES = 64, 32, 48
 
 RECORD = JOB
-"""What kernels of this file read."""
+"""The record that kernels of this file read."""
 
 
-# Looking up the words of 32 codes, a byte each, in a line of the table
+# One block: its 32 codes, a byte each, are looked up in the line of the table for its scale
 
 
 def lookup_avx512(builder, codes, line):
-    """One permutation of words."""
+    """Look 32 words up with one permutation of words."""
     table = load(builder, line, vector(I16, 16), TABLE_LINE)
     table = shuffle(builder, table, table, [i % 16 for i in range(32)])
     indices = builder.zext(codes, vector(I16, 32))
@@ -63,7 +64,7 @@ def lookup_avx512(builder, codes, line):
 
 
 def lookup_by_bytes(target):
-    """One shuffle of bytes, or two, for the low bytes of all words, and one for the high bytes."""
+    """Return how to look 32 words up with shuffles of bytes: low bytes and high bytes, which are then interleaved."""
 
     def lookup(builder, codes, line):
         tables = [load(builder, offset(builder, line, at), vector(I8, 16), 16) for at in (LOW_BYTES, HIGH_BYTES)]
@@ -74,7 +75,7 @@ def lookup_by_bytes(target):
 
 
 def lookup_portable(builder, codes, line):
-    """Word by word."""
+    """Look 32 words up one by one."""
     words = ir.Constant(vector(I16, 32), ir.Undefined)
     for i in range(32):
         code = builder.zext(builder.extract_element(codes, I32(i)), I64)
@@ -120,7 +121,7 @@ def decode_block(typingctx, block, line, values, itemsize, halves, streaming):
     return types.void(types.int64, types.int64, types.int64, itemsize, halves, streaming), codegen
 
 
-# Rows to rows
+# Rows to rows of whole blocks
 
 
 @inner
@@ -165,22 +166,25 @@ def decode_rows(itemsize, halves, streaming):
     return kernel
 
 
-# Rows to any rows: blocks are decoded to a buffer, and what is wanted of it is copied
+# Rows to rows of any kind: blocks are decoded to a buffer, and the wanted elements are copied from there
 
 BATCH = 64
-"""Blocks that the buffer has room for."""
+"""Blocks in the buffer."""
 
 
 @inner
 def scatter(job, buffer, begin, end, values, streaming):
-    """Copy the elements of blocks ``begin`` to ``end - 1`` of a row from a buffer to where they belong."""
+    """Copy the elements of blocks ``begin`` to ``end - 1`` of a row, as far as they are wanted, from a buffer."""
     first, last = max(0, 32 * begin - job.start), min(job.length, 32 * end - job.start)
     source, size = buffer + (job.start + first - 32 * begin) * job.itemsize, job.itemsize
     if job.values_step == size:
         copy_run(source, values + first * size, (last - first) * size, streaming)
     else:
         for i in range(first, last):
-            copy_run(source, values + i * job.values_step, size, False)
+            if size == 2:
+                copy_bytes(source, values + i * job.values_step, 2, False)
+            else:
+                copy_bytes(source, values + i * job.values_step, 4, False)
             source += size
 
 
@@ -209,16 +213,14 @@ def decode_any_rows(itemsize, halves, streaming):
     return kernel
 
 
-# Rows to columns: codes are transposed, 32 rows at a time, and then looked up as they are. A lane is a row, and rows
-# have scales of their own: values are looked up for scale 127, and their exponents moved by what the scale differs.
-
-GROUP = 128
-"""Rows that are decoded together: 256 bytes or more of each column at a time."""
+# Rows to columns: the codes of 32 rows are transposed, so that a vector has one code of each row. Rows differ in their
+# scales: values are looked up for scale 127, and the difference of the scale is added to their exponents. Where that
+# would not give normal numbers, and at the edges, blocks are decoded one by one.
 
 
 @intrinsic
 def transpose_codes(typingctx, block, row_stride, target):
-    """Transpose the blocks of 32 rows: byte ``i`` of all of them becomes 32 bytes at ``target + i * GROUP``."""
+    """Transpose the blocks of 32 rows: byte ``i`` of all of them becomes 32 bytes at ``target + i * GROUP_ROWS``."""
 
     def codegen(context, builder, signature, args):
         block, row_stride, target = args
@@ -228,7 +230,7 @@ def transpose_codes(typingctx, block, row_stride, target):
             block = builder.add(block, row_stride)
         pairs = [shuffle(builder, rows[i], rows[i + 16], range(32)) for i in range(16)]
         for i, column in enumerate(transpose(builder, pairs)):
-            store(builder, column, offset(builder, target, i * GROUP), 32)
+            store(builder, column, offset(builder, target, i * GROUP_ROWS), 32)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), codegen
@@ -272,25 +274,25 @@ def scale_exponents(typingctx, scales, least, most, mantissa_bits, target):
 
 
 def decode_columns(itemsize, halves, streaming):
-    """Return the kernel to transposed values: ``values_row`` is ``itemsize``. Its units are blocks of `GROUP` rows.
+    """Return the kernel to transposed values: ``values_row`` is ``itemsize``.
 
-    Streaming needs columns that are aligned to cache lines.
+    Its units are blocks of `GROUP_ROWS` rows. Streaming needs columns that are aligned to cache lines.
     """
     between_bytes, between_nibbles = (1, 16) if halves else (2, 1)  # of columns
-    codes_bytes, scales_bytes, exponents_bytes, block_bytes = 16 * GROUP, GROUP, 2 * GROUP, 32 * itemsize
+    codes_bytes, scales_bytes, exponents_bytes, block_bytes = 16 * GROUP_ROWS, GROUP_ROWS, 2 * GROUP_ROWS, 32 * itemsize
 
     def kernel(pointer, start, stop):
         job = carray(pointer, 1)[0]
         transposed, row_scales = stack_buffer(codes_bytes), stack_buffer(scales_bytes)
         exponents, decoded = stack_buffer(exponents_bytes), stack_buffer(block_bytes)
-        groups = (job.rows + GROUP - 1) // GROUP
+        groups = (job.rows + GROUP_ROWS - 1) // GROUP_ROWS
         for unit in range(start, stop):
             group, g = divmod(unit, job.blocks_per_row)
             matrix, group = divmod(group, groups)
-            block, scale, values = row_addresses(job, matrix * job.rows + GROUP * group)
+            block, scale, values = row_addresses(job, matrix * job.rows + GROUP_ROWS * group)
             block += g * job.codes_step
             scale += g * job.scales_step
-            rows = min(GROUP, job.rows - GROUP * group)
+            rows = min(GROUP_ROWS, job.rows - GROUP_ROWS * group)
             is_whole = job.start <= 32 * g and 32 * (g + 1) <= job.start + job.length
             done = rows // 32 * 32 if is_whole else 0
             for row in range(done):
@@ -309,7 +311,7 @@ def decode_columns(itemsize, halves, streaming):
                 low = column + byte * between_bytes * job.values_step
                 high = low + between_nibbles * job.values_step
                 for top in range(0, done, 32):
-                    source = transposed + byte * GROUP + top
+                    source = transposed + byte * GROUP_ROWS + top
                     decode_two_columns(source, exponents + 2 * top, line, low, high, itemsize, streaming)
                     low += 32 * itemsize
                     high += 32 * itemsize
@@ -323,7 +325,7 @@ def decode_columns(itemsize, halves, streaming):
     return kernel
 
 
-# What memory allows: the same loop as `decode_rows`, and nothing looked up
+# The limit of decoding: the loop of `decode_rows`, which moves the same bytes and looks nothing up
 
 
 @intrinsic(prefer_literal=True)

@@ -1,7 +1,7 @@
-"""The CPU backend: describes arrays to kernels and has them run, in several threads where that pays.
+"""The CPU backend: describe arrays to kernels, and run kernels in one or several threads.
 
-All policy is here: how arrays of any strides become jobs, which kernel suits them, what is streamed past the cache, and
-how work is cut. Kernels and Numba are imported when something is first decoded or encoded.
+All policy is here: how arrays of any strides become jobs, which kernel suits them, when stores are streaming, and how
+work is split. Kernels and Numba are imported when something is first decoded or encoded.
 """
 
 from __future__ import annotations
@@ -18,38 +18,35 @@ from ..memory import ALIGNMENT, HostBackend, address_of, is_transposed, merged_a
 from ..reference import ReferenceBackend
 from ..threads import default_num_threads
 from .compiler import CompiledFunction, build_once, compiled_kernel
-from .geometry import make_job
+from .geometry import GROUP_ROWS, make_job
 from .tables import MANTISSA_BITS, NORMAL_SCALES, decode_table, encode_table, word_name
 
 if TYPE_CHECKING:
     from .pool import Pool
 
-GROUP_ROWS: Final = 128
-"""Rows that kernels to and from columns work on together, as in `mxfp4np.backends.cpu.decode`."""
-
 ALONE_BLOCKS: Final = 1 << 15
-"""Up to so many blocks, 2 MiB of bfloat16, one thread works alone: others that sleep take as long to wake."""
+"""Jobs of at most this many blocks, 2 MiB of bfloat16, have one thread: waking others would take as long."""
 
 THREAD_BLOCKS: Final = 1 << 13
-"""Of more, one thread for so many at most, 0.5 MiB of bfloat16: it takes a while to wake one."""
+"""Larger jobs have at most one thread for this many blocks, 0.5 MiB of bfloat16."""
 
 CHUNK_BLOCKS: Final = 1 << 11, 1 << 18
 """Fewest and most blocks that a thread claims at a time, 0.125 to 16 MiB of bfloat16."""
 
 FRESH_CHUNK_BLOCKS: Final = 1 << 15
-"""Fewest of a chunk of new memory: smaller ones would have several threads clear one and the same huge page."""
+"""Fewest blocks of a chunk where the output is new memory: with fewer, several threads would clear one huge page."""
 
 STREAMING_BYTES: Final = 8 << 20
-"""Outputs of this size are written past the cache: they do not fit into it, and need not be read first.
+"""Outputs from this size on are written with streaming stores, since they do not fit into the cache.
 
-Unless they are new: the system has just cleared their pages, which then are in the cache.
+New memory is not: the system has just cleared its pages, which are in the cache then.
 """
 
 PREFETCH_BYTES: Final = 8192
-"""How far ahead codes are prefetched that lie without gaps."""
+"""The prefetch distance of codes without gaps."""
 
 PREFETCH_ROWS, PREFETCH_BLOCKS = 4, 128
-"""How far ahead they are where rows have gaps: so many rows, or more of short ones, for this many blocks."""
+"""The prefetch distance in rows where rows have gaps, or enough short rows for this many blocks."""
 
 
 class CPUBackend(HostBackend):
@@ -70,7 +67,7 @@ class CPUBackend(HostBackend):
     ) -> None:
         if out.size == 0:
             return
-        if blocks.strides[-1] != 1:  # the bytes of a block lie apart: gather them, at most half the size of `out`
+        if blocks.strides[-1] != 1:  # kernels load whole blocks
             blocks = np.ascontiguousarray(blocks)
         columns = is_transposed(out)
         job = _describe(blocks, scales, out, start, columns=columns)
@@ -100,8 +97,7 @@ class CPUBackend(HostBackend):
         if x.size == 0:
             return
         columns = is_transposed(x) and x.shape[-2] >= BLOCK_SIZE
-        # Where the bytes of a block lie apart, they are scattered from an array of their own.
-        codes = blocks if blocks.strides[-1] == 1 else np.empty(blocks.shape, np.uint8)
+        codes = blocks if blocks.strides[-1] == 1 else np.empty(blocks.shape, np.uint8)  # kernels store whole blocks
         job = _describe(codes, scales, x, columns=columns)
         if job is None:
             for part in zip(x, codes, scales, strict=True):
@@ -118,7 +114,7 @@ class CPUBackend(HostBackend):
 def stream(
     blocks: NDArray[np.uint8], scales: NDArray[np.uint8], out: NDArray[Any], *, num_threads: int | None = None
 ) -> None:
-    """Move the bytes that decoding moves, past the cache, and decode nothing: the limit to hold decoding against.
+    """Move the bytes that decoding moves, with streaming stores, and decode nothing: the limit of decoding.
 
     Parameters
     ----------
@@ -239,7 +235,7 @@ def _is_aligned(job: dict[str, int], stride: str) -> bool:
 
 
 def _table(name: str, rule: str | None = None) -> dict[str, int]:
-    """Return the fields of a job that say what to look up: to decode to words, or to encode words by a rule."""
+    """Return the fields of a job that belong to the table to decode to words, or to encode words by a rule."""
 
     def make() -> tuple[NDArray[np.uint8], dict[str, int]]:
         table = decode_table(name) if rule is None else encode_table(name, rule)

@@ -29,8 +29,8 @@ from __future__ import annotations
 from numba import carray, types
 from numba.extending import intrinsic
 
-from .decode import GROUP, row_addresses
-from .geometry import JOB
+from .decode import row_addresses
+from .geometry import GROUP_ROWS, JOB
 from .simd import (
     I8,
     I16,
@@ -58,7 +58,7 @@ from .simd import (
 )
 
 RECORD = JOB
-"""What kernels of this file read."""
+"""The record that kernels of this file read."""
 
 SCALES, LINE, BASE = 1 << 15, 16, 14  # bytes of the table: all scales, a line, and where the base is in it
 
@@ -78,7 +78,7 @@ def load_words(builder, address, itemsize):
 
 @intrinsic(prefer_literal=True)
 def narrow_block(typingctx, values, target, itemsize):
-    """Write the 32 values at one address as words to another."""
+    """Narrow 32 values to words."""
 
     def codegen(context, builder, signature, args):
         store(builder, load_words(builder, args[0], itemsize.literal_value), args[1], 64)
@@ -150,10 +150,10 @@ def encode_by_bounds(typingctx, words, line, block):
 
 
 BATCH = 64
-"""Blocks that are made words together."""
+"""Blocks that are narrowed to words, or gathered, together."""
 
 LAG = 8
-"""Blocks whose scales are found before the codes of the first: a code waits for its scale, and that for its block."""
+"""How many blocks codes are behind scales: a code waits for its scale, which waits for the whole block."""
 
 
 @inner
@@ -240,18 +240,18 @@ def transpose_words(typingctx, words, stride, target):
 def encode_columns(itemsize):
     """Return the kernel that encodes transposed values, whose ``values_row`` is ``itemsize``, of 32 rows or more.
 
-    Its units are blocks of `GROUP` rows.
+    Its units are blocks of `GROUP_ROWS` rows.
     """
     tile_bytes, words_bytes = 32 * itemsize, 32 * 64
 
     def kernel(pointer, start, stop):
         job = carray(pointer, 1)[0]
         narrowed, words = stack_buffer(words_bytes), stack_buffer(words_bytes)
-        groups = (job.rows + GROUP - 1) // GROUP
+        groups = (job.rows + GROUP_ROWS - 1) // GROUP_ROWS
         for unit in range(start, stop):
             group, g = divmod(unit, job.blocks_per_row)
             matrix, group = divmod(group, groups)
-            for top in range(GROUP * group, min(job.rows, GROUP * (group + 1)), 32):
+            for top in range(GROUP_ROWS * group, min(job.rows, GROUP_ROWS * (group + 1)), 32):
                 first = min(top, job.rows - 32)  # the last tile may encode rows again
                 codes, scales, values = row_addresses(job, matrix * job.rows + first)
                 values += 32 * g * job.values_step

@@ -21,6 +21,9 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+GROUP_ROWS: Final = 128
+"""Rows that kernels to and from columns do together: 256 bytes or more of each column at a time."""
+
 JOB: Final = np.dtype(
     [
         (name, np.int64)
@@ -31,9 +34,9 @@ JOB: Final = np.dtype(
             *("matrices", "rows", "blocks_per_row"),
             *("start", "length"),  # of a row, in elements
             "itemsize",
-            "table",  # see the kernel
-            *("least_scale", "most_scale", "mantissa_bits"),  # scales with which all values are normal numbers
-            "prefetch",  # how far ahead of the codes to prefetch, in bytes
+            "table",  # an address; each kernel's file describes its own
+            *("least_scale", "most_scale", "mantissa_bits"),  # of the table: the scales whose values are all normal
+            "prefetch",  # the distance from codes that are decoded to codes that are prefetched, in bytes
         )
     ]
 )

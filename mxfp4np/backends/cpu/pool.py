@@ -9,7 +9,7 @@ What a worker is at is one number, its field ``task``:
     address of a task   assigned    the worker may begin, or the caller may take the task back
     address + 1         running     the caller waits for the worker
 
-Each step from one to the next is one atomic operation. A worker that is idle looks for a task for a moment, since many
+Each step from one to the next is one atomic operation. A worker that is idle polls for a task for a moment, since many
 calls follow each other, and then sleeps by a lock of its own. Locks are those of Python's C API, which need no GIL.
 Workers are daemon threads: they do not keep the interpreter from shutting down. Nothing here knows MXFP4.
 """
@@ -35,7 +35,7 @@ POOL: Final = np.dtype([(name, np.int64) for name in ("workers", "count", "acqui
 
 # Fields are read and written atomically, at their offsets.
 KERNEL, JOB, NEXT, STOP, FEWEST, MOST, SHARE = field_offsets(TASK)
-AT, IS_ASLEEP, LOCK, _ = field_offsets(WORKER)
+CURRENT, IS_ASLEEP, LOCK, _ = field_offsets(WORKER)
 WORKERS, COUNT, ACQUIRE, RELEASE, NEVER_RELEASED = field_offsets(POOL)
 WORKER_SIZE: Final = WORKER.itemsize
 
@@ -44,18 +44,18 @@ RUNNING: Final = 1
 """What is added to the address of a task that is running."""
 
 CHUNKS_AT_ONCE: Final = 64
-"""Chunks that the calling thread does before it looks for interrupts: a tenth of a second at most."""
+"""Chunks that the calling thread does before Python can interrupt it: a tenth of a second at most."""
 
-CHUNKS_OF_A_THREAD: Final = 3
-"""The share of what is left that a thread claims: one of so many that it would have, if all were as large."""
+SHARES_PER_THREAD: Final = 3
+"""A chunk is what is left, divided by this and by the number of threads."""
 
-LOOKS: Final = 1 << 14
-"""How often an idle worker looks for a task before it sleeps, 0.4 to 0.8 ms. To wake one takes 50 microseconds."""
+IDLE_POLLS: Final = 1 << 14
+"""How often an idle worker polls for a task before it sleeps, 0.4 to 0.8 ms. To wake one takes 50 microseconds."""
 
-SPINS: Final = 1 << 11
-"""How often a caller looks whether workers are done, 20 to 100 microseconds, before it sleeps in between."""
+JOIN_POLLS: Final = 1 << 11
+"""How often a caller polls whether workers are done, 20 to 100 microseconds, before it sleeps between polls."""
 
-NAP: Final = 50
+JOIN_SLEEP: Final = 50
 """Microseconds."""
 
 
@@ -90,7 +90,7 @@ def wake_two(pool: int, task: int) -> None:
     """Wake two workers that sleep and have been assigned a task. To wake one takes 5 to 10 microseconds."""
     count = 2
     for worker in workers_of(pool):
-        if count > 0 and atomic_load(worker + AT) == task and atomic_replace(worker + IS_ASLEEP, 1, 0):
+        if count > 0 and atomic_load(worker + CURRENT) == task and atomic_replace(worker + IS_ASLEEP, 1, 0):
             call_c(atomic_load(pool + RELEASE), (atomic_load(worker + LOCK),))
             count -= 1
 
@@ -98,50 +98,50 @@ def wake_two(pool: int, task: int) -> None:
 def assign(pool: int, task: int, count: int) -> None:
     """Assign a task to some workers that are idle, and wake two of them; each that begins wakes two more."""
     for worker in workers_of(pool):
-        if count > 0 and atomic_replace(worker + AT, IDLE, task):
+        if count > 0 and atomic_replace(worker + CURRENT, IDLE, task):
             count -= 1
     wake_two(pool, task)
 
 
-def finish(pool: int, task: int) -> None:
+def join(pool: int, task: int) -> None:
     """Have nobody claim more of a task, and return when no worker is at it any more."""
     atomic_add(task + NEXT, atomic_load(task + STOP))
-    looks = 0
+    polls = 0
     for worker in workers_of(pool):
-        atomic_replace(worker + AT, task, IDLE)  # if it has not begun
-        while atomic_load(worker + AT) == task + RUNNING:
-            looks += 1
-            if looks < SPINS:
+        atomic_replace(worker + CURRENT, task, IDLE)  # if it has not begun
+        while atomic_load(worker + CURRENT) == task + RUNNING:
+            polls += 1
+            if polls < JOIN_POLLS:
                 pause()
             else:
-                call_c(atomic_load(pool + ACQUIRE), (atomic_load(pool + NEVER_RELEASED), NAP, 0))
+                call_c(atomic_load(pool + ACQUIRE), (atomic_load(pool + NEVER_RELEASED), JOIN_SLEEP, 0))
 
 
 def serve(pool: int, worker: int) -> None:
     """Do one task after the other, and sleep in between. It does not return."""
     while True:
-        looks = 0
-        while atomic_load(worker + AT) == IDLE and looks < LOOKS:
+        polls = 0
+        while atomic_load(worker + CURRENT) == IDLE and polls < IDLE_POLLS:
             pause()
-            looks += 1
-        if looks == LOOKS:
+            polls += 1
+        if polls == IDLE_POLLS:
             atomic_replace(worker + IS_ASLEEP, 0, 1)
             # Who wakes this worker from here on releases the lock, once, and has said so in `is_asleep` before.
-            if atomic_load(worker + AT) == IDLE or not atomic_replace(worker + IS_ASLEEP, 1, 0):
+            if atomic_load(worker + CURRENT) == IDLE or not atomic_replace(worker + IS_ASLEEP, 1, 0):
                 call_c(atomic_load(pool + ACQUIRE), (atomic_load(worker + LOCK), -1, 0))
-        task = atomic_load(worker + AT)
-        if task != IDLE and task & RUNNING == 0 and atomic_replace(worker + AT, task, task + RUNNING):
+        task = atomic_load(worker + CURRENT)
+        if task != IDLE and task & RUNNING == 0 and atomic_replace(worker + CURRENT, task, task + RUNNING):
             wake_two(pool, task)
             while work(task):
                 pass
-            atomic_replace(worker + AT, task + RUNNING, IDLE)
+            atomic_replace(worker + CURRENT, task + RUNNING, IDLE)
 
 
 class Pool:
     """The workers of this process, started when they are first wanted."""
 
     def __init__(self, functions: dict[str, CompiledFunction]) -> None:
-        self.work, self.assign, self.finish = (functions[name].call for name in ("work", "assign", "finish"))
+        self.work, self.assign, self.join = (functions[name].call for name in ("work", "assign", "join"))
         self._serve = functions["serve"].call
         self._starting = threading.RLock()  # a signal handler may decode too
         self._workers = aligned_empty((most_threads(),), WORKER)
@@ -162,7 +162,7 @@ class Pool:
         what interrupts it, when no thread is at the job any more.
         """
         fewest, most = chunk
-        record = np.array((kernel, job, 0, units, fewest, most, CHUNKS_OF_A_THREAD * num_threads), TASK)
+        record = np.array((kernel, job, 0, units, fewest, most, SHARES_PER_THREAD * num_threads), TASK)
         task = address_of(record)
         helpers = self.start(min(num_threads, -(-units // fewest)) - 1)
         try:
@@ -170,8 +170,8 @@ class Pool:
             while self.work(task):
                 pass
         finally:
-            # Its first call, before which Python looks for no interrupt: the job's memory may be freed after it.
-            self.finish(self.address, task)
+            # Python handles no signal before this call. After it, the memory of the job may be freed.
+            self.join(self.address, task)
 
     def start(self, wanted: int) -> int:
         """Return how many workers there are: as many as are wanted, if there can be."""
@@ -212,7 +212,7 @@ def compile_functions() -> dict[str, CompiledFunction]:
     signatures = {
         work.py_func: integer(integer),
         assign: types.void(integer, integer, integer),
-        finish: types.void(integer, integer),
+        join: types.void(integer, integer),
         serve: types.void(integer, integer),
     }
     compiled = {function.__name__: compile_function(function, signatures[function]) for function in signatures}

@@ -1,8 +1,8 @@
 """Vectors, stack memory, prefetches and atomics for Numba's kernels, as LLVM IR.
 
-Numba has no types for SIMD registers, so what works on a whole register is an intrinsic: a function that emits LLVM IR.
-The first half of this file are helpers to emit it, the second half intrinsics that kernels call with addresses. Nothing
-here knows MXFP4. Importing this module imports Numba and compiles nothing.
+Numba has no types for SIMD registers, so whatever works on a register is an intrinsic: a function that emits LLVM IR.
+First come helpers that emit it, then intrinsics that kernels call with addresses. Nothing here knows MXFP4. Importing
+this module imports Numba and compiles nothing.
 """
 
 # Numba infers the types of these functions, and has none for mypy.
@@ -15,7 +15,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 
 SIZE_OF_CACHE_LINE = 64
 """Bytes."""
@@ -163,21 +163,15 @@ def _loader(numba_type, llvm_type):
 load_uint8, load_uint16 = _loader(types.uint8, I8), _loader(types.uint16, I16)
 
 
-def _storer(numba_type):
-    @intrinsic
-    def store_number(typingctx, value, address):
-        """Write a number, cut to the type's width, to an address of any alignment."""
+@intrinsic
+def store_uint8(typingctx, value, address):
+    """Write a uint8 to an address."""
 
-        def codegen(context, builder, signature, args):
-            store(builder, *args)
-            return context.get_dummy_value()
+    def codegen(context, builder, signature, args):
+        store(builder, *args)
+        return context.get_dummy_value()
 
-        return types.void(numba_type, types.int64), codegen
-
-    return store_number
-
-
-store_uint8, store_uint16, store_uint32 = (_storer(type_) for type_ in (types.uint8, types.uint16, types.uint32))
+    return types.void(types.uint8, types.int64), codegen
 
 
 @intrinsic(prefer_literal=True)
@@ -218,7 +212,7 @@ def copy_run(source, target, count, streaming):
 
 @intrinsic
 def prefetch(typingctx, address):
-    """Ask for the cache line at an address, which need not exist."""
+    """Prefetch the cache line at an address, which need not be mapped."""
 
     def codegen(context, builder, signature, args):
         pointer = builder.inttoptr(args[0], I8.as_pointer())
