@@ -257,17 +257,18 @@ def _run(
 ) -> None:
     """Run a kernel over all units of a job: blocks, or with ``columns`` blocks of a group of rows."""
     job = make_job(fields)
+    address, _ = job.buffer_info()
     rows, unit_blocks = fields["rows"], 1
     if columns:
         rows, unit_blocks = -(-rows // GROUP_ROWS), GROUP_ROWS
     units = fields["matrices"] * rows * fields["blocks_per_row"]
     blocks = units * unit_blocks
     if blocks <= ALONE_BLOCKS:
-        kernel.call(address_of(job), 0, units)
+        kernel.call(address, 0, units)
         return
     threads = min(num_threads or default_num_threads(), -(-blocks // THREAD_BLOCKS))
     fewest, most = CHUNK_BLOCKS
     if fresh:
         fewest = FRESH_CHUNK_BLOCKS
     chunk = max(1, fewest // unit_blocks), max(1, most // unit_blocks)
-    worker_pool().run(kernel.address, address_of(job), units, chunk, threads)
+    worker_pool().run(kernel.address, address, units, chunk, threads)

