@@ -26,8 +26,7 @@ from .layouts.resolve import Resolver
 from .layouts.table import LAYOUTS
 from .shapes import split_both
 from .storage.discover import PathLike, check_index, find_files, open_file, read_json
-from .storage.dtypes import element
-from .storage.tensorfile import StoredArrays, StoredTensor, TensorFile
+from .storage.tensorfile import StoredArrays, StoredTensor, TensorFile, element
 
 READ_BYTES: Final = 32 << 20
 """Largest chunk, in decoded bytes, that is read at a time from files that are not mapped."""

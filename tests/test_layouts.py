@@ -13,7 +13,7 @@ from helpers import BACKENDS, CODES, DATA, FLOATS, SCALES, answers, both_io, pai
 import mxfp4np
 from mxfp4np import LayoutError, MXFP4Array, TensorNotFoundError
 from mxfp4np.cli import main
-from mxfp4np.storage.writer import write_safetensors
+from mxfp4np.storage.safetensors import write_safetensors
 
 SAMPLES = {
     "gpt_oss_original": "gpt-oss",

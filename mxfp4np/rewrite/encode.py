@@ -23,7 +23,7 @@ from ..layouts.table import ENCODED_LAYOUTS, LAYOUTS, wants_transpose
 from ..selection import patterns, select
 from ..shapes import place_in_whole, swapped
 from ..storage.discover import PathLike
-from ..storage.dtypes import DTYPES, element
+from ..storage.tensorfile import DTYPES, element
 from ..text import count, escape
 from .config import encoded_config, folder_beside, small_files
 from .plan import MAX_SHARD_SIZE, Chunks, Copied, Item, Output, Plan, make_shards
