@@ -18,10 +18,8 @@ from .array import MXFP4Array
 from .backends import backend_for, get_backend
 from .errors import CheckpointError, LayoutError, TensorNotFoundError
 from .format import BLOCK_SIZE, as_dtype, decoded_dtype
-from .info import TensorInfo
-from .layouts.evidence import Documents
-from .layouts.find import UnresolvedTensor, find_tensors, split_gate_up
-from .layouts.packed import PackedReader, PackedTensor
+from .layouts.find import Documents, UnresolvedTensor, find_tensors, split_gate_up
+from .layouts.packed import PackedReader, PackedTensor, TensorInfo
 from .layouts.resolve import Resolver
 from .layouts.table import LAYOUTS
 from .shapes import split_both

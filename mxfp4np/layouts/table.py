@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from ..format import BYTES_PER_BLOCK, SCALE_BIAS
-from .swizzle import swizzled_shape
 
 Shape = tuple[int, ...]
 
@@ -49,7 +48,7 @@ class Layout:
     blocks_axis : bool
         Whether codes have an axis for the bytes of a block, ``[.., G, 16]``, not rows of blocks, ``[.., 16 * G]``.
     swizzled : bool
-        Whether scales lie in tiles of 128 rows and 4 columns; see `swizzle`.
+        Whether scales lie in tiles of 128 rows and 4 columns; see `packed`.
     bias : int
         Added to a stored scale, modulo 256, to make it E8M0.
     order : {"pairs", "halves"}
@@ -103,10 +102,6 @@ class Layout:
         if self.blocks_axis:
             return shape if length == self.block_bytes else None
         return (*lead, length // self.block_bytes, self.block_bytes) if length % self.block_bytes == 0 else None
-
-    def scales_shape(self, blocks: Shape) -> Shape:
-        """Return the shape of the scale tensor that belongs to blocks of this shape."""
-        return swizzled_shape(blocks[:-1]) if self.swizzled else blocks[:-1]
 
 
 _QUARK = Evidence("config.json", {"quant_method": ("quark",), "dtype": ("fp4",)})

@@ -18,7 +18,7 @@ from ..codec import encode
 from ..errors import LayoutError
 from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, RULES, SCALE_NAN, dtype_named
 from ..format import DTYPES as FLOATS
-from ..info import TensorInfo
+from ..layouts.packed import TensorInfo
 from ..layouts.table import ENCODED_LAYOUTS, LAYOUTS, wants_transpose
 from ..selection import patterns, select
 from ..shapes import place_in_whole, swapped

@@ -19,7 +19,7 @@ from ..checkpoint import Checkpoint
 from ..errors import CheckpointError, LayoutError, TensorNotFoundError
 from ..format import DTYPES as DECODED
 from ..format import SCALE_BIAS, SCALE_NAN, decoded_dtype
-from ..info import TensorInfo
+from ..layouts.packed import TensorInfo
 from ..layouts.table import TRANSPOSE, wants_transpose
 from ..selection import select
 from ..shapes import place_in_whole, swapped
