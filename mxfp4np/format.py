@@ -49,14 +49,11 @@ RULES: Final = ("even", "floor", "rceil", "ceil")
 DTYPES: Final = ("bfloat16", "float16", "float32")
 """Names of the dtypes that MXFP4 decodes to, and is encoded from."""
 
-FLOAT8: Final = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
-"""Names of the one-byte dtypes of ml_dtypes that checkpoints use."""
-
 
 @functools.cache
 def dtype_named(name: str) -> np.dtype[Any]:
     """Return the dtype of this name, of NumPy or, if NumPy lacks it, of ml_dtypes."""
-    if name in ("bfloat16", *FLOAT8):
+    if name.startswith(("bfloat16", "float8")):
         import ml_dtypes
 
         dtype: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
@@ -76,17 +73,7 @@ def as_dtype(dtype: DTypeLike) -> np.dtype[Any]:
 
 
 def decoded_dtype(dtype: DTypeLike) -> np.dtype[Any]:
-    """Return the NumPy dtype to decode to.
-
-    Parameters
-    ----------
-    dtype : str, type or numpy.dtype
-        bfloat16 (the one of ``ml_dtypes``), float16 or float32, by name or as a dtype.
-
-    Returns
-    -------
-    numpy.dtype
-        In native byte order.
+    """Return the NumPy dtype to decode to: bfloat16 of ml_dtypes, float16 or float32, in native byte order.
 
     Raises
     ------

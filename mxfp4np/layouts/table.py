@@ -155,15 +155,7 @@ LAYOUTS: Final = (
 
 
 def wants_transpose(layout: str, shape: Shape, transpose: str) -> bool:
-    """Return whether a packed tensor is to be transposed.
-
-    Parameters
-    ----------
-    layout, shape
-        Of the tensor.
-    transpose : {"auto", "yes", "no"}
-        See `TRANSPOSE`.
-    """
+    """Return whether a packed tensor of this layout and shape is to be transposed, by one of `TRANSPOSE`."""
     if transpose not in TRANSPOSE:
         raise ValueError(f"transpose must be 'auto', 'yes' or 'no', found {transpose!r}")
     wanted = transpose == "yes" or (transpose == "auto" and any(x.transposed for x in LAYOUTS if x.name == layout))
