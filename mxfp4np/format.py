@@ -49,11 +49,14 @@ RULES: Final = ("even", "floor", "rceil", "ceil")
 DTYPES: Final = ("bfloat16", "float16", "float32")
 """Names of the dtypes that MXFP4 decodes to, and is encoded from."""
 
+FLOAT8: Final = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
+"""Names of the one-byte dtypes of ml_dtypes that checkpoints use."""
+
 
 @functools.cache
 def dtype_named(name: str) -> np.dtype[Any]:
     """Return the dtype of this name, of NumPy or, if NumPy lacks it, of ml_dtypes."""
-    if name.startswith(("bfloat16", "float8")):
+    if name in ("bfloat16", *FLOAT8):
         import ml_dtypes
 
         dtype: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))

@@ -107,39 +107,19 @@ class Candidate(NamedTuple):
         return tuple(filter(None, (self.codes, self.scales)))
 
 
-class UnresolvedTensor(NamedTuple):
-    """A logical tensor that seems to be packed, with all its candidates."""
-
-    name: str
-    candidates: tuple[Candidate, ...]
-
-    @property
-    def alternates(self) -> bool:
-        """Whether its rows may alternate between gate and up."""
-        return any(candidate.layout.gate_up for candidate in self.candidates)
-
-    @property
-    def stored(self) -> tuple[StoredTensor, ...]:
-        """The stored tensors of all candidates."""
-        return tuple(dict.fromkeys(tensor for candidate in self.candidates for tensor in candidate.stored))
+def stored_of(candidates: Iterable[Candidate]) -> tuple[StoredTensor, ...]:
+    """Return the stored tensors of all candidates."""
+    return tuple(dict.fromkeys(tensor for candidate in candidates for tensor in candidate.stored))
 
 
-def _by_dtype(layouts: Iterable[Layout], part: str) -> dict[str, list[Layout]]:
-    found: dict[str, list[Layout]] = {}
-    for layout in layouts:
-        for dtype in getattr(layout, part):
-            found.setdefault(dtype, []).append(layout)
-    return found
+_CODES: Final = {dtype: [x for x in LAYOUTS if dtype in x.codes_dtypes] for y in LAYOUTS for dtype in y.codes_dtypes}
+_SCALES: Final = {
+    dtype: [x for x in LAYOUTS if x.scales and dtype in x.scales_dtypes] for y in LAYOUTS for dtype in y.scales_dtypes
+}
 
 
-_CODES: Final = _by_dtype(LAYOUTS, "codes_dtypes")
-_SCALES: Final = _by_dtype((layout for layout in LAYOUTS if layout.scales is not None), "scales_dtypes")
-
-
-def find_tensors(
-    stored: Mapping[str, StoredTensor], documents: Documents
-) -> dict[str, StoredTensor | UnresolvedTensor]:
-    """Return the logical tensors, in stored order: codes and scales under one name, all others as they are.
+def find_tensors(stored: Mapping[str, StoredTensor], documents: Documents) -> dict[str, StoredTensor | list[Candidate]]:
+    """Return the logical tensors, in stored order: the candidates of those that seem packed, all others as they are.
 
     Raises
     ------
@@ -147,23 +127,24 @@ def find_tensors(
         If two of them would have the same name.
     """
     names: dict[str, str] = {}  # stored to logical
-    packed: dict[str, UnresolvedTensor] = {}
+    packed: dict[str, list[Candidate]] = {}
     for layouts, interpret in ((_CODES, _as_codes), (_SCALES, partial(_as_scales, documents=documents))):
         for tensor in stored.values():
             if tensor.dtype in layouts and tensor.name not in names:
                 for name, candidate in interpret(tensor, stored):
-                    before = packed.get(name, UnresolvedTensor(name, ()))
-                    if before.candidates and set(before.stored).isdisjoint(candidate.stored):
-                        raise _same_name(candidate.stored, before.stored, name)
-                    packed[name] = UnresolvedTensor(name, (*before.candidates, candidate))
+                    candidates = packed.setdefault(name, [])
+                    if candidates and set(stored_of(candidates)).isdisjoint(candidate.stored):
+                        raise _same_name(candidate.stored, stored_of(candidates), name)
+                    candidates.append(candidate)
                     for part in candidate.stored:
                         names[part.name] = name
-    found: dict[str, StoredTensor | UnresolvedTensor] = {}
-    for name, tensor in stored.items():
-        value = packed[names[name]] if name in names else tensor
-        other = found.setdefault(value.name, value)
+    found: dict[str, StoredTensor | list[Candidate]] = {}
+    for tensor in stored.values():
+        name = names.get(tensor.name, tensor.name)
+        value = packed[name] if tensor.name in names else tensor
+        other = found.setdefault(name, value)
         if other is not value:
-            raise _same_name((tensor,), other.stored if isinstance(other, UnresolvedTensor) else (other,), value.name)
+            raise _same_name((tensor,), (other,) if isinstance(other, StoredTensor) else stored_of(other), name)
     return found
 
 
@@ -228,7 +209,7 @@ def _one_scale_per_block(codes: StoredTensor, scales: StoredTensor) -> bool:
     return (*rows, length // BYTES_PER_BLOCK) == scales.shape and length % BYTES_PER_BLOCK == 0
 
 
-def split_gate_up(name: object, tensors: Mapping[str, StoredTensor | UnresolvedTensor]) -> tuple[str, slice] | None:
+def split_gate_up(name: object, tensors: Mapping[str, StoredTensor | list[Candidate]]) -> tuple[str, slice] | None:
     """Return the tensor and the rows that a name such as ``"x.mlp1_weight/gate"`` stands for; None if it is not one."""
     if not isinstance(name, str):
         return None
@@ -236,7 +217,8 @@ def split_gate_up(name: object, tensors: Mapping[str, StoredTensor | UnresolvedT
         whole = name.removesuffix(ending)
         if whole != name and whole in tensors:
             for weight, bias in (layout.gate_up for layout in LAYOUTS if layout.gate_up):
-                found = tensors.get(whole.removesuffix(bias) + weight if whole.endswith(bias) else whole)
-                if isinstance(found, UnresolvedTensor) and found.name.endswith(weight) and found.alternates:
+                other = whole.removesuffix(bias) + weight if whole.endswith(bias) else whole
+                found = tensors.get(other) if other.endswith(weight) else None
+                if isinstance(found, list) and any(candidate.layout.gate_up for candidate in found):
                     return whole, rows
     return None

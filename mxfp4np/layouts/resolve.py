@@ -12,7 +12,7 @@ from typing import Final
 from ..errors import LayoutError
 from ..format import BLOCK_SIZE, BYTES_PER_BLOCK
 from ..storage.tensorfile import StoredTensor
-from .find import Candidate, Documents, UnresolvedTensor
+from .find import Candidate, Documents
 from .packed import PackedTensor, swizzled_shape
 from .table import METADATA, Layout, Shape
 
@@ -26,16 +26,15 @@ class Resolver:
     def __init__(self, stored: Mapping[str, StoredTensor], documents: Documents, forced: str | None) -> None:
         self._stored, self._documents, self._forced = stored, documents, forced
 
-    def resolve(self, tensor: UnresolvedTensor) -> PackedTensor | StoredTensor:
-        """Return the tensor in its layout, or the stored tensor if it is plain after all.
+    def resolve(self, name: str, candidates: Sequence[Candidate]) -> PackedTensor | StoredTensor:
+        """Return a logical tensor in its layout, or the stored tensor if it is plain after all.
 
         Raises
         ------
         LayoutError
             If codes or scales are missing or inconsistent, or if there are several layouts.
         """
-        name = tensor.name
-        candidates = [x for x in tensor.candidates if x.layout.name == self._forced] or tensor.candidates
+        candidates = [x for x in candidates if x.layout.name == self._forced] or candidates
         complete = [x for x in candidates if x.codes and x.scales]
         if not complete:  # scales may be in the blocks
             inline = [x for x in candidates if x.layout.scales is None]
