@@ -133,7 +133,7 @@ def find_tensors(stored: Mapping[str, StoredTensor], documents: Documents) -> di
             if tensor.dtype in layouts and tensor.name not in names:
                 for name, candidate in interpret(tensor, stored):
                     candidates = packed.setdefault(name, [])
-                    if candidates and set(stored_of(candidates)).isdisjoint(candidate.stored):
+                    if candidates and not any(part in x.stored for x in candidates for part in candidate.stored):
                         raise _same_name(candidate.stored, stored_of(candidates), name)
                     candidates.append(candidate)
                     for part in candidate.stored:

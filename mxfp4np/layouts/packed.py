@@ -46,7 +46,6 @@ class TensorInfo(NamedTuple):
 class PackedTensor(NamedTuple):
     """A logical tensor of a known layout: codes and scales of consistent shapes."""
 
-    name: str
     layout: Layout
     codes: StoredTensor
     scales: StoredTensor | None

@@ -111,7 +111,7 @@ class Resolver:
             values = layout.evidence[0].values
             expected = ", ".join(f"{key} {' or '.join(filter(None, patterns))}" for key, patterns in values.items())
             raise _mismatch(codes, f"{METADATA} of {name!r} with {expected}", "other metadata")
-        return PackedTensor(name, layout, codes, scales, blocks, self._reason(name, candidate))
+        return PackedTensor(layout, codes, scales, blocks, self._reason(name, candidate))
 
     def _reason(self, name: str, candidate: Candidate) -> str:
         layout = candidate.layout
