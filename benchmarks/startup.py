@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.timing import Row, amount
-from mxfp4np.storage.writer import header_bytes
+from mxfp4np.storage.safetensors import header_bytes
 
 IMPORT = "import time, numpy; begin = time.perf_counter(); import mxfp4np; print(time.perf_counter() - begin)"
 DECODE = """

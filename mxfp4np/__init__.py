@@ -16,7 +16,7 @@ _PUBLIC = {
     "codec": ("decode", "encode"),
     "checkpoint": ("Checkpoint",),
     "files": ("load_file", "save_file"),
-    "info": ("TensorInfo",),
+    "layouts.packed": ("TensorInfo",),
     "rewrite.convert": ("convert",),
     "rewrite.encode": ("encode_checkpoint",),
     "rewrite.verify": ("verify",),

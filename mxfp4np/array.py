@@ -68,22 +68,15 @@ class MXFP4Array:
 
     __slots__ = ("blocks", "order", "scales", "shape", "start")
 
-    blocks: NDArray[np.uint8]
-    scales: NDArray[np.uint8]
-    order: str
-    shape: tuple[int, ...]
-    start: int
-
     def __init__(self, blocks: ArrayLike, scales: ArrayLike, order: str = "pairs") -> None:
         blocks, scales = as_array(blocks), as_array(scales)
-        if blocks.dtype != _UINT8 or scales.dtype != _UINT8:
-            if scales.dtype.name == "float8_e8m0fnu":
-                scales = scales.view(np.uint8)
-            for what, array in (("blocks", blocks), ("scales", scales)):
-                if array.dtype != _UINT8:
-                    raise LayoutError(
-                        f"{what} must be uint8, found {array.dtype}: view other bytes as uint8, do not convert"
-                    )
+        if scales.dtype != _UINT8 and scales.dtype.name == "float8_e8m0fnu":
+            scales = scales.view(np.uint8)
+        for what, array in (("blocks", blocks), ("scales", scales)):
+            if array.dtype != _UINT8:
+                raise LayoutError(
+                    f"{what} must be uint8, found {array.dtype}: view other bytes as uint8, do not convert"
+                )
         if not scales.ndim or blocks.shape != (*scales.shape, BYTES_PER_BLOCK):
             raise LayoutError(
                 f"blocks must be [..., G, {BYTES_PER_BLOCK}] and scales [..., G], "
@@ -95,8 +88,10 @@ class MXFP4Array:
             raise LayoutError(
                 f"blocks are on {device_of(blocks)!r} and scales on {device_of(scales)!r}: copy one of them"
             )
-        self.blocks, self.scales, self.order, self.start = blocks, scales, order, 0
-        self.shape = (*scales.shape[:-1], scales.shape[-1] * BLOCK_SIZE)
+        self.blocks: NDArray[np.uint8] = blocks
+        self.scales: NDArray[np.uint8] = scales
+        self.order, self.start = order, 0
+        self.shape: tuple[int, ...] = (*scales.shape[:-1], scales.shape[-1] * BLOCK_SIZE)
 
     @property
     def device(self) -> str:
@@ -143,10 +138,8 @@ class MXFP4Array:
         """
         lead, (begin, end) = self._split_index(index)
         begin, end = begin + self.start, end + self.start
-        first, last = begin // BLOCK_SIZE, blocks_in(end)
-        if begin == end:
-            last = first
-        span = (*lead, slice(first, last))
+        first = begin // BLOCK_SIZE
+        span = (*lead, slice(first, blocks_in(end) if end > begin else first))
         part = MXFP4Array(self.blocks[span], self.scales[span], self.order)
         part.start, part.shape = begin % BLOCK_SIZE, (*part.shape[:-1], end - begin)
         return part
@@ -242,17 +235,12 @@ class MXFP4Array:
         """
         check_num_threads(num_threads)
         impl = backend_for(self.blocks, out, backend, device)
-        result, target = self.prepare_out(dtype, out, transpose=transpose, impl=impl)
+        fresh = out is None
+        out, target = self.prepare_out(dtype, out, transpose=transpose, impl=impl)
         impl.decode(
-            self.blocks,
-            self.scales,
-            target,
-            start=self.start,
-            order=self.order,
-            fresh=out is None,
-            num_threads=num_threads,
+            self.blocks, self.scales, target, start=self.start, order=self.order, fresh=fresh, num_threads=num_threads
         )
-        return result
+        return out
 
     def prepare_out(
         self, dtype: DTypeLike | None, out: NDArray[Any] | None, *, transpose: bool, impl: Backend
@@ -261,13 +249,13 @@ class MXFP4Array:
         shape = swapped(self.shape) if transpose else self.shape
         if out is None:
             out = impl.empty(shape, decoded_dtype("bfloat16" if dtype is None else dtype))
-            return out, out.swapaxes(-1, -2) if transpose else out
-        impl.check_out(out, self.blocks, self.scales)
-        expected = decoded_dtype(out.dtype if dtype is None else dtype)
-        if out.dtype != expected:
-            raise ValueError(f"out must have dtype {expected}, found {out.dtype}")
-        if out.shape != shape:
-            raise ValueError(f"out must have shape {shape}, found {out.shape}")
+        else:
+            impl.check_out(out, self.blocks, self.scales)
+            expected = decoded_dtype(out.dtype if dtype is None else dtype)
+            if out.dtype != expected:
+                raise ValueError(f"out must have dtype {expected}, found {out.dtype}")
+            if out.shape != shape:
+                raise ValueError(f"out must have shape {shape}, found {out.shape}")
         return out, out.swapaxes(-1, -2) if transpose else out
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:

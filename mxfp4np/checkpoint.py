@@ -18,16 +18,13 @@ from .array import MXFP4Array
 from .backends import backend_for, get_backend
 from .errors import CheckpointError, LayoutError, TensorNotFoundError
 from .format import BLOCK_SIZE, as_dtype, decoded_dtype
-from .info import TensorInfo
-from .layouts.evidence import Documents
-from .layouts.find import UnresolvedTensor, find_tensors, split_gate_up
-from .layouts.packed import PackedReader, PackedTensor
+from .layouts.find import Documents, find_tensors, split_gate_up, stored_of
+from .layouts.packed import PackedReader, PackedTensor, TensorInfo
 from .layouts.resolve import Resolver
 from .layouts.table import LAYOUTS
 from .shapes import split_both
 from .storage.discover import PathLike, check_index, find_files, open_file, read_json
-from .storage.dtypes import element
-from .storage.tensorfile import StoredArrays, StoredTensor, TensorFile
+from .storage.tensorfile import StoredArrays, StoredTensor, TensorFile, element
 
 READ_BYTES: Final = 32 << 20
 """Largest chunk, in decoded bytes, that is read at a time from files that are not mapped."""
@@ -107,8 +104,15 @@ class Checkpoint(Mapping[str, Any]):
         self._reopen = partial(Checkpoint, self.index or self.files, device, io=io, layout=layout)
         self._files: list[TensorFile] = []
         self._stored: dict[str, StoredTensor] = {}
-        for file in self.files:
-            self._add(open_file(file, io))
+        for place in self.files:
+            file = open_file(place, io)
+            for name in file.tensors.keys() & self._stored.keys():
+                raise CheckpointError(
+                    f"tensor {name!r} is in both {self._stored[name].file.path} and {place}: open one of them, or the "
+                    "index that says which"
+                )
+            self._files.append(file)
+            self._stored.update(file.tensors)
         if self.index is not None:
             check_index(self.index, self._stored)
         self.stamps = tuple((file.path.name, *file.stamp) for file in self._files)
@@ -117,15 +121,6 @@ class Checkpoint(Mapping[str, Any]):
         self._tensors = find_tensors(self._stored, documents)
         self._resolver = Resolver(self._stored, documents, layout)
         self._resolved: dict[str, PackedTensor | StoredTensor] = {}
-
-    def _add(self, file: TensorFile) -> None:
-        for name in file.tensors.keys() & self._stored.keys():
-            raise CheckpointError(
-                f"tensor {name!r} is in both {self._stored[name].file.path} and {file.path}: open one of them, or the "
-                "index that says which"
-            )
-        self._files.append(file)
-        self._stored.update(file.tensors)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return self._reopen, ()
@@ -365,10 +360,7 @@ class Checkpoint(Mapping[str, Any]):
     @staticmethod
     def _read_plain(tensor: StoredTensor, rows: slice | None, index: Any) -> Any:
         """Return a plain tensor, or ``rows`` of its last axis, or what an index selects of that."""
-        if rows is None:
-            return tensor.array(index)
-        array = tensor.array()[..., rows]
-        return array if index is None else array[index]
+        return tensor.array(index) if rows is None else tensor.array()[..., rows][... if index is None else index]
 
     def _convert(self, array: NDArray[Any], dtype: DTypeLike | None, out: NDArray[Any] | None) -> Any:
         """Return a plain array on this checkpoint's device, in another dtype or in ``out`` if that is asked for."""
@@ -398,10 +390,10 @@ class Checkpoint(Mapping[str, Any]):
                 raise TensorNotFoundError(self._not_found(name))
             name, rows = half
         tensor = self._tensors[name]
-        if not isinstance(tensor, UnresolvedTensor):
+        if isinstance(tensor, StoredTensor):
             return tensor, rows
         if name not in self._resolved:
-            self._resolved[name] = self._resolver.resolve(tensor)
+            self._resolved[name] = self._resolver.resolve(name, tensor)
         return self._resolved[name], rows
 
     def _not_found(self, name: object) -> str:
@@ -409,8 +401,8 @@ class Checkpoint(Mapping[str, Any]):
         if not isinstance(name, str):
             return f"{where}: names are strings"
         if name in self._stored:
-            tensors = (tensor for tensor in self._tensors.values() if isinstance(tensor, UnresolvedTensor))
-            whole = next(tensor.name for tensor in tensors if name in [half.name for half in tensor.stored])
+            packed = ((whole, found) for whole, found in self._tensors.items() if isinstance(found, list))
+            whole = next(whole for whole, found in packed if name in [half.name for half in stored_of(found)])
             return f"{where}: it is the packed half of {whole!r}; raw halves are in .stored"
         names: Sequence[str] = list(self._tensors)
         if len(names) > 5000:  # comparing is slow: compare with names of the same ending only

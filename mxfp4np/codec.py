@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from .array import MXFP4Array, check_num_threads
-from .backends import Backend, as_array, backend_for
+from .backends import as_array, backend_for
 from .format import BLOCK_SIZE, BYTES_PER_BLOCK, DTYPES, RULES, name_of
 
 _UINT8 = np.dtype(np.uint8)
@@ -159,18 +159,15 @@ def encode(
         shape = (*values.shape[:-1], values.shape[-1] // BLOCK_SIZE)
         out = MXFP4Array(impl.empty((*shape, BYTES_PER_BLOCK), _UINT8), impl.empty(shape, _UINT8))
     else:
-        _check_encoded(out, values, impl)
+        if out.shape != values.shape:
+            raise ValueError(f"out must have shape {values.shape}, found {out.shape}")
+        if out.order != "pairs":
+            raise ValueError(f"out must have its elements in pairs, found order {out.order!r}")
+        if out.start:
+            raise ValueError(
+                f"out must begin with a whole block, found one that begins at element {out.start} of a block"
+            )
+        impl.check_out(out.blocks, values)
+        impl.check_out(out.scales, values)
     impl.encode(values, out.blocks, out.scales, rule=rule, num_threads=num_threads)
     return out
-
-
-def _check_encoded(out: MXFP4Array, x: NDArray[Any], impl: Backend) -> None:
-    """Refuse what `encode` cannot write to."""
-    if out.shape != x.shape:
-        raise ValueError(f"out must have shape {x.shape}, found {out.shape}")
-    if out.order != "pairs":
-        raise ValueError(f"out must have its elements in pairs, found order {out.order!r}")
-    if out.start:
-        raise ValueError(f"out must begin with a whole block, found one that begins at element {out.start} of a block")
-    impl.check_out(out.blocks, x)
-    impl.check_out(out.scales, x)

@@ -16,8 +16,8 @@ from .format import BLOCK_SIZE
 from .layouts.table import LAYOUTS
 from .shapes import split
 from .storage.discover import PathLike
-from .storage.dtypes import SAFETENSORS_DTYPES
-from .storage.writer import stream_safetensors, write_safetensors
+from .storage.safetensors import stream_safetensors, write_safetensors
+from .storage.tensorfile import SAFETENSORS_DTYPES
 
 WRITE_BYTES: Final = 16 << 20
 """Largest chunk of an array that is made contiguous and written at a time, in bytes."""
@@ -84,7 +84,7 @@ def save_file(
     """
     if not isinstance(tensors, Mapping):
         pairs = (pair for name, tensor in tensors for pair in _stored_form(name, tensor))
-        streamed = ((name, SAFETENSORS_DTYPES[x.dtype.name], x.shape, _chunks_of(x)) for name, x in pairs)
+        streamed = ((name, (SAFETENSORS_DTYPES[x.dtype.name], x.shape), _chunks_of(x)) for name, x in pairs)
         stream_safetensors(Path(path), streamed, metadata)
         return
     arrays: dict[str, NDArray[Any]] = {}

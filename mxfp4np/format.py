@@ -76,17 +76,7 @@ def as_dtype(dtype: DTypeLike) -> np.dtype[Any]:
 
 
 def decoded_dtype(dtype: DTypeLike) -> np.dtype[Any]:
-    """Return the NumPy dtype to decode to.
-
-    Parameters
-    ----------
-    dtype : str, type or numpy.dtype
-        bfloat16 (the one of ``ml_dtypes``), float16 or float32, by name or as a dtype.
-
-    Returns
-    -------
-    numpy.dtype
-        In native byte order.
+    """Return the NumPy dtype to decode to: bfloat16 of ml_dtypes, float16 or float32, in native byte order.
 
     Raises
     ------

@@ -10,14 +10,11 @@ import operator
 from collections.abc import Iterable, Iterator
 from typing import SupportsIndex
 
+Index = tuple[int | slice, ...]
+
 
 def swapped(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape of an array whose last two axes are swapped.
-
-    Raises
-    ------
-    ValueError
-        If it has fewer than two.
+    """Return the shape of an array whose last two axes are swapped; raise `ValueError` if it has fewer.
 
     Examples
     --------
@@ -29,25 +26,11 @@ def swapped(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*shape[:-2], shape[-1], shape[-2])
 
 
-def split(
-    shape: tuple[int, ...], itemsize: int, max_bytes: int, multiples: tuple[int, ...] = (1,)
-) -> Iterator[tuple[int | slice, ...]]:
+def split(shape: tuple[int, ...], itemsize: int, max_bytes: int, multiples: tuple[int, ...] = (1,)) -> Iterator[Index]:
     """Yield indices, in C order, that split an array into chunks of at most ``max_bytes``.
 
-    Parameters
-    ----------
-    shape, itemsize
-        Of the array.
-    max_bytes : int
-        Of one chunk.
-    multiples : tuple of int
-        The last axes are cut at multiples of these numbers: the very last axis always, others if the chunk is large
-        enough.
-
-    Yields
-    ------
-    tuple of int and slice
-        Integers for the leading axes, then one slice that cuts an axis, then slices of whole axes.
+    An index has integers for the leading axes, then one slice that cuts an axis, then slices of whole axes. The last
+    axes are cut at multiples of ``multiples``: the very last axis always, others if the chunk is large enough.
 
     Raises
     ------
@@ -82,7 +65,7 @@ def split(
 
 def split_both(
     shape: tuple[int, ...], itemsize: int, max_bytes: int, *, transpose: bool, multiple: int = 1
-) -> Iterator[tuple[tuple[int | slice, ...], tuple[int | slice, ...]]]:
+) -> Iterator[tuple[Index, Index]]:
     """Yield pairs of indices that split an array as it is wanted, transposed or not, and as it is stored.
 
     The last axis of the stored array is cut at multiples of ``multiple``.
@@ -95,22 +78,13 @@ def split_both(
     if not transpose:
         yield from ((index, index) for index in split(shape, itemsize, max_bytes, (multiple,)))
         return
-    for index in split(swapped(shape), itemsize, max_bytes, (multiple, 1)):
-        *lead, i, j = index
-        if not isinstance(i, slice):
-            i = slice(i, i + 1)
-        yield (*lead, i, j), (*lead, j, i)
+    for *lead, i, j in split(swapped(shape), itemsize, max_bytes, (multiple, 1)):
+        rows = i if isinstance(i, slice) else slice(i, i + 1)
+        yield (*lead, rows, j), (*lead, j, rows)
 
 
-def place_in_whole(index: tuple[int | slice, ...], within: Iterable[SupportsIndex]) -> tuple[int, ...]:
-    """Return where an element of a chunk is in the array.
-
-    Parameters
-    ----------
-    index : tuple of int and slice
-        The chunk's, from `split`.
-    within : iterable of int
-        Where the element is in the chunk.
+def place_in_whole(index: Index, within: Iterable[SupportsIndex]) -> tuple[int, ...]:
+    """Return where the element at ``within`` of a chunk is in the array that `split` cut by this index.
 
     Examples
     --------

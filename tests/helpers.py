@@ -10,7 +10,7 @@ import pytest
 import mxfp4np
 from mxfp4np import LayoutError
 from mxfp4np.cli import main
-from mxfp4np.storage.writer import write_safetensors
+from mxfp4np.storage.safetensors import write_safetensors
 
 DATA = Path(__file__).parent / "data"
 IO = ("mmap", "pread")

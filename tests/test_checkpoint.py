@@ -15,7 +15,7 @@ from helpers import DATA, assert_same, both_io, pair, save_raw
 
 import mxfp4np
 from mxfp4np import CheckpointError, LayoutError, TensorNotFoundError
-from mxfp4np.storage.writer import header_bytes, write_safetensors
+from mxfp4np.storage.safetensors import header_bytes, write_safetensors
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs /proc/self/smaps_rollup")
 

@@ -20,7 +20,7 @@ from contract import run_python
 
 import mxfp4np
 from mxfp4np.format import FP4_VALUES
-from mxfp4np.storage.writer import write_safetensors
+from mxfp4np.storage.safetensors import write_safetensors
 
 DATA = Path(__file__).parent / "data"
 ORIGINAL = DATA / "gpt_oss_original"

@@ -9,7 +9,7 @@ import mxfp4np
 from mxfp4np.cli import report
 from mxfp4np.cli.report import Row, Stats, collapse, rows, table_lines, to_json
 from mxfp4np.format import FP4_VALUES
-from mxfp4np.info import TensorInfo
+from mxfp4np.layouts.packed import TensorInfo
 
 
 def row(name, shape=(2, 3), dtype="BF16", layout=None):

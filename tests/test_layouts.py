@@ -13,7 +13,7 @@ from helpers import BACKENDS, CODES, DATA, FLOATS, SCALES, answers, both_io, pai
 import mxfp4np
 from mxfp4np import LayoutError, MXFP4Array, TensorNotFoundError
 from mxfp4np.cli import main
-from mxfp4np.storage.writer import write_safetensors
+from mxfp4np.storage.safetensors import write_safetensors
 
 SAMPLES = {
     "gpt_oss_original": "gpt-oss",
@@ -194,8 +194,8 @@ def test_inline_blocks_are_read_at_once_not_one_by_one(tmp_path, monkeypatch):
     folder = old_quark(tmp_path, dtype="mx")
     with mxfp4np.Checkpoint(folder, io="pread") as ckpt:
         file = ckpt._files[0]
-        actual = type(file)._pread
-        monkeypatch.setattr(type(file), "_pread", lambda *a: reads.append(1) or actual(*a))
+        actual = type(file)._read_into
+        monkeypatch.setattr(type(file), "_read_into", lambda *a: reads.append(1) or actual(*a))
         ckpt["a.weight"]
     assert len(reads) == 1
 

@@ -21,9 +21,8 @@ from mxfp4np import CheckpointError, cli
 from mxfp4np.rewrite import convert as conversion
 from mxfp4np.rewrite.convert import convert
 from mxfp4np.rewrite.folder import INDEX, RECORD
-from mxfp4np.storage.dtypes import nbytes_of
-from mxfp4np.storage.safetensors import SafetensorsFile
-from mxfp4np.storage.writer import header_bytes, write_safetensors
+from mxfp4np.storage.safetensors import SafetensorsFile, header_bytes, write_safetensors
+from mxfp4np.storage.tensorfile import nbytes_of
 
 DATA = Path(__file__).parent / "data"
 ORIGINAL, HF, DEEPSEEK = DATA / "gpt_oss_original", DATA / "gpt_oss_hf", DATA / "deepseek_v4"

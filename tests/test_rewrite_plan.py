@@ -21,9 +21,8 @@ from mxfp4np.rewrite.convert import plan_conversion
 from mxfp4np.rewrite.folder import INDEX, RECORD
 from mxfp4np.rewrite.plan import Copied, Output, Plan, Shard, make_shards, split_into_shards
 from mxfp4np.rewrite.run import run_tasks
-from mxfp4np.storage.dtypes import DTYPES, nbytes_of
-from mxfp4np.storage.safetensors import SafetensorsFile
-from mxfp4np.storage.writer import header_bytes
+from mxfp4np.storage.safetensors import SafetensorsFile, header_bytes
+from mxfp4np.storage.tensorfile import DTYPES, nbytes_of
 
 DATA = Path(__file__).parent / "data"
 

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 import mxfp4np
 from mxfp4np.rewrite import verify as verification
 from mxfp4np.rewrite.folder import INDEX, RECORD
-from mxfp4np.storage.safetensors import SafetensorsFile
-from mxfp4np.storage.writer import write_safetensors
+from mxfp4np.storage.safetensors import SafetensorsFile, write_safetensors
 
 DATA = Path(__file__).parent / "data"
 HF, ORIGINAL = DATA / "gpt_oss_hf", DATA / "gpt_oss_original"

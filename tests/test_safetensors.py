@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 
 import mxfp4np
 from mxfp4np import CheckpointError
-from mxfp4np.storage.dtypes import DTYPES, SAFETENSORS_DTYPES
 from mxfp4np.storage.safetensors import SafetensorsFile
+from mxfp4np.storage.tensorfile import DTYPES, SAFETENSORS_DTYPES
 
 linux_only = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc/self/status")
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mxfp4np
-from mxfp4np.layouts.swizzle import swizzled_shape, unswizzle
+from mxfp4np.layouts.packed import swizzled_shape, unswizzle
 
 RNG = np.random.default_rng(6)
 

@@ -10,10 +10,9 @@ from helpers import assert_same, both_io
 
 import mxfp4np
 from mxfp4np import MXFP4Array
-from mxfp4np.storage import writer
-from mxfp4np.storage.dtypes import DTYPES
-from mxfp4np.storage.safetensors import SafetensorsFile
-from mxfp4np.storage.writer import write_safetensors
+from mxfp4np.storage import safetensors as writer
+from mxfp4np.storage.safetensors import SafetensorsFile, write_safetensors
+from mxfp4np.storage.tensorfile import DTYPES
 
 
 def pair(*lead, seed=3):

@@ -14,8 +14,8 @@ from ..array import MXFP4Array
 from ..checkpoint import Checkpoint
 from ..format import as_dtype, decoded_dtype
 from ..shapes import split
-from ..storage.dtypes import SAFETENSORS_DTYPES
-from ..storage.writer import atomic_file, bytes_of, write_safetensors
+from ..storage.safetensors import atomic_file, bytes_of, write_safetensors
+from ..storage.tensorfile import SAFETENSORS_DTYPES
 
 CHUNK_BYTES: Final = 32 << 20
 """Decoded bytes in memory at a time."""

@@ -20,7 +20,7 @@ from ..backends.threads import default_num_threads
 from ..checkpoint import Checkpoint
 from ..files import save_file
 from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, dtype_named
-from ..storage.dtypes import nbytes_of
+from ..storage.tensorfile import nbytes_of
 from ..text import count, escape, format_bytes
 from .decode import Selection
 from .progress import ProgressBar

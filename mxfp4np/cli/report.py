@@ -15,7 +15,7 @@ from ..array import MXFP4Array
 from ..checkpoint import Checkpoint
 from ..errors import CheckpointError, LayoutError
 from ..format import FP4_VALUES, SCALE_BIAS, SCALE_NAN
-from ..info import TensorInfo
+from ..layouts.packed import TensorInfo
 from ..selection import select
 from ..text import align, count, escape, format_bytes
 

@@ -1,20 +1,21 @@
 """Find logical tensors: which stored tensors are codes and scales of one weight, by their names and dtypes.
 
 One pass over the headers. A tensor that several layouts explain keeps all of them as candidates; `resolve` decides
-between them when the tensor is asked for.
+between them when the tensor is asked for, by the documents that say which tool wrote the checkpoint.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
 from functools import partial
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
-from ..errors import LayoutError
+from ..errors import CheckpointError, LayoutError
 from ..format import BYTES_PER_BLOCK
 from ..storage.tensorfile import StoredTensor
-from .evidence import Documents
-from .table import LAYOUTS, Layout
+from .table import LAYOUTS, METADATA, Layout
 
 FLOAT8_DTYPES: Final = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 """Dtypes of one-byte weights, which may have E8M0 scales of their own: MXFP8 and DeepSeek's FP8."""
@@ -22,14 +23,81 @@ FLOAT8_DTYPES: Final = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 GATE_UP: Final = {"/gate": slice(0, None, 2), "/up": slice(1, None, 2)}
 """Suffixes of a name for one half of its rows, if gate and up alternate."""
 
-Group = tuple[Layout, ...]
-"""Layouts that give their tensors the same suffixes."""
+
+class Documents:
+    """JSON files beside a checkpoint, and the metadata of its headers: read when needed, matched with evidence.
+
+    ``read`` returns the JSON object in a file beside the checkpoint, or None if there is no such file.
+
+    Attributes
+    ----------
+    problem : str
+        What was wrong with a file that could not be read, empty if nothing was.
+    """
+
+    def __init__(self, metadata: Mapping[str, str], read: Callable[[str], Mapping[str, Any] | None]) -> None:
+        self._metadata, self._read = metadata, read
+        self._files: dict[str, Any] = {}
+        self._values: dict[tuple[str, str], set[str]] = {}
+        self.problem = ""
+
+    def support(self, layout: Layout, name: str) -> str | None:
+        """Return the evidence for a layout of a logical tensor, in words, or None if there is none."""
+        for evidence in layout.evidence:
+            if self._document(evidence.source, name) is not None:
+                matches = [self._match(evidence.source, name, *item) for item in evidence.values.items()]
+                if None not in matches:
+                    return f"{evidence.source}: {', '.join(filter(None, matches)) or 'is there'}"
+        return None
+
+    def contradict(self, layout: Layout, name: str) -> bool:
+        """Return whether the header has metadata of this tensor that does not match a layout."""
+        return layout.has_metadata and self._document(METADATA, name) is not None and self.support(layout, name) is None
+
+    def values(self, source: str, name: str, key: str) -> set[str]:
+        """Return all values under a key of a document, at any depth, as lower-case text."""
+        place = (source if source != METADATA else METADATA + name, key)
+        if place not in self._values:
+            self._values[place] = set(_values_under(self._document(source, name), key))
+        return self._values[place]
+
+    def _match(self, source: str, name: str, key: str, patterns: tuple[str | None, ...]) -> str | None:
+        """Return which value matches; if the key is missing, empty text if it may be; otherwise None."""
+        values = self.values(source, name, key)
+        if not values:
+            return "" if None in patterns else None
+        return next((f"{key} {v}" for v in sorted(values) if any(p and fnmatchcase(v, p) for p in patterns)), None)
+
+    def _document(self, source: str, name: str) -> Any:
+        if source == METADATA:
+            try:
+                return json.loads(self._metadata[name])
+            except (KeyError, ValueError, RecursionError):
+                return None
+        if source not in self._files:
+            try:
+                self._files[source] = self._read(source)
+            except CheckpointError as error:
+                self._files[source] = None
+                self.problem = f" ({error})"
+        return self._files[source]
+
+
+def _values_under(document: Any, key: str, *, inside: bool = False) -> Iterator[str]:
+    if isinstance(document, dict):
+        for name, value in document.items():
+            yield from _values_under(value, key, inside=inside or name == key)
+    elif isinstance(document, list):
+        for value in document:
+            yield from _values_under(value, key, inside=inside)
+    elif inside:
+        yield str(document).lower()
 
 
 class Candidate(NamedTuple):
     """One interpretation of stored tensors: as codes and scales, of which one may be missing."""
 
-    layouts: Group
+    layout: Layout
     codes: StoredTensor | None
     scales: StoredTensor | None
 
@@ -39,51 +107,19 @@ class Candidate(NamedTuple):
         return tuple(filter(None, (self.codes, self.scales)))
 
 
-class UnresolvedTensor(NamedTuple):
-    """A logical tensor that seems to be packed, with all its candidates: usually one."""
-
-    name: str
-    candidates: tuple[Candidate, ...]
-
-    @property
-    def alternates(self) -> bool:
-        """Whether its rows may alternate between gate and up."""
-        return any(layout.gate_up for candidate in self.candidates for layout in candidate.layouts)
-
-    @property
-    def stored(self) -> tuple[StoredTensor, ...]:
-        """The stored tensors of all candidates."""
-        return tuple(dict.fromkeys(tensor for candidate in self.candidates for tensor in candidate.stored))
+def stored_of(candidates: Iterable[Candidate]) -> tuple[StoredTensor, ...]:
+    """Return the stored tensors of all candidates."""
+    return tuple(dict.fromkeys(tensor for candidate in candidates for tensor in candidate.stored))
 
 
-def _suffixes(part: str) -> dict[str, list[tuple[str, Group]]]:
-    """Return for each dtype the suffixes of names of codes or scales, and the layouts that use them."""
-    groups: dict[tuple[str, str | None], list[Layout]] = {}
-    for layout in LAYOUTS:
-        groups.setdefault((layout.codes, layout.scales), []).append(layout)
-    found: dict[str, list[tuple[str, Group]]] = {}
-    for group in groups.values():
-        suffix = getattr(group[0], part)
-        if suffix is not None:
-            for dtype in {dtype for layout in group for dtype in getattr(layout, f"{part}_dtypes")}:
-                found.setdefault(dtype, []).append((suffix, tuple(group)))
-    return found
+_CODES: Final = {dtype: [x for x in LAYOUTS if dtype in x.codes_dtypes] for y in LAYOUTS for dtype in y.codes_dtypes}
+_SCALES: Final = {
+    dtype: [x for x in LAYOUTS if x.scales and dtype in x.scales_dtypes] for y in LAYOUTS for dtype in y.scales_dtypes
+}
 
 
-_CODES: Final = _suffixes("codes")
-_SCALES: Final = _suffixes("scales")
-
-
-def find_tensors(
-    stored: Mapping[str, StoredTensor], documents: Documents
-) -> dict[str, StoredTensor | UnresolvedTensor]:
-    """Return the logical tensors, in stored order: codes and scales under one name, all others as they are.
-
-    Parameters
-    ----------
-    stored : mapping of str to StoredTensor
-        All tensors of the files.
-    documents : Documents
+def find_tensors(stored: Mapping[str, StoredTensor], documents: Documents) -> dict[str, StoredTensor | list[Candidate]]:
+    """Return the logical tensors, in stored order: the candidates of those that seem packed, all others as they are.
 
     Raises
     ------
@@ -91,30 +127,28 @@ def find_tensors(
         If two of them would have the same name.
     """
     names: dict[str, str] = {}  # stored to logical
-    packed: dict[str, UnresolvedTensor] = {}
-    for suffixes, interpret in ((_CODES, _as_codes), (_SCALES, partial(_as_scales, documents=documents))):
+    packed: dict[str, list[Candidate]] = {}
+    for layouts, interpret in ((_CODES, _as_codes), (_SCALES, partial(_as_scales, documents=documents))):
         for tensor in stored.values():
-            if tensor.dtype in suffixes and tensor.name not in names:
+            if tensor.dtype in layouts and tensor.name not in names:
                 for name, candidate in interpret(tensor, stored):
-                    before = packed.get(name)
-                    if before is None:
-                        packed[name] = UnresolvedTensor(name, (candidate,))
-                    elif set(before.stored) & set(candidate.stored):
-                        packed[name] = UnresolvedTensor(name, (*before.candidates, candidate))
-                    else:
-                        raise _same_name(candidate.stored, before.stored, name)
+                    candidates = packed.setdefault(name, [])
+                    if candidates and not any(part in x.stored for x in candidates for part in candidate.stored):
+                        raise _same_name(candidate.stored, stored_of(candidates), name)
+                    candidates.append(candidate)
                     for part in candidate.stored:
                         names[part.name] = name
-    found: dict[str, StoredTensor | UnresolvedTensor] = {}
-    for name, tensor in stored.items():
-        value = packed[names[name]] if name in names else tensor
-        other = found.setdefault(value.name, value)
+    found: dict[str, StoredTensor | list[Candidate]] = {}
+    for tensor in stored.values():
+        name = names.get(tensor.name, tensor.name)
+        value = packed[name] if tensor.name in names else tensor
+        other = found.setdefault(name, value)
         if other is not value:
-            raise _same_name((tensor,), other.stored if isinstance(other, UnresolvedTensor) else (other,), value.name)
+            raise _same_name((tensor,), (other,) if isinstance(other, StoredTensor) else stored_of(other), name)
     return found
 
 
-def _same_name(some: Sequence[StoredTensor], others: Sequence[StoredTensor], name: str) -> LayoutError:
+def _same_name(some: tuple[StoredTensor, ...], others: tuple[StoredTensor, ...], name: str) -> LayoutError:
     stored = " and ".join(repr(tensor.name) for tensor in (*some, *others))
     return LayoutError(
         f"{some[0].file.path}: {stored} would all be called {name!r}: a checkpoint has one tensor of a name"
@@ -123,10 +157,10 @@ def _same_name(some: Sequence[StoredTensor], others: Sequence[StoredTensor], nam
 
 def _as_codes(codes: StoredTensor, stored: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Candidate]]:
     """Yield the logical names and candidates in which a tensor is codes."""
-    for suffix, group in _CODES[codes.dtype]:
-        if not codes.name.endswith(suffix):
+    for layout in _CODES[codes.dtype]:
+        if not codes.name.endswith(layout.codes):
             continue
-        stem, layout = codes.name.removesuffix(suffix), group[0]
+        stem = codes.name.removesuffix(layout.codes)
         scales = None if layout.scales is None else stored.get(stem + layout.scales)
         if scales is None:
             packed = not layout.named_packed or layout.blocks_shape(codes.byte_shape) is not None
@@ -139,7 +173,7 @@ def _as_codes(codes: StoredTensor, stored: Mapping[str, StoredTensor]) -> Iterat
                 or _one_scale_per_block(codes, scales)
             )
         if packed:
-            yield stem + layout.weight, Candidate(group, codes, scales)
+            yield stem + layout.weight, Candidate(layout, codes, scales)
 
 
 def _as_scales(
@@ -148,25 +182,23 @@ def _as_scales(
     """Yield the logical names and candidates in which a tensor is scales, its codes missing or of a wrong dtype."""
     lone: dict[str, list[Candidate]] = {}  # by logical name
     has_codes = False
-    for suffix, group in _SCALES[scales.dtype]:
-        if not scales.name.endswith(suffix):
+    for layout in _SCALES[scales.dtype]:
+        if not layout.scales or not scales.name.endswith(layout.scales):
             continue
-        stem, layout = scales.name.removesuffix(suffix), group[0]
+        stem = scales.name.removesuffix(layout.scales)
         codes = stored.get(stem + layout.codes)
         if codes is None:
-            lone.setdefault(stem + layout.weight, []).append(Candidate(group, None, scales))
+            lone.setdefault(stem + layout.weight, []).append(Candidate(layout, None, scales))
             continue
         has_codes = True
         packed = (layout.named_packed and scales.dtype == "U8") or _one_scale_per_block(codes, scales)
         if packed and codes.dtype not in (*layout.codes_dtypes, *FLOAT8_DTYPES):
-            yield stem + layout.weight, Candidate(group, codes, scales)
+            yield stem + layout.weight, Candidate(layout, codes, scales)
     if lone and not has_codes:
         name = next(iter(lone))
         if len(lone) > 1:  # documents are read only if they are needed
             supported = (
-                name
-                for name, candidates in lone.items()
-                if any(documents.support(layout, name) for one in candidates for layout in one.layouts)
+                name for name, candidates in lone.items() if any(documents.support(x.layout, name) for x in candidates)
             )
             name = next(supported, name)
         yield from ((name, candidate) for candidate in lone[name])
@@ -177,7 +209,7 @@ def _one_scale_per_block(codes: StoredTensor, scales: StoredTensor) -> bool:
     return (*rows, length // BYTES_PER_BLOCK) == scales.shape and length % BYTES_PER_BLOCK == 0
 
 
-def split_gate_up(name: object, tensors: Mapping[str, StoredTensor | UnresolvedTensor]) -> tuple[str, slice] | None:
+def split_gate_up(name: object, tensors: Mapping[str, StoredTensor | list[Candidate]]) -> tuple[str, slice] | None:
     """Return the tensor and the rows that a name such as ``"x.mlp1_weight/gate"`` stands for; None if it is not one."""
     if not isinstance(name, str):
         return None
@@ -185,7 +217,8 @@ def split_gate_up(name: object, tensors: Mapping[str, StoredTensor | UnresolvedT
         whole = name.removesuffix(ending)
         if whole != name and whole in tensors:
             for weight, bias in (layout.gate_up for layout in LAYOUTS if layout.gate_up):
-                weights = tensors.get(whole.removesuffix(bias) + weight if whole.endswith(bias) else whole)
-                if isinstance(weights, UnresolvedTensor) and weights.name.endswith(weight) and weights.alternates:
+                other = whole.removesuffix(bias) + weight if whole.endswith(bias) else whole
+                found = tensors.get(other) if other.endswith(weight) else None
+                if isinstance(found, list) and any(candidate.layout.gate_up for candidate in found):
                     return whole, rows
     return None

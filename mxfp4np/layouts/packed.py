@@ -1,25 +1,51 @@
-"""Packed tensors of a known layout, and how they become an `MXFP4Array`: a view of the files, or read into memory.
+"""Tensors of a known layout: what is known of them from the headers, and how packed ones become an `MXFP4Array`.
 
-Which layout a tensor has is decided by `resolve`; no value is decoded here.
+The array is a view of the files, or read into memory. Which layout a tensor has is decided by `resolve`; no value is
+decoded here.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import DTypeLike, NDArray
 
 from ..array import MXFP4Array
-from ..format import BLOCK_SIZE, BYTES_PER_BLOCK
+from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, decoded_dtype
 from ..storage.tensorfile import StoredTensor
-from .swizzle import unswizzle
 from .table import Layout, Shape
+
+
+class TensorInfo(NamedTuple):
+    """What is known of a logical tensor without reading it."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of the values."""
+    dtype: str
+    """``"MXFP4"``, or as the file's header spells it."""
+    layout: str | None
+    """Name of the layout of a packed tensor, None for a plain one."""
+    stored: tuple[StoredTensor, ...]
+    """The tensors in the files that hold it."""
+    reason: str | None = None
+    """Why a packed tensor has this layout."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the files; of the whole tensor if the name stands for half of its rows."""
+        return sum(tensor.nbytes for tensor in self.stored)
+
+    def decoded_nbytes(self, dtype: DTypeLike = "bfloat16") -> int:
+        """Return the bytes of the decoded array; for a plain tensor, those in the files."""
+        return self.nbytes if self.layout is None else math.prod(self.shape) * decoded_dtype(dtype).itemsize
 
 
 class PackedTensor(NamedTuple):
     """A logical tensor of a known layout: codes and scales of consistent shapes."""
 
-    name: str
     layout: Layout
     codes: StoredTensor
     scales: StoredTensor | None
@@ -42,13 +68,7 @@ class PackedTensor(NamedTuple):
 
 
 class PackedReader:
-    """Reads a packed tensor: index `array`, then `load` the part that is needed.
-
-    Parameters
-    ----------
-    tensor : PackedTensor
-    rows : slice, optional
-        Of the last axis but one.
+    """Reads a packed tensor, or ``rows`` of its last axis but one: index `array`, then `load` the part that is needed.
 
     Attributes
     ----------
@@ -68,8 +88,7 @@ class PackedReader:
         else:
             self._scales = scales.file.view(scales)
             if layout.swizzled:
-                flat = scales.file.read(scales, self._scales, self._scales)
-                ordered = unswizzle(flat, tensor.blocks[:-1])
+                ordered = unswizzle(scales.file.read(scales, self._scales, self._scales), tensor.blocks[:-1])
             else:
                 ordered = self._scales.reshape(tensor.blocks[:-1])
             self.array = MXFP4Array(blocks, ordered, layout.order)
@@ -93,3 +112,30 @@ class PackedReader:
         if layout.bias:
             part_scales = part_scales + np.uint8(layout.bias)  # modulo 256: the stored exponent is signed
         return part.replace(part_blocks, part_scales)
+
+
+# Swizzled scales lie in tiles of 128 rows and 4 columns, as the tensor cores of NVIDIA's Blackwell read them. Byte
+# 16 * r + 4 * q + c of a tile is the scale of its row 32 * q + r, column c. Tiles are stored in C order; rows and
+# columns are padded to whole tiles. The source is cuBLAS's "1D block scaling factors layout"; torchao writes it.
+
+
+def swizzled_shape(shape: Shape) -> Shape:
+    """Return the shape in which torchao stores the swizzled form of ``[..., rows, columns]`` or ``[columns]`` scales.
+
+    Examples
+    --------
+    >>> swizzled_shape((300, 9))
+    (96, 48)
+    """
+    *lead, rows, columns = shape if len(shape) > 1 else (1, *shape)
+    return (*lead, 32 * -(-rows // 128), 16 * -(-columns // 4))
+
+
+def unswizzle(flat: NDArray[np.uint8], shape: Shape) -> NDArray[np.uint8]:
+    """Return a copy of swizzled scales, in any shape, as rows and columns of this shape."""
+    *lead, down, across = swizzled_shape(shape)
+    # From [.., down, across, r, q, c] to [.., down, q, r, across, c].
+    tiles = flat.reshape(*lead, down // 32, across // 16, 32, 4, 4)
+    whole = np.moveaxis(tiles, (-2, -4), (-4, -2)).reshape(*lead, 4 * down, across // 4)
+    *_, rows, columns = (1, *shape)
+    return whole[..., :rows, :columns].reshape(shape)

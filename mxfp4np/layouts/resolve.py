@@ -12,9 +12,8 @@ from typing import Final
 from ..errors import LayoutError
 from ..format import BLOCK_SIZE, BYTES_PER_BLOCK
 from ..storage.tensorfile import StoredTensor
-from .evidence import Documents
-from .find import Candidate, UnresolvedTensor
-from .packed import PackedTensor
+from .find import Candidate, Documents
+from .packed import PackedTensor, swizzled_shape
 from .table import METADATA, Layout, Shape
 
 NVFP4_SCALES: Final = (".weight_scale_2", ".weight_global_scale", "._weight_per_tensor_scale")
@@ -22,53 +21,38 @@ NVFP4_SCALES: Final = (".weight_scale_2", ".weight_global_scale", "._weight_per_
 
 
 class Resolver:
-    """Decides the layouts of the tensors of one checkpoint.
-
-    Parameters
-    ----------
-    stored : mapping of str to StoredTensor
-        All tensors of the files.
-    documents : Documents
-    forced : str, optional
-        The layout that the caller asks for, of tensors that have it among their candidates.
-    """
+    """Decides the layouts of the tensors of one checkpoint; takes the ``forced`` one where it is a candidate."""
 
     def __init__(self, stored: Mapping[str, StoredTensor], documents: Documents, forced: str | None) -> None:
         self._stored, self._documents, self._forced = stored, documents, forced
 
-    def resolve(self, tensor: UnresolvedTensor) -> PackedTensor | StoredTensor:
-        """Return the tensor in its layout, or the stored tensor if it is plain after all.
+    def resolve(self, name: str, candidates: Sequence[Candidate]) -> PackedTensor | StoredTensor:
+        """Return a logical tensor in its layout, or the stored tensor if it is plain after all.
 
         Raises
         ------
         LayoutError
             If codes or scales are missing or inconsistent, or if there are several layouts.
         """
-        name = tensor.name
-        forced = [
-            candidate._replace(layouts=tuple(layout for layout in candidate.layouts if layout.name == self._forced))
-            for candidate in tensor.candidates
-        ]
-        candidates = [candidate for candidate in forced if candidate.layouts] or list(tensor.candidates)
-        complete = [candidate for candidate in candidates if candidate.codes and candidate.scales]
+        candidates = [x for x in candidates if x.layout.name == self._forced] or candidates
+        complete = [x for x in candidates if x.codes and x.scales]
         if not complete:  # scales may be in the blocks
-            inline = [candidate for candidate in candidates if candidate.layouts[0].scales is None]
-            complete = [x for x in inline if x.layouts[0].headers_suffice or self._supported(x.layouts[0], name)]
+            inline = [x for x in candidates if x.layout.scales is None]
+            complete = [x for x in inline if x.layout.headers_suffice or self._supported(x.layout, name)]
         return self._choose(name, complete) if complete else self._lone(name, candidates)
 
     def _supported(self, layout: Layout, name: str) -> bool:
         return layout.name == self._forced or self._documents.support(layout, name) is not None
 
-    def _choose(self, name: str, candidates: list[Candidate]) -> PackedTensor:
+    def _choose(self, name: str, candidates: Sequence[Candidate]) -> PackedTensor:
         """Return the one candidate that fits, or of several the one that has evidence."""
         fitting: list[PackedTensor] = []
         errors: list[LayoutError] = []
         for candidate in candidates:
-            for layout in candidate.layouts:
-                try:
-                    fitting.append(self._fit(name, layout, candidate))
-                except LayoutError as error:
-                    errors.append(error)
+            try:
+                fitting.append(self._fit(name, candidate))
+            except LayoutError as error:
+                errors.append(error)
         if not fitting:
             raise errors[0]
         chosen = fitting if len(fitting) == 1 else [x for x in fitting if self._documents.support(x.layout, name)]
@@ -76,10 +60,10 @@ class Resolver:
             raise self._undecided(name, chosen or fitting)
         return chosen[0]
 
-    def _lone(self, name: str, candidates: list[Candidate]) -> StoredTensor:
+    def _lone(self, name: str, candidates: Sequence[Candidate]) -> StoredTensor:
         """Return a tensor that is plain; raise if its codes or its scales are missing."""
         lone = candidates[0].stored[0]
-        layouts = [layout for candidate in candidates for layout in candidate.layouts if layout.scales is not None]
+        layouts = [x.layout for x in candidates if x.layout.scales is not None]
         supported = [layout for layout in layouts if self._supported(layout, name)]
         is_codes = candidates[0].codes is not None
         if is_codes and not supported and not layouts[0].named_packed and lone.dtype != "F4":
@@ -101,12 +85,21 @@ class Resolver:
             f"{' or '.join(names)}, and {found}{self._documents.problem}: force one, as with layout={names[0]!r}"
         )
 
-    def _fit(self, name: str, layout: Layout, candidate: Candidate) -> PackedTensor:
-        """Return a candidate in one layout; raise if dtypes, shapes or metadata do not match it."""
-        codes, scales = candidate.codes, candidate.scales
+    def _fit(self, name: str, candidate: Candidate) -> PackedTensor:
+        """Return a candidate in its layout; raise if dtypes, shapes or metadata do not match it."""
+        layout, codes, scales = candidate
         assert codes is not None  # candidates without are not complete
-        _check_dtypes(layout, codes, scales)
-        self._refuse_global_scale(layout, codes)
+        if codes.dtype not in layout.codes_dtypes:
+            raise _mismatch(codes, f"dtype {' or '.join(layout.codes_dtypes)}", codes.dtype)
+        if scales is not None and scales.dtype not in layout.scales_dtypes:
+            expected = " or ".join(layout.scales_dtypes)
+            if scales.dtype == "F8_E4M3":
+                raise _other_format(codes, "NVFP4", f"{expected} scales", "F8_E4M3 scales")
+            raise _mismatch(scales, f"dtype {expected}", scales.dtype)
+        for suffix in NVFP4_SCALES:
+            other = codes.name.removesuffix(layout.codes) + suffix
+            if layout.codes and other in self._stored:
+                raise _other_format(codes, "NVFP4", "no global scale", repr(other))
         blocks = layout.blocks_shape(codes.byte_shape)
         if blocks is None:
             size = layout.block_bytes
@@ -118,15 +111,10 @@ class Resolver:
             values = layout.evidence[0].values
             expected = ", ".join(f"{key} {' or '.join(filter(None, patterns))}" for key, patterns in values.items())
             raise _mismatch(codes, f"{METADATA} of {name!r} with {expected}", "other metadata")
-        return PackedTensor(name, layout, codes, scales, blocks, self._reason(name, layout, candidate))
+        return PackedTensor(layout, codes, scales, blocks, self._reason(name, candidate))
 
-    def _refuse_global_scale(self, layout: Layout, codes: StoredTensor) -> None:
-        stem = codes.name.removesuffix(layout.codes)
-        for suffix in NVFP4_SCALES:
-            if layout.codes and stem + suffix in self._stored:
-                raise _other_format(codes, "NVFP4", "no global scale", repr(stem + suffix))
-
-    def _reason(self, name: str, layout: Layout, candidate: Candidate) -> str:
+    def _reason(self, name: str, candidate: Candidate) -> str:
+        layout = candidate.layout
         if layout.name == self._forced:
             return f"layout={layout.name!r}"
         if not layout.headers_suffice:
@@ -137,18 +125,8 @@ class Resolver:
         return f"{headers}, {support}" if support else headers
 
 
-def _check_dtypes(layout: Layout, codes: StoredTensor, scales: StoredTensor | None) -> None:
-    if codes.dtype not in layout.codes_dtypes:
-        raise _mismatch(codes, f"dtype {' or '.join(layout.codes_dtypes)}", codes.dtype)
-    if scales is not None and scales.dtype not in layout.scales_dtypes:
-        expected = " or ".join(layout.scales_dtypes)
-        if scales.dtype == "F8_E4M3":
-            raise _other_format(codes, "NVFP4", f"{expected} scales", "F8_E4M3 scales")
-        raise _mismatch(scales, f"dtype {expected}", scales.dtype)
-
-
 def _check_scales(layout: Layout, codes: StoredTensor, scales: StoredTensor, blocks: Shape) -> None:
-    expected = layout.scales_shape(blocks)
+    expected = swizzled_shape(blocks[:-1]) if layout.swizzled else blocks[:-1]
     if scales.shape == expected and scales.shape:
         return
     if len(blocks) > 1 and scales.shape == (*blocks[:-2], 2 * blocks[-2]):

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from ..format import BYTES_PER_BLOCK, SCALE_BIAS
-from .swizzle import swizzled_shape
 
 Shape = tuple[int, ...]
 
@@ -49,7 +48,7 @@ class Layout:
     blocks_axis : bool
         Whether codes have an axis for the bytes of a block, ``[.., G, 16]``, not rows of blocks, ``[.., 16 * G]``.
     swizzled : bool
-        Whether scales lie in tiles of 128 rows and 4 columns; see `swizzle`.
+        Whether scales lie in tiles of 128 rows and 4 columns; see `packed`.
     bias : int
         Added to a stored scale, modulo 256, to make it E8M0.
     order : {"pairs", "halves"}
@@ -104,10 +103,6 @@ class Layout:
             return shape if length == self.block_bytes else None
         return (*lead, length // self.block_bytes, self.block_bytes) if length % self.block_bytes == 0 else None
 
-    def scales_shape(self, blocks: Shape) -> Shape:
-        """Return the shape of the scale tensor that belongs to blocks of this shape."""
-        return swizzled_shape(blocks[:-1]) if self.swizzled else blocks[:-1]
-
 
 _QUARK = Evidence("config.json", {"quant_method": ("quark",), "dtype": ("fp4",)})
 _QUARK_MX = Evidence("config.json", {"quant_method": ("quark",), "dtype": ("mx",), "mx_element_dtype": ("fp4", None)})
@@ -160,15 +155,7 @@ LAYOUTS: Final = (
 
 
 def wants_transpose(layout: str, shape: Shape, transpose: str) -> bool:
-    """Return whether a packed tensor is to be transposed.
-
-    Parameters
-    ----------
-    layout, shape
-        Of the tensor.
-    transpose : {"auto", "yes", "no"}
-        See `TRANSPOSE`.
-    """
+    """Return whether a packed tensor of this layout and shape is to be transposed, by one of `TRANSPOSE`."""
     if transpose not in TRANSPOSE:
         raise ValueError(f"transpose must be 'auto', 'yes' or 'no', found {transpose!r}")
     wanted = transpose == "yes" or (transpose == "auto" and any(x.transposed for x in LAYOUTS if x.name == layout))

@@ -22,7 +22,7 @@ from ..layouts.table import LAYOUTS, wants_transpose
 from ..selection import patterns, select
 from ..shapes import swapped
 from ..storage.discover import PathLike
-from ..storage.dtypes import DTYPES, SAFETENSORS_DTYPES
+from ..storage.tensorfile import DTYPES, SAFETENSORS_DTYPES
 from ..text import count, escape
 from .config import decoded_config, folder_beside, small_files
 from .plan import MAX_SHARD_SIZE, Chunks, Copied, Item, Output, Plan, Task, make_shards

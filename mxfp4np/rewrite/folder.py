@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Final
 
 from ..errors import CheckpointError
 from ..storage.discover import read_json
-from ..storage.writer import atomic_file
+from ..storage.safetensors import atomic_file
 from ..text import format_bytes
 
 INDEX: Final = "model.safetensors.index.json"

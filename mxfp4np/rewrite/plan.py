@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoint import Checkpoint
-from ..info import TensorInfo
-from ..storage.dtypes import DTYPES, nbytes_of
-from ..storage.writer import bytes_of, header_bytes
+from ..layouts.packed import TensorInfo
+from ..storage.safetensors import bytes_of, header_bytes
+from ..storage.tensorfile import DTYPES, nbytes_of
 from . import folder as files
 from .folder import INDEX, RECORD
 

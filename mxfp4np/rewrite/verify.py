@@ -19,12 +19,12 @@ from ..checkpoint import Checkpoint
 from ..errors import CheckpointError, LayoutError, TensorNotFoundError
 from ..format import DTYPES as DECODED
 from ..format import SCALE_BIAS, SCALE_NAN, decoded_dtype
-from ..info import TensorInfo
+from ..layouts.packed import TensorInfo
 from ..layouts.table import TRANSPOSE, wants_transpose
 from ..selection import select
 from ..shapes import place_in_whole, swapped
 from ..storage.discover import PathLike, weight_map_of
-from ..storage.dtypes import DTYPES, element
+from ..storage.tensorfile import DTYPES, element
 from ..text import count, escape, format_bytes
 from .folder import read_record
 from .workers import Progress, Workers

@@ -10,16 +10,14 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, Final
+from typing import Any
 
 from ..errors import CheckpointError
-from .safetensors import SafetensorsFile
+from .gguf import GGUFFile
+from .safetensors import HEADER_LIMIT, SafetensorsFile
 from .tensorfile import StoredTensor, TensorFile, open_regular
 
 PathLike = str | os.PathLike[str]
-
-JSON_LIMIT: Final = 100_000_000
-"""Largest JSON file that is read, in bytes; also the format's own limit for a header."""
 
 
 def find_files(path: PathLike | Sequence[PathLike]) -> tuple[list[Path], Path | None]:
@@ -46,11 +44,7 @@ def find_files(path: PathLike | Sequence[PathLike]) -> tuple[list[Path], Path | 
 
 def open_file(path: Path, io: str) -> TensorFile:
     """Open a file by the reader of its format."""
-    if path.suffix == ".gguf":
-        from .gguf import GGUFFile
-
-        return GGUFFile(path, io)
-    return SafetensorsFile(path, io)
+    return (GGUFFile if path.suffix == ".gguf" else SafetensorsFile)(path, io)
 
 
 def _find_index(folder: Path) -> Path | None:
@@ -95,10 +89,10 @@ def check_index(index: Path, stored: Mapping[str, StoredTensor]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; refuse anything else, and files larger than `JSON_LIMIT`."""
+    """Return the JSON object in a file; refuse anything else, and files larger than `HEADER_LIMIT`."""
     with open_regular(path) as file:
-        if os.fstat(file.fileno()).st_size > JSON_LIMIT:
-            raise CheckpointError(f"{path}: expected a JSON file of at most {JSON_LIMIT:,} bytes, found a larger one")
+        if os.fstat(file.fileno()).st_size > HEADER_LIMIT:
+            raise CheckpointError(f"{path}: expected a JSON file of at most {HEADER_LIMIT:,} bytes, found a larger one")
         text = file.read()
     try:
         value = json.loads(text)

@@ -1,6 +1,6 @@
 """Read the header of a GGUF file with the gguf package; see `tensorfile` for its data.
 
-This module, and with it the package, is imported only when such a file is opened.
+The package is imported only when such a file is opened.
 """
 
 from __future__ import annotations
@@ -8,8 +8,7 @@ from __future__ import annotations
 from typing import BinaryIO
 
 from ..errors import BackendUnavailableError, CheckpointError
-from .dtypes import DTYPES
-from .tensorfile import StoredTensor, TensorFile
+from .tensorfile import DTYPES, StoredTensor, TensorFile
 
 
 class GGUFFile(TensorFile):

@@ -1,28 +1,44 @@
-"""Read the header of a safetensors file.
+"""Safetensors files: read their headers, and write them whole or tensor by tensor.
 
-The Rust parser of the safetensors package validates it: it refuses overlaps, gaps, wrong sizes and oversized headers.
-Tensor data is never read through that package; see `tensorfile`.
+The Rust parser of the safetensors package validates headers: it refuses overlaps, gaps, wrong sizes and oversized ones.
+Tensor data is never read through that package; see `tensorfile`. A file that is written appears under its name only
+when it is complete. This module knows names, dtypes, shapes and bytes, and nothing of what they mean.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
 import os
-from typing import BinaryIO, Final
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, Final
 
+import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
-from .dtypes import nbytes_of
-from .tensorfile import StoredTensor, TensorFile
+from .tensorfile import StoredTensor, TensorFile, nbytes_of
 
-LFS_POINTER: Final = b"version https://git-lfs"
-HEADER_LIMIT: Final = 100_000_000  # of the format
+HEADER_LIMIT: Final = 100_000_000
+"""Largest header that the format allows, in bytes."""
+
+HEADER_ROOM: Final = 1 << 20
+"""Bytes reserved for a header that is written last; enough for about ten thousand tensors."""
 
 MAX_AXES: Final = 64
 MAX_ELEMENTS: Final = 1 << 56
 """What NumPy can hold, decoded sizes included; files can claim more if an axis is empty."""
+
+_LFS_POINTER: Final = b"version https://git-lfs"
+_DISK_FULL: Final = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
+
+Spec = tuple[str, tuple[int, ...]]
+"""Dtype, as the format spells it, and shape of a tensor."""
 
 
 class SafetensorsFile(TensorFile):
@@ -35,7 +51,7 @@ class SafetensorsFile(TensorFile):
                 names = handle.offset_keys()
                 self.metadata = handle.metadata() or {}
                 self._refuse_duplicates(file.read(offset - 8), len(names))
-                kinds: dict[tuple[str, tuple[int, ...]], tuple[str, tuple[int, ...], int]] = {}
+                kinds: dict[Spec, tuple[str, tuple[int, ...], int]] = {}
                 for name in names:
                     entry = handle.get_slice(name)
                     kind = entry.get_dtype(), tuple(entry.get_shape())
@@ -71,8 +87,8 @@ def _what_is_wrong(file: BinaryIO) -> str | None:
     """Return why a file that cannot be parsed has the wrong size, or what else it is; None if neither is known."""
     size = os.fstat(file.fileno()).st_size
     file.seek(0)
-    beginning = file.read(len(LFS_POINTER))
-    if beginning == LFS_POINTER:
+    beginning = file.read(len(_LFS_POINTER))
+    if beginning == _LFS_POINTER:
         return "it is a pointer of Git LFS: get the file itself with git lfs pull"
     expected = 8 + int.from_bytes(beginning[:8], "little")
     if expected > 8 + HEADER_LIMIT:
@@ -93,3 +109,116 @@ def _what_is_wrong(file: BinaryIO) -> str | None:
     if size > expected:
         return f"it has {size:,} bytes, and its header accounts for {expected:,}: download or copy it again"
     return None
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a temporary file that is renamed to ``path`` when it is complete and on disk, and removed on an error."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("x+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None and error.errno in _DISK_FULL:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+    with contextlib.suppress(OSError):  # write the new name to disk too, where a folder can be opened
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def header_bytes(tensors: Mapping[str, Spec], metadata: Mapping[str, str] | None) -> bytes:
+    """Return the header of a file of these tensors, in this order, its length included."""
+    for item in (metadata or {}).items():
+        if not all(isinstance(text, str) for text in item):
+            raise ValueError(f"metadata must be strings, found {item!r}")
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    begin = 0
+    for name, (dtype, shape) in tensors.items():
+        if name == "__metadata__":
+            raise ValueError("a tensor cannot be called '__metadata__': the format reserves the name")
+        end = begin + nbytes_of(dtype, shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_safetensors(
+    path: Path,
+    tensors: Mapping[str, Spec],
+    data: Iterable[NDArray[Any]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a safetensors file whose tensors are known, from data that comes in chunks.
+
+    The chunks are C-contiguous arrays: all bytes of all tensors, in the order of ``tensors``. A chunk may begin and end
+    inside a tensor. An old file is replaced only when the new one is complete: maps of it stay valid.
+
+    Raises
+    ------
+    ValueError
+        If the data has not as many bytes as the tensors.
+    """
+    expected = sum(nbytes_of(dtype, shape) for dtype, shape in tensors.values())
+    written = 0
+    with atomic_file(path) as file:
+        file.write(header_bytes(tensors, metadata))
+        for chunk in data:
+            written += file.write(bytes_of(chunk))
+        if written != expected:
+            raise ValueError(f"{path}: expected {expected:,} bytes of tensor data, was given {written:,}")
+
+
+def stream_safetensors(
+    path: Path,
+    tensors: Iterable[tuple[str, Spec, Iterable[NDArray[Any]]]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a safetensors file whose tensors are not known in advance: data first, header last.
+
+    The data of a tensor comes as chunks: C-contiguous arrays.
+    """
+    specs: dict[str, Spec] = {}
+    with atomic_file(path) as file:
+        file.seek(HEADER_ROOM)
+        for name, spec, data in tensors:
+            if name in specs:
+                raise ValueError(f"two tensors would both be called {name!r}")
+            specs[name] = spec
+            for chunk in data:
+                file.write(bytes_of(chunk))
+        end, header = file.tell(), header_bytes(specs, metadata)
+        if len(header) > HEADER_ROOM or end < 16 * HEADER_ROOM:
+            _move(file, HEADER_ROOM, len(header), end - HEADER_ROOM)
+        else:  # the format allows spaces at the end of a header
+            header = (HEADER_ROOM - 8).to_bytes(8, "little") + header[8:].ljust(HEADER_ROOM - 8)
+        file.seek(0)
+        file.write(header)
+
+
+def _move(file: BinaryIO, begin: int, to: int, nbytes: int) -> None:
+    """Move the last ``nbytes`` of a file from ``begin`` to ``to``; the two ranges may overlap."""
+    step = 16 << 20
+    offsets = range(0, nbytes, step)
+    for offset in offsets if to < begin else reversed(offsets):
+        file.seek(begin + offset)
+        chunk = file.read(min(step, nbytes - offset))
+        file.seek(to + offset)
+        file.write(chunk)
+    file.truncate(to + nbytes)
+
+
+def bytes_of(array: NDArray[Any]) -> memoryview:
+    """Return the bytes of a C-contiguous array, without a copy."""
+    return array.reshape(-1).view(np.uint8).data

@@ -1,4 +1,4 @@
-"""One file of tensors: where each lies, and views of the bytes, mapped or read.
+"""One file of tensors: their dtypes as headers spell them, where each lies, and views of the bytes, mapped or read.
 
 The header of a format is read by a subclass (`safetensors`, `gguf`). This module knows nothing of MXFP4 or of how
 models name their tensors.
@@ -6,13 +6,14 @@ models name their tensors.
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import stat
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,48 @@ from numpy.typing import NDArray
 from ..backends.memory import address_of, aligned_empty
 from ..errors import CheckpointError
 from ..format import dtype_named
-from .dtypes import element
+
+DTYPES: Final = {
+    "BOOL": (8, "bool"),
+    "U8": (8, "uint8"),
+    "I8": (8, "int8"),
+    "U16": (16, "uint16"),
+    "I16": (16, "int16"),
+    "U32": (32, "uint32"),
+    "I32": (32, "int32"),
+    "U64": (64, "uint64"),
+    "I64": (64, "int64"),
+    "F16": (16, "float16"),
+    "F32": (32, "float32"),
+    "F64": (64, "float64"),
+    "C64": (64, "complex64"),
+    "BF16": (16, "bfloat16"),
+    "F8_E4M3": (8, "float8_e4m3fn"),
+    "F8_E5M2": (8, "float8_e5m2"),
+    "F8_E4M3FNUZ": (8, "float8_e4m3fnuz"),
+    "F8_E5M2FNUZ": (8, "float8_e5m2fnuz"),
+    "F8_E8M0": (8, "float8_e8m0fnu"),
+    "F4": (4, "uint8"),
+    "F6_E2M3": (6, "uint8"),
+    "F6_E3M2": (6, "uint8"),
+}
+"""Bits of an element and the type to view it as, for each dtype of safetensors.
+
+NumPy has no type for elements below a byte: their packed bytes are viewed as uint8.
+"""
+
+SAFETENSORS_DTYPES: Final = {numpy: name for name, (bits, numpy) in DTYPES.items() if bits >= 8}
+"""The name in safetensors of each NumPy or ml_dtypes type."""
+
+
+def element(dtype: str) -> tuple[int, str]:
+    """Return the bits of an element and the name of its NumPy type; dtypes of other formats are raw bytes."""
+    return DTYPES.get(dtype, (8, "uint8"))
+
+
+def nbytes_of(dtype: str, shape: tuple[int, ...]) -> int:
+    """Return the bytes of a tensor of a safetensors dtype."""
+    return math.prod(shape) * DTYPES[dtype][0] // 8
 
 
 class StoredTensor(NamedTuple):
@@ -82,12 +124,8 @@ class StoredArrays(Mapping[str, Any]):
 class TensorFile:
     """One file of tensors, header read and validated, data untouched; a subclass for each format.
 
-    Parameters
-    ----------
-    path : Path
-    io : {"mmap", "pread"}
-        Map the file, or read each tensor when it is asked for. If a mapped file is truncated, the process that reads
-        it is killed; ``"pread"`` raises an error.
+    With ``io="mmap"`` the file is mapped; with ``io="pread"`` each tensor is read when it is asked for. If a mapped
+    file is truncated, the process that reads it is killed; ``"pread"`` raises an error.
 
     Attributes
     ----------
@@ -96,13 +134,6 @@ class TensorFile:
     metadata : dict of str to str
     stamp : tuple of int
         Size in bytes, and time of the last change in nanoseconds.
-
-    Raises
-    ------
-    CheckpointError
-        If this is not a valid file of the format.
-    OSError
-        If it cannot be opened.
     """
 
     def __init__(self, path: Path, io: str = "mmap") -> None:
@@ -155,21 +186,10 @@ class TensorFile:
         return file
 
     def read(self, tensor: StoredTensor, memory: NDArray[np.uint8], part: NDArray[Any]) -> NDArray[Any]:
-        """Return ``part`` with the bytes of the file in it.
+        """Return ``part``, any view of the ``memory`` that `view` returned, with the bytes of the file in it.
 
-        Parameters
-        ----------
-        tensor : StoredTensor
-        memory : (nbytes,) uint8
-            What `view` returned.
-        part : array
-            Any view of ``memory``.
-
-        Returns
-        -------
-        array
-            ``part`` itself if the file is mapped. Otherwise a new array, into which only the bytes of ``part`` are
-            read.
+        It is ``part`` itself if the file is mapped, otherwise a new array, into which only the bytes of ``part`` are
+        read.
         """
         if self.io != "pread":
             return part
@@ -189,7 +209,14 @@ class TensorFile:
 
     def _read_into(self, target: memoryview, offset: int, tensor: StoredTensor) -> None:
         while target:
-            count = self._pread(target, offset)
+            if self._file is None:
+                raise CheckpointError(f"{self.path}: this checkpoint is closed")
+            if hasattr(os, "preadv"):
+                count = os.preadv(self._file.fileno(), [target], offset)
+            else:
+                with self._lock:
+                    self._file.seek(offset)
+                    count = self._file.readinto(target)  # type: ignore[attr-defined]
             if not count:
                 raise CheckpointError(
                     f"{self.path}: truncated after it was opened: tensor {tensor.name!r} ends at byte "
@@ -197,25 +224,13 @@ class TensorFile:
                 )
             target, offset = target[count:], offset + count
 
-    def _pread(self, target: memoryview, offset: int) -> int:
-        if self._file is None:
-            raise CheckpointError(f"{self.path}: this checkpoint is closed")
-        if hasattr(os, "preadv"):
-            return os.preadv(self._file.fileno(), [target], offset)
-        with self._lock:
-            self._file.seek(offset)
-            return self._file.readinto(target)  # type: ignore[attr-defined, no-any-return]
-
 
 def _reserved(nbytes: int) -> NDArray[np.uint8]:
     """Return pages that are reserved and never touched: only their addresses matter."""
-    length = max(1, nbytes)
+    options = {}
     if hasattr(mmap, "MAP_PRIVATE"):  # private and read-only, so that they count against no limit
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        memory = mmap.mmap(-1, length, flags=flags, prot=mmap.PROT_READ)
-    else:
-        memory = mmap.mmap(-1, length)
-    return np.frombuffer(memory, np.uint8)[:nbytes]
+        options = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, "prot": mmap.PROT_READ}
+    return np.frombuffer(mmap.mmap(-1, max(1, nbytes), **options), np.uint8)[:nbytes]
 
 
 def open_regular(path: Path) -> BinaryIO:
