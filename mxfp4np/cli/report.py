@@ -16,8 +16,7 @@ from ..checkpoint import Checkpoint
 from ..errors import CheckpointError, LayoutError
 from ..format import FP4_VALUES, SCALE_BIAS, SCALE_NAN
 from ..info import TensorInfo
-from ..selection import select
-from ..text import align, count, escape, format_bytes
+from ..text import align, count, escape, format_bytes, select
 
 STATS_BYTES: Final = 4 << 20
 """Packed bytes that are counted at a time; counting takes about eight times as much memory."""

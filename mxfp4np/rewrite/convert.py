@@ -19,11 +19,10 @@ from ..backends.memory import aligned_empty
 from ..checkpoint import Checkpoint
 from ..format import BYTES_PER_BLOCK, decoded_dtype
 from ..layouts.table import LAYOUTS, wants_transpose
-from ..selection import patterns, select
 from ..shapes import swapped
 from ..storage.discover import PathLike
 from ..storage.dtypes import DTYPES, SAFETENSORS_DTYPES
-from ..text import count, escape
+from ..text import count, escape, patterns, select
 from .config import decoded_config, folder_beside, small_files
 from .plan import MAX_SHARD_SIZE, Chunks, Copied, Item, Output, Plan, Task, make_shards
 from .run import Run, run_plan

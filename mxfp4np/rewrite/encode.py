@@ -20,11 +20,10 @@ from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, RULES, SCALE_NAN, dtype_named
 from ..format import DTYPES as FLOATS
 from ..info import TensorInfo
 from ..layouts.table import ENCODED_LAYOUTS, LAYOUTS, wants_transpose
-from ..selection import patterns, select
 from ..shapes import place_in_whole, swapped
 from ..storage.discover import PathLike
 from ..storage.dtypes import DTYPES, element
-from ..text import count, escape
+from ..text import count, escape, patterns, select
 from .config import encoded_config, folder_beside, small_files
 from .plan import MAX_SHARD_SIZE, Chunks, Copied, Item, Output, Plan, make_shards
 from .run import Run, run_plan

@@ -21,11 +21,10 @@ from ..format import DTYPES as DECODED
 from ..format import SCALE_BIAS, SCALE_NAN, decoded_dtype
 from ..info import TensorInfo
 from ..layouts.table import TRANSPOSE, wants_transpose
-from ..selection import select
 from ..shapes import place_in_whole, swapped
 from ..storage.discover import PathLike, weight_map_of
 from ..storage.dtypes import DTYPES, element
-from ..text import count, escape, format_bytes
+from ..text import count, escape, format_bytes, select
 from .folder import read_record
 from .workers import Progress, Workers
 
