@@ -50,14 +50,7 @@ def count(number: int, what: str) -> str:
 
 
 def align(rows: Sequence[Sequence[str]], left: int | None = None) -> list[str]:
-    """Return rows of cells as lines with aligned columns.
-
-    Parameters
-    ----------
-    rows : sequence of sequence of str
-        All of the same length.
-    left : int, optional
-        How many of the first columns are aligned to the left, all by default; the others are to the right.
+    """Return rows of cells as lines with columns aligned: the first ``left``, or all, to the left, others to the right.
 
     Examples
     --------

@@ -60,19 +60,11 @@ def run(
 ) -> dict[str, Any]:
     """Measure decoding to several dtypes, and its limits; return the figures as plain objects.
 
-    Parameters
-    ----------
-    path : path, optional
-        A checkpoint: its largest packed tensors are decoded, from the mapped files. Random data by default.
-    size : int
-        Bytes of bfloat16 to decode; fewer where the checkpoint or free memory is smaller.
-    layout, threads, device
-        As for `mxfp4np.Checkpoint` and its `get`.
-    bar : callable
-        ``bar(total, what)`` shows progress: see `byte_bar`.
+    The largest packed tensors of the checkpoint at ``path`` are decoded, from the mapped files, or else random data:
+    ``size`` bytes of bfloat16, or fewer where the checkpoint or free memory is smaller. For ``bar`` see `byte_bar`.
     """
     threads = threads or default_num_threads()
-    memory = available_memory() if device == "cpu" else min(available_memory(), _Device(device).free)
+    memory = available_memory() if device == "cpu" else min(available_memory(), _cuda_device(device).mem_info[0])
     # Half of the free memory holds the packed bytes, the output, and a second output while new ones are measured.
     value_bytes = (BYTES_PER_BLOCK + 1) / BLOCK_SIZE + 2 * max(decoded_dtype(dtype).itemsize for dtype in dtypes)
     room = int(min(size, memory / value_bytes))
@@ -98,7 +90,10 @@ def lines(found: dict[str, Any], asked: int) -> Iterator[str]:
     yield describe(found["machine"])
     size, threads, device = 2 * found["values"], count(found["threads"], "thread"), found["device"]
     if device != "cpu":
-        yield f"{device}: {_Device(device).name}"
+        import cupy
+
+        properties = cupy.cuda.runtime.getDeviceProperties(_cuda_device(device).id)
+        yield f"{device}: {properties['name'].decode()}"
     rounds = max(row["rounds"] for row in found["rows"])
     yield f"{found['source']}: {format_bytes(size)} of bfloat16; {threads}, medians of {rounds} rounds in turn"
     if size < 0.9 * asked:
@@ -215,17 +210,35 @@ def _runs(source: Source, outs: list[Any], memory: NDArray[np.uint8], threads: i
 
 def _runs_on_device(source: Source, outs: list[Any], memory: Any, threads: int) -> dict[str, Run]:
     """Return what is run in each round on a CUDA device: packed bytes are there, or in the file or on the host."""
-    device = _Device(f"cuda:{memory.device.id}")
+    import cupy
+
     packed = sum(array.nbytes for array in source.arrays)
-    there = [array.replace(device.copied(array.blocks), device.copied(array.scales)) for array in source.arrays]
-    return {
-        "decode": device.finishing(partial(_decode, there, outs, threads)),
-        "copy": device.finishing(device.copying((packed + memory.nbytes) // 2)),
-        f"decode, from the {'file' if source.names else 'host'}": device.finishing(
-            partial(_decode, source.arrays, outs, threads)
-        ),
-        "pinned memory": device.finishing(device.copying_pinned(packed)),
+    size, moved = min(packed, PINNED_BYTES), (packed + memory.nbytes) // 2
+    with memory.device:
+        arrays = [array.replace(cupy.asarray(array.blocks), cupy.asarray(array.scales)) for array in source.arrays]
+        pinned = np.frombuffer(cupy.cuda.alloc_pinned_memory(size), np.uint8, size)
+        original, copied = cupy.zeros(moved, np.uint8), cupy.zeros(moved, np.uint8)
+
+    def copy_pinned() -> None:
+        for begin in range(0, packed, size):
+            part = copied[: min(size, packed - begin)]
+            part.set(pinned[: part.size])
+
+    runs: dict[str, Run] = {
+        "decode": partial(_decode, arrays, outs, threads),
+        "copy": lambda: copied.data.copy_from_device_async(original.data, moved),
+        f"decode, from the {'file' if source.names else 'host'}": partial(_decode, source.arrays, outs, threads),
+        "pinned memory": copy_pinned,
     }
+    return {what: partial(_repeat, memory.device, run) for what, run in runs.items()}
+
+
+def _repeat(device: Any, run: Run) -> None:
+    """Repeat a run `TIMES_ON_DEVICE` times, and wait until the device is done."""
+    with device:
+        for _ in range(TIMES_ON_DEVICE):
+            run()
+    device.synchronize()
 
 
 def _decode(arrays: list[MXFP4Array], outs: list[Any], threads: int) -> None:
@@ -233,49 +246,8 @@ def _decode(arrays: list[MXFP4Array], outs: list[Any], threads: int) -> None:
         array.decode(out=out, num_threads=threads)
 
 
-class _Device:
-    """A CUDA device, and the copies that limit how fast it decodes."""
+def _cuda_device(device: str) -> Any:
+    get_backend(device=device)  # raises an error that says what is missing
+    import cupy
 
-    def __init__(self, device: str) -> None:
-        get_backend(device=device)  # raises an error that says what is missing
-        import cupy
-
-        self._cupy, self._device = cupy, cupy.cuda.Device(int(device.partition(":")[2] or cupy.cuda.Device().id))
-        self.name = cupy.cuda.runtime.getDeviceProperties(self._device.id)["name"].decode()
-        self.free = self._device.mem_info[0]
-
-    def copied(self, array: NDArray[Any]) -> Any:
-        """Return a copy on the device."""
-        with self._device:
-            return self._cupy.asarray(array)
-
-    def copying(self, nbytes: int) -> Run:
-        """Return a function that copies ``nbytes`` within the memory of the device."""
-        with self._device:
-            source, target = (self._cupy.zeros(nbytes, np.uint8) for _ in range(2))
-        return lambda: target.data.copy_from_device_async(source.data, nbytes)
-
-    def copying_pinned(self, nbytes: int) -> Run:
-        """Return a function that copies ``nbytes`` from pinned memory to the device."""
-        size = min(nbytes, PINNED_BYTES)
-        with self._device:
-            source = np.frombuffer(self._cupy.cuda.alloc_pinned_memory(size), np.uint8, size)
-            target = self._cupy.empty(size, np.uint8)
-
-        def copy() -> None:
-            for begin in range(0, nbytes, size):
-                count = min(size, nbytes - begin)
-                target[:count].set(source[:count])
-
-        return copy
-
-    def finishing(self, run: Run) -> Run:
-        """Return a function that repeats a run `TIMES_ON_DEVICE` times, and waits until the device is done."""
-
-        def finish() -> None:
-            with self._device:
-                for _ in range(TIMES_ON_DEVICE):
-                    run()
-            self._device.synchronize()
-
-        return finish
+    return cupy.cuda.Device(int(device.partition(":")[2] or cupy.cuda.Device().id))

@@ -1,12 +1,16 @@
-"""The commands, and the parser that chooses one: each calls a function of the library and prints its result.
+"""The command line: the parser chooses a command, which calls a function of the library and prints its result.
 
-Whatever a command needs is imported when it runs, so that ``--help`` and ``--version`` stay quick.
+Exit status: 0 done, 1 a check found a difference, 2 bad usage or bad input, 130 interrupted. Errors are one line on
+standard error; progress shows on a terminal only. Whatever a command needs is imported when it runs, so that ``--help``
+and ``--version`` stay quick.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import os
 import re
 import shutil
 import sys
@@ -17,12 +21,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from .. import __version__
+from ..errors import MXFP4Error
 from ..format import DTYPES, RULES
 from ..layouts.table import ENCODED_LAYOUTS, TRANSPOSE
 from ..text import escape, format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from ..rewrite.workers import Progress
 
@@ -69,7 +74,7 @@ def parse_count(text: str) -> int:
     return int(text)
 
 
-# Progress bars, shown on a terminal only
+# Progress bars
 
 
 def _tqdm(*, quiet: bool, **options: Any) -> Any:
@@ -316,3 +321,41 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--threads", type=parse_count, metavar="N", help="the most to use (default: as decoding)")
     bench.add_argument("--size", type=parse_size, default=512_000_000, help="decoded to bfloat16 (default: 512MB)")
     return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    status: int = 0
+    try:
+        try:
+            args = parser().parse_args(arguments)
+            status = args.run(args)
+        finally:
+            if sys.stdout is not None:  # None if the shell closed it
+                sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # nobody reads our output any more
+        _discard_output()
+        return 0
+    except KeyboardInterrupt:
+        message, status = "interrupted", 130
+    except (MXFP4Error, ValueError, IndexError) as error:
+        message, status = str(error), 2
+    except MemoryError as error:
+        message, status = f"out of memory: {error or 'ask for less at a time'}", 2
+    except OSError as error:
+        message, status = f"{error.filename}: {error.strerror}" if error.filename else str(error), 2
+        _discard_output()
+    print(f"mxfp4np: {escape(message)}", file=sys.stderr)
+    return status
+
+
+def _discard_output() -> None:
+    """Keep the interpreter from complaining, when it exits, that the rest of the output cannot be written."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -21,23 +21,10 @@ CHUNK_BYTES: Final = 32 << 20
 
 
 class Selection:
-    """Tensors of a checkpoint, or the same part of each, to be written decoded to one file.
+    """Tensors of a mapped checkpoint, or the same part of each, to be written decoded to one file.
 
-    Parameters
-    ----------
-    checkpoint : Checkpoint
-        Opened with ``io="mmap"``.
-    names : sequence of str
-        Logical names.
-    dtype : str, type or numpy.dtype, optional
-        As for `Checkpoint.get`.
-    index : optional
-        A basic index, applied to every tensor.
-
-    Attributes
-    ----------
-    nbytes : int
-        Bytes of decoded data.
+    ``names`` are logical names, ``dtype`` is that of `Checkpoint.get`, and ``index`` a basic index that is applied to
+    every tensor. ``nbytes`` counts the bytes of decoded data.
     """
 
     def __init__(
@@ -52,17 +39,8 @@ class Selection:
     def write(self, path: Path, progress: Callable[[int], object] = lambda _: None) -> None:
         """Write a ``.safetensors`` or ``.npy`` file, which appears when it is complete.
 
-        Parameters
-        ----------
-        path : Path
-            Must not be one of the checkpoint's own files. ``.npy`` holds one tensor, and not bfloat16.
-        progress : callable
-            Called with the number of bytes written since the last call.
-
-        Raises
-        ------
-        ValueError
-            If the file cannot hold what was selected.
+        A ``.npy`` file holds one tensor, and not bfloat16. ``progress`` is called with the number of bytes written
+        since the last call.
         """
         if path.exists() and any(path.samefile(file) for file in self._files):
             raise ValueError(f"{path}: is part of the checkpoint that is being read: choose another name")

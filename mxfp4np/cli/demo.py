@@ -38,13 +38,7 @@ Specs = dict[str, tuple[str, tuple[int, ...]]]
 
 
 def prepare(folder: Path | None) -> Path:
-    """Return the folder to write to, and make it if it does not exist.
-
-    Raises
-    ------
-    ValueError
-        If it is not empty.
-    """
+    """Return the folder to write to, and make it if it does not exist; refuse one that is not empty."""
     if folder is None:
         return Path(tempfile.mkdtemp(prefix="mxfp4np-demo-"))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -54,16 +48,9 @@ def prepare(folder: Path | None) -> Path:
 
 
 def run(folder: Path, size: int, bar: Callable[[int, str], Any]) -> dict[str, Any]:
-    """Write, inspect, decode and check a checkpoint; return the figures as plain objects.
+    """Write, decode and check a checkpoint in an empty folder; return the figures as plain objects.
 
-    Parameters
-    ----------
-    folder : Path
-        Empty.
-    size : int
-        Bytes of the packed tensors, decoded to bfloat16, about.
-    bar : callable
-        ``bar(total, what)`` shows progress: see `byte_bar`.
+    Its packed tensors decode to about ``size`` bytes of bfloat16. For ``bar`` see `byte_bar`.
     """
     shards = plan(*shape_for(size))
     with bar(sum(map(_nbytes, shards)), "writing") as progress:
@@ -170,9 +157,8 @@ def _nbytes(specs: Specs) -> int:
 def _measure(checkpoint: Checkpoint, names: list[str]) -> tuple[float, float]:
     """Return the median seconds to decode all tensors, and to copy as many bytes, into memory that is reused."""
     infos = [checkpoint.info(name) for name in names]
-    memory, source = (
-        aligned_empty((max(info.decoded_nbytes() for info in infos),), np.dtype("uint8")) for _ in range(2)
-    )
+    largest = max(info.decoded_nbytes() for info in infos)
+    memory, source = (aligned_empty((largest,), np.dtype("uint8")) for _ in range(2))
 
     def decode() -> None:
         for info in infos:

@@ -49,18 +49,8 @@ def in_turn(
 ) -> list[list[float]]:
     """Call each run once a round, and return the seconds that each took in each round.
 
-    Parameters
-    ----------
-    runs : sequence of callable
-        What to time. A first round is not counted: it compiles and touches memory.
-    rounds : int
-        How many rounds, at most.
-    budget : float
-        Seconds after which three rounds are enough.
-    clock : callable
-        Makes a run and returns its seconds.
-    before : callable
-        Called before each run.
+    A first round is not counted: it compiles and touches memory. After ``budget`` seconds three rounds are enough.
+    ``clock`` makes a run and returns its seconds; ``before`` is called before each run.
     """
     found: list[list[float]] = [[] for _ in runs]
     begin = time.perf_counter()
