@@ -18,10 +18,10 @@ import ml_dtypes
 import numpy as np
 
 import mxfp4np
-from benchmarks.timing import Row, interleaved
+from benchmarks.timing import Row
 from mxfp4np.backends.cpu.driver import stream
 from mxfp4np.backends.memory import aligned_empty
-from mxfp4np.cli.timing import Run, fill, in_threads
+from mxfp4np.cli.timing import Run, fill, in_threads, in_turn
 from mxfp4np.format import decoded_dtype
 
 ROW = (5760, 90)  # one expert of gpt-oss-20b's mlp1: 5760 rows of 90 blocks
@@ -231,6 +231,6 @@ def measure(options: Namespace) -> list[Row]:
                 else:
                     runs[len(rows)] = run
                 rows.append(row)
-            for i, seconds in zip(runs, interleaved(list(runs.values()), options.rounds), strict=True):
+            for i, seconds in zip(runs, in_turn(list(runs.values()), options.rounds), strict=True):
                 rows[i]["rates"] = sorted(rows[i]["values"] / s for s in seconds)
     return rows

@@ -8,10 +8,10 @@ from functools import partial
 import numpy as np
 
 import mxfp4np
-from benchmarks.timing import Row, interleaved, repeated
+from benchmarks.timing import Row, repeated
 from mxfp4np.backends.cpu.driver import stream
 from mxfp4np.backends.threads import usable_cpus
-from mxfp4np.cli.timing import Run, fill
+from mxfp4np.cli.timing import Run, fill, in_turn
 
 GROUPS = 90  # 2880 values in a row, as in gpt-oss
 SMALLEST, STEP = 1 << 16, 4  # bytes of output
@@ -39,7 +39,7 @@ def sizes(options: Namespace) -> list[Row]:
             "np.copyto": partial(np.copyto, out, out.copy()),
         }
         times = max(1, RUN_BYTES // size)
-        seconds = interleaved([repeated(run, times) for run in runs.values()], options.rounds)
+        seconds = in_turn([repeated(run, times) for run in runs.values()], options.rounds)
         for what, taken in zip(runs, seconds, strict=True):
             rows.append({"what": what, "bytes": size, "rates": sorted(times * out.nbytes / s / 1e9 for s in taken)})
         size *= STEP
@@ -57,7 +57,7 @@ def threads(options: Namespace) -> list[Row]:
         runs["new output", n] = partial(data.decode, num_threads=n)
         runs["limit: stream", n] = partial(stream, data.blocks, data.scales, out, num_threads=n)
         runs["limit: memset", n] = partial(fill, out, n)
-    seconds = interleaved(list(runs.values()), options.rounds)
+    seconds = in_turn(list(runs.values()), options.rounds)
     return [
         {"what": what, "threads": n, "rates": sorted(out.nbytes / s / 1e9 for s in taken)}
         for (what, n), taken in zip(runs, seconds, strict=True)

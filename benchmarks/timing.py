@@ -6,11 +6,11 @@ of what is run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
-from mxfp4np.cli.timing import Run, seconds_of
+from mxfp4np.cli.timing import Run, in_turn
 
 Row = dict[str, Any]
 
@@ -24,26 +24,6 @@ class Subject(NamedTuple):
     nbytes: float
     floor: float | None = None
     """The lowest ratio that is good enough."""
-
-
-def interleaved(
-    runs: Sequence[Run], rounds: int, clock: Callable[[Run], float] = seconds_of, before: Run = lambda: None
-) -> list[list[float]]:
-    """Run all once a round; return the seconds of each, without those of a first round, which compiles.
-
-    Parameters
-    ----------
-    clock : callable
-        Makes a run and returns its seconds.
-    before : callable
-        Called before each run.
-    """
-    seconds: list[list[float]] = [[] for _ in runs]
-    for _ in range(rounds + 1):
-        for run, taken in zip(runs, seconds, strict=True):
-            before()
-            taken.append(clock(run))
-    return [taken[1:] for taken in seconds]
 
 
 def repeated(run: Run, times: int) -> Run:
@@ -60,7 +40,7 @@ def compare(
     reference: tuple[Run, float], subjects: Sequence[Subject], rounds: int, threads: int, **options: Any
 ) -> Iterator[Row]:
     """Yield a row for each subject: its rate, and its ratio to that of the reference (a run and its bytes)."""
-    seconds = interleaved([reference[0], *(subject.run for subject in subjects)], rounds, **options)
+    seconds = in_turn([reference[0], *(subject.run for subject in subjects)], rounds, **options)
     sizes = [reference[1], *(subject.nbytes for subject in subjects)]
     other, *rates = ([nbytes / s / 1e9 for s in taken] for nbytes, taken in zip(sizes, seconds, strict=True))
     for subject, rate in zip(subjects, rates, strict=True):

@@ -1,11 +1,27 @@
-"""Text for people: names made safe to print, sizes, counts and tables.
+"""Text: names chosen by patterns and made safe to print, sizes, counts and tables.
 
 It knows nothing of tensors or files, so that rewriting and the command line can both use it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+
+
+def patterns(given: str | Iterable[str]) -> list[str]:
+    """Return one shell-style pattern or several as a sorted list."""
+    return [given] if isinstance(given, str) else sorted(given)
+
+
+def select(names: Iterable[str], include: str | Iterable[str], exclude: str | Iterable[str] = ()) -> list[str]:
+    """Return the names that match any of the patterns to include, if there are any, and none of those to exclude."""
+    wanted, unwanted = patterns(include) or ["*"], patterns(exclude)
+    return [name for name in names if _matches(name, wanted) and not _matches(name, unwanted)]
+
+
+def _matches(name: str, several: list[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in several)
 
 
 def escape(text: str) -> str:
@@ -34,14 +50,7 @@ def count(number: int, what: str) -> str:
 
 
 def align(rows: Sequence[Sequence[str]], left: int | None = None) -> list[str]:
-    """Return rows of cells as lines with aligned columns.
-
-    Parameters
-    ----------
-    rows : sequence of sequence of str
-        All of the same length.
-    left : int, optional
-        How many of the first columns are aligned to the left, all by default; the others are to the right.
+    """Return rows of cells as lines with columns aligned: the first ``left``, or all, to the left, others to the right.
 
     Examples
     --------

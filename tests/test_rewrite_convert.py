@@ -20,7 +20,7 @@ import mxfp4np
 from mxfp4np import CheckpointError, cli
 from mxfp4np.rewrite import convert as conversion
 from mxfp4np.rewrite.convert import convert
-from mxfp4np.rewrite.folder import INDEX, RECORD
+from mxfp4np.rewrite.plan import INDEX, RECORD
 from mxfp4np.storage.safetensors import SafetensorsFile, header_bytes, write_safetensors
 from mxfp4np.storage.tensorfile import nbytes_of
 
@@ -724,7 +724,7 @@ DRIVER = """
     import itertools, os, random, shutil, signal, sys
     from pathlib import Path
     from mxfp4np.rewrite import convert as conversion
-    from mxfp4np.rewrite.folder import INDEX
+    from mxfp4np.rewrite.plan import INDEX
 
     source, root = map(Path, sys.argv[1:3])
     watched, numbers, last, at, act = None, None, 0, None, None

@@ -296,7 +296,7 @@ def test_the_plan_comes_from_headers_alone(tmp_path):
     result = mxfp4np.encode_checkpoint(source, tmp_path / "out")
     assert result.shards == {shard.file: shard.nbytes for shard in plan.shards}
     size = (tmp_path / "out" / "model.safetensors").stat().st_size
-    assert size == plan.nbytes + len(plan.shards[0].header)
+    assert size == plan.shards[0].nbytes + len(plan.shards[0].header)
 
 
 class TestCommand:

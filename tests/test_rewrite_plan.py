@@ -15,12 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mxfp4np
-from mxfp4np.rewrite import folder as files
-from mxfp4np.rewrite import plan as shards
+from mxfp4np.rewrite import run
 from mxfp4np.rewrite.convert import plan_conversion
-from mxfp4np.rewrite.folder import INDEX, RECORD
-from mxfp4np.rewrite.plan import Copied, Output, Plan, Shard, make_shards, split_into_shards
-from mxfp4np.rewrite.run import run_tasks
+from mxfp4np.rewrite.plan import INDEX, RECORD, Copied, Output, Plan, Shard, make_shards, split_into_shards
+from mxfp4np.rewrite.run import Task, finish, run_tasks, tasks_of
 from mxfp4np.storage.safetensors import SafetensorsFile, header_bytes
 from mxfp4np.storage.tensorfile import DTYPES, nbytes_of
 
@@ -29,7 +27,7 @@ DATA = Path(__file__).parent / "data"
 
 @dataclass(frozen=True)
 class Together:
-    """An item of several outputs, whose bytes come in turns and backwards."""
+    """An item of several outputs, the last of which comes first."""
 
     outputs: tuple[Output, ...]
     name: str = "source's"
@@ -38,12 +36,13 @@ class Together:
     def data(self, output):
         return np.resize(np.frombuffer(f"{output.name}|".encode(), np.uint8), output.nbytes)
 
-    def chunks(self, checkpoint):  # noqa: ARG002
+    def chunks(self, checkpoint, reports):  # noqa: ARG002
         for which in reversed(range(len(self.outputs))):
             data = self.data(self.outputs[which])
-            for begin in reversed(range(0, len(data), self.cut)):
-                yield which, begin, data[begin : begin + self.cut]
-        return f"report of {self.outputs[0].name}" if len(self.outputs) > 1 else None
+            for begin in range(0, len(data), self.cut):
+                yield which, data[begin : begin + self.cut]
+        if len(self.outputs) > 1:
+            reports[self.name] = f"report of {self.outputs[0].name}"
 
 
 def items_of(*sizes):
@@ -69,7 +68,7 @@ def plan(source, tmp_path):
 
 def prepare(plan, **options):
     options = {"resume": False, "force": False, "shared": False, **options}
-    plan.prepare(plan.tasks(), **options)
+    run.prepare(plan, tasks_of(plan), **options)
 
 
 def tree(folder):
@@ -80,8 +79,8 @@ def tree(folder):
 
 def write(plan, **options):
     prepare(plan, **options)
-    run_tasks(plan.tasks(), 1)
-    assert plan.finish() == []
+    run_tasks(tasks_of(plan), 1)
+    assert finish(plan) == []
     return tree(plan.folder)
 
 
@@ -151,7 +150,7 @@ def test_a_task_writes_its_shard(source, tmp_path):
     item, single = Together(outputs), Together((Output("d", "F16", (0, 3)),))
     shard = Shard("model.safetensors", (single, item))
     calls = []
-    task = shards.Task(tmp_path, shard, source)
+    task = Task(tmp_path, shard, source)
     assert not task.is_done()
     assert task.run(lambda name, count: calls.append((name, count))) == {"source's": "report of b.u8"}
     assert task.is_done()
@@ -166,7 +165,7 @@ def test_a_task_writes_its_shard(source, tmp_path):
 
 def test_a_task_that_is_done_is_not_repeated(plan):
     prepare(plan)
-    task, *_ = plan.tasks()
+    task, *_ = tasks_of(plan)
     task.run()
     before = task.path.stat()
     assert task.run(lambda *_: pytest.fail("wrote again")) == {}
@@ -176,7 +175,7 @@ def test_a_task_that_is_done_is_not_repeated(plan):
 @pytest.mark.parametrize("damage", ["shorter", "longer", "header", "empty"])
 def test_a_shard_that_is_not_the_one_is_written_again(plan, damage):
     prepare(plan)
-    task, *_ = plan.tasks()
+    task, *_ = tasks_of(plan)
     task.run()
     whole = task.path.read_bytes()
     damaged = {"shorter": whole[:-1], "longer": whole + b"x", "header": b"x" + whole[1:], "empty": b""}[damage]
@@ -189,9 +188,9 @@ def test_a_shard_that_is_not_the_one_is_written_again(plan, damage):
 def test_tasks_run_in_other_processes(tmp_path):
     with mxfp4np.Checkpoint(DATA / "gpt_oss_hf") as checkpoint:
         plan = plan_conversion(checkpoint, tmp_path / "out", max_shard_size=100_000)
-        assert len(plan.tasks()) > 2
+        assert len(tasks_of(plan)) > 2
         plan.folder.mkdir()
-        (tmp_path / "tasks").write_bytes(pickle.dumps(plan.tasks()[1:]))
+        (tmp_path / "tasks").write_bytes(pickle.dumps(tasks_of(plan)[1:]))
         code = """
         import pickle, sys
         from pathlib import Path
@@ -199,20 +198,20 @@ def test_tasks_run_in_other_processes(tmp_path):
             task.run()
         """
         run_python(code, tmp_path / "tasks")
-        assert [task.is_done() for task in plan.tasks()] == [False] + [True] * (len(plan.shards) - 1)
-        assert plan.finish()
+        assert [task.is_done() for task in tasks_of(plan)] == [False] + [True] * (len(plan.shards) - 1)
+        assert finish(plan)
         assert not (plan.folder / INDEX).exists()
-        pickle.loads(pickle.dumps(plan.tasks()[0])).run()
-        assert plan.finish() == []
+        pickle.loads(pickle.dumps(tasks_of(plan)[0])).run()
+        assert finish(plan) == []
     expected = mxfp4np.load_file(DATA / "gpt_oss_hf")
     with mxfp4np.Checkpoint(plan.folder) as written:
         assert written.keys() == expected.keys()
 
 
 def test_tasks_divide_a_plan(plan):
-    everything = [task.shard.file for task in plan.tasks()]
+    everything = [task.shard.file for task in tasks_of(plan)]
     for n in range(1, 6):
-        parts = [[task.shard.file for task in plan.tasks((i, n))] for i in range(1, n + 1)]
+        parts = [[task.shard.file for task in tasks_of(plan, (i, n))] for i in range(1, n + 1)]
         assert sorted(chain(*parts)) == everything
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
@@ -227,7 +226,7 @@ def test_progress_reaches_the_total(plan, workers):
         seen.append(step)
         busy.release()
 
-    assert run_tasks(plan.tasks(), workers, progress) == {}
+    assert run_tasks(tasks_of(plan), workers, progress) == {}
     assert {step.total for step in seen} == {140}
     assert [step.done for step in seen] == sorted(step.done for step in seen)
     assert seen[-1].done == 140
@@ -235,7 +234,7 @@ def test_progress_reaches_the_total(plan, workers):
         (shard.file, item.outputs[0].name) for shard in plan.shards for item in shard.items
     }
     seen.clear()
-    run_tasks(plan.tasks(), workers, progress)
+    run_tasks(tasks_of(plan), workers, progress)
     assert seen == [], "nothing is left"
 
 
@@ -254,13 +253,13 @@ def test_an_exception_in_progress_stops_all(plan, workers, kind, at):
             raise kind("from progress")
 
     with pytest.raises(kind, match="from progress"):
-        run_tasks(plan.tasks(), workers, progress)
+        run_tasks(tasks_of(plan), workers, progress)
     assert calls == at, "called again"
-    assert plan.finish()
+    assert finish(plan)
     left = tree(plan.folder)
     assert left.items() <= expected.items(), "nothing temporary, nothing unfinished"
-    run_tasks(plan.tasks(), workers)
-    assert plan.finish() == []
+    run_tasks(tasks_of(plan), workers)
+    assert finish(plan) == []
     assert tree(plan.folder) == expected
 
 
@@ -287,11 +286,11 @@ def test_one_shard_has_no_index(plan):
 
 def test_the_index_comes_last(plan):
     prepare(plan)
-    for task in plan.tasks():
-        assert plan.finish()
+    for task in tasks_of(plan):
+        assert finish(plan)
         assert not (plan.folder / INDEX).exists()
         task.run()
-    assert plan.finish() == []
+    assert finish(plan) == []
     assert (plan.folder / INDEX).exists()
 
 
@@ -356,7 +355,7 @@ def test_what_killed_processes_left_is_removed(plan, resume):
 def test_a_task_removes_what_was_left_of_its_shard(plan):
     """Room on the disk, long before all shards are there."""
     prepare(plan, shared=True)
-    first, second, _ = plan.tasks()
+    first, second, _ = tasks_of(plan)
     for task in (first, second):
         (plan.folder / f".{task.shard.file}.123-0123abcd.tmp").write_text("left")
     first.run()
@@ -371,21 +370,21 @@ def test_leftovers_of_others_are_left_alone(plan):
 
 
 def test_a_full_disk_is_noticed_before_the_start(plan, monkeypatch):
-    room = files.shutil.disk_usage(plan.folder.parent)
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: room._replace(free=139))
+    room = run.shutil.disk_usage(plan.folder.parent)
+    monkeypatch.setattr(run.shutil, "disk_usage", lambda _: room._replace(free=139))
     with pytest.raises(OSError, match="140 B are to be written, but the disk has 139 B free"):
         prepare(plan)
     assert tree(plan.folder) == {}
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: room._replace(free=140))
+    monkeypatch.setattr(run.shutil, "disk_usage", lambda _: room._replace(free=140))
     prepare(plan)
-    plan.tasks()[0].run()
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: room._replace(free=90))
+    tasks_of(plan)[0].run()
+    monkeypatch.setattr(run.shutil, "disk_usage", lambda _: room._replace(free=90))
     prepare(plan, resume=True)  # what is there already needs no room
 
 
 def test_a_file_is_at_its_final_size_from_the_beginning(plan):
     prepare(plan)
-    task, *_ = plan.tasks()
+    task, *_ = tasks_of(plan)
     sizes = set()
     task.run(lambda *_: sizes.update(path.stat().st_size for path in plan.folder.glob(".model*.tmp")))
     assert sizes == {task.path.stat().st_size}
@@ -428,7 +427,7 @@ def test_two_that_begin_at_once(plan, monkeypatch):
     monkeypatch.setattr(Path, "exists", exists)
     prepare(plan, resume=True, shared=True)
     assert looked
-    assert plan.finish() == []
+    assert finish(plan) == []
 
 
 @pytest.mark.parametrize("at", [1, 2, 8])
@@ -445,14 +444,14 @@ def test_another_process_is_faster(plan, at):
             write(plan, resume=True, shared=True)
             assert not list(plan.folder.glob(".*.tmp"))
 
-    plan.tasks()[-1].run(progress)
-    assert plan.finish() == []
+    tasks_of(plan)[-1].run(progress)
+    assert finish(plan) == []
     assert tree(plan.folder) == expected
 
 
 def test_a_folder_that_vanishes_is_an_error(plan):
     prepare(plan)
-    task, *_ = plan.tasks()
+    task, *_ = tasks_of(plan)
 
     def progress(*_):
         for path in plan.folder.glob(".model*.tmp"):
@@ -466,7 +465,7 @@ def test_a_folder_that_vanishes_is_an_error(plan):
 def test_header_is_that_of_save_file(source, tmp_path):
     """The same bytes, whoever writes them."""
     items = [Copied("x", (Output("x", "I64", (10,)),))]
-    shards.Task(tmp_path, Shard("model.safetensors", tuple(items)), source).run()
+    Task(tmp_path, Shard("model.safetensors", tuple(items)), source).run()
     mxfp4np.save_file({"x": np.arange(10)}, tmp_path / "expected.safetensors", {"format": "pt"})
     assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "expected.safetensors").read_bytes()
     assert (

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import mxfp4np
 from mxfp4np.rewrite import verify as verification
-from mxfp4np.rewrite.folder import INDEX, RECORD
+from mxfp4np.rewrite.plan import INDEX, RECORD
 from mxfp4np.storage.safetensors import SafetensorsFile, write_safetensors
 
 DATA = Path(__file__).parent / "data"

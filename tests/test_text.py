@@ -1,10 +1,10 @@
-"""Text for people: nothing steers the terminal, sizes are close and plain, columns are aligned."""
+"""Text: patterns choose names, nothing steers the terminal, sizes are close and plain, columns are aligned."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mxfp4np.text import align, escape, format_bytes
+from mxfp4np.text import align, escape, format_bytes, select
 
 
 @pytest.mark.parametrize(
@@ -64,3 +64,16 @@ def test_columns_are_aligned():
     rows = [("NAME", "BYTES"), ("w", "17"), ("", "")]
     assert align(rows) == ["NAME  BYTES", "w     17", ""]
     assert align(rows, left=1) == ["NAME  BYTES", "w        17", ""]
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "chosen"),
+    [
+        ((), (), ["a.w", "a.b", "c.w"]),
+        (["a.*", "c.w"], ["*.b"], ["a.w", "c.w"]),
+        ("*.w", "c*", ["a.w"]),
+        (["A.W"], (), []),
+    ],
+)
+def test_patterns_select_names_in_order(include, exclude, chosen):
+    assert select(["a.w", "a.b", "c.w"], include, exclude) == chosen

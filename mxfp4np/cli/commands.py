@@ -1,39 +1,127 @@
-"""The commands, and the parser that chooses one: each calls a function of the library and prints its result.
+"""The command line: the parser chooses a command, which calls a function of the library and prints its result.
 
-Whatever a command needs is imported when it runs, so that ``--help`` and ``--version`` stay quick.
+Exit status: 0 done, 1 a check found a difference, 2 bad usage or bad input, 130 interrupted. Errors are one line on
+standard error; progress shows on a terminal only. Whatever a command needs is imported when it runs, so that ``--help``
+and ``--version`` stay quick.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import os
+import re
 import shutil
 import sys
+from contextlib import contextmanager
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from .. import __version__
+from ..errors import MXFP4Error
 from ..format import DTYPES, RULES
 from ..layouts.table import ENCODED_LAYOUTS, TRANSPOSE
-from ..text import escape
-from .arguments import parse_count, parse_index, parse_size, parse_task
-from .progress import byte_bar, shard_bar
+from ..text import escape, format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Sequence
 
-    from ..rewrite.run import Run
+    from ..rewrite.workers import Progress
+
+# Arguments
+
+_INDEX_ITEM: Final = re.compile(r"\s*(?:(\.\.\.)|([+-]?\d+)|([+-]?\d+)?\s*:\s*([+-]?\d+)?\s*(?::\s*([+-]?\d+)?)?)\s*")
+
+
+def parse_index(text: str) -> tuple[Any, ...]:
+    """Return the NumPy index for a text such as ``"7, :128"``."""
+    items: list[Any] = []
+    for item in text.strip().removeprefix("[").removesuffix("]").removesuffix(",").split(","):
+        match = _INDEX_ITEM.fullmatch(item)
+        if match is None:
+            raise argparse.ArgumentTypeError(f"{item.strip()!r} is not an integer, a slice or '...'")
+        dots, integer, *bounds = match.groups()
+        if any(bound and abs(int(bound)) > sys.maxsize for bound in (integer, *bounds)):
+            raise argparse.ArgumentTypeError(f"{item.strip()!r} is larger than any axis")
+        slices = slice(*(None if bound is None else int(bound) for bound in bounds))
+        items.append(Ellipsis if dots else int(integer) if integer else slices)
+    return tuple(items)
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes for a text such as ``"200MB"``, in decimal units."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)b?", text.strip().lower())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size: expected for instance 200MB or 5GB")
+    return int(Decimal(match[1]) * 1000 ** " kmgt".index(match[2] or " "))
+
+
+def parse_task(text: str) -> tuple[int, int]:
+    """Return the two numbers of a text such as ``"2/8"``."""
+    match = re.fullmatch(r"\s*(\d+)\s*/\s*(\d+)\s*", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a task: expected for instance 2/8")
+    return int(match[1]), int(match[2])
+
+
+def parse_count(text: str) -> int:
+    """Return a positive integer."""
+    if not re.fullmatch(r"0*[1-9]\d{0,5}", text.strip(), re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
+
+
+# Progress bars
+
+
+def _tqdm(*, quiet: bool, **options: Any) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(unit="B", unit_scale=True, leave=False, disable=quiet or not sys.stderr.isatty(), **options)
+
+
+@contextmanager
+def byte_bar(total: int, what: str, *, quiet: bool) -> Iterator[Callable[[int], object]]:
+    """Show bytes, rate and time left; the result is called with the bytes done since the last call."""
+    with _tqdm(quiet=quiet, total=total, desc=what) as bar:
+        yield bar.update
+
+
+@contextmanager
+def shard_bar(what: str, *, quiet: bool) -> Iterator[Callable[[Progress], object]]:
+    """Show shard, tensor, bytes, rate and time left; the result is what `convert` takes as ``progress``."""
+    # The bar is short, so that a narrow terminal has room for what follows it.
+    form = "{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} [{remaining}, {rate_fmt}{postfix}]"
+    with _tqdm(quiet=quiet, desc=what, bar_format=form) as bar:
+
+        def show(progress: Progress) -> None:
+            if bar.disable:
+                return
+            if progress.done < bar.n:  # everything is written: verification begins
+                bar.reset()
+                bar.set_description_str("verifying", refresh=False)
+            bar.total = progress.total
+            shard = re.sub(r"model-0*(\d+)-of-0*(\d+)\.safetensors", r"shard \1/\2", progress.shard)
+            bar.set_postfix_str(escape(f"{shard} {progress.tensor}"), refresh=False)
+            bar.update(progress.done - bar.n)
+
+        yield show
+
+
+# Commands
 
 
 def _inspect(args: argparse.Namespace) -> int:
     from ..checkpoint import Checkpoint
     from .report import Stats, collapse, rows, table_lines, to_json
 
-    with Checkpoint(args.path, layout=args.layout) as checkpoint:
+    with Checkpoint(args.source, layout=args.layout) as checkpoint:
         table = rows(checkpoint, args.pattern)
         if not table and args.pattern != "*":
-            raise ValueError(f"{args.path}: no tensor is called like {args.pattern!r}")
+            raise ValueError(f"{args.source}: no tensor is called like {args.pattern!r}")
         packed = [row.info for row in table if args.stats and row.info is not None and row.info.layout is not None]
         stats: dict[str, Stats] = {}
         with byte_bar(sum(info.nbytes for info in packed), "reading", quiet=args.quiet) as progress:
@@ -55,10 +143,9 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _decode(args: argparse.Namespace) -> int:
     from ..checkpoint import Checkpoint
-    from ..text import format_bytes
     from .decode import Selection
 
-    with Checkpoint(args.path, layout=args.layout) as checkpoint:
+    with Checkpoint(args.source, layout=args.layout) as checkpoint:
         selection = Selection(checkpoint, args.names, dtype=args.dtype, index=args.index)
         with byte_bar(selection.nbytes, "decoding", quiet=args.quiet) as progress:
             selection.write(args.output, progress)
@@ -67,26 +154,21 @@ def _decode(args: argparse.Namespace) -> int:
     return 0
 
 
-def _run_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the options that `convert` and `encode` share."""
-    names = "transpose max_shard_size include exclude io workers task resume force dry_run"
-    return {name: getattr(args, name) for name in names.split()}
+def _call(function: Callable[..., Any], args: argparse.Namespace, what: str) -> Any:
+    """Call a function of the library whose parameters are the arguments of the command, with a progress bar."""
+    options = {name: value for name, value in vars(args).items() if name not in ("run", "quiet", "json")}
+    with shard_bar(what, quiet=args.quiet) as progress:
+        return function(**options, progress=progress)
+
+
+def _print(args: argparse.Namespace, found: dict[str, Any], lines: Iterator[str]) -> None:
+    print(json.dumps(found) if args.json else "\n".join(lines))
 
 
 def _convert(args: argparse.Namespace) -> int:
     from ..rewrite.convert import convert
 
-    with shard_bar("converting", quiet=args.quiet) as progress:
-        result = convert(
-            args.path,
-            args.target,
-            dtype=args.dtype,
-            layout=args.layout,
-            device=args.device,
-            verify=args.verify,
-            progress=progress,
-            **_run_options(args),
-        )
+    result = _call(convert, args, "converting")
     _print_run(args, result)
     return 1 if result.verification is not None and result.verification.findings else 0
 
@@ -94,42 +176,22 @@ def _convert(args: argparse.Namespace) -> int:
 def _encode(args: argparse.Namespace) -> int:
     from ..rewrite.encode import encode_checkpoint
 
-    with shard_bar("encoding", quiet=args.quiet) as progress:
-        result = encode_checkpoint(
-            args.path, args.target, rule=args.rule, layout=args.layout, progress=progress, **_run_options(args)
-        )
-    _print_run(args, result)
+    _print_run(args, _call(encode_checkpoint, args, "encoding"))
     return 0
 
 
-def _print_run(args: argparse.Namespace, result: Run) -> None:
-    if args.json:
-        print(json.dumps(result.to_json()))
-    elif not args.quiet:
-        print("\n".join(result.plan_lines() if args.dry_run else result.lines()))
+def _print_run(args: argparse.Namespace, result: Any) -> None:
+    if args.json or not args.quiet:
+        _print(args, result.to_json(), result.plan_lines() if args.dry_run else result.lines())
     for warning in result.warnings():
         print(f"mxfp4np: warning: {warning}", file=sys.stderr)
-
-
-def _print(args: argparse.Namespace, result: Any) -> None:
-    print(json.dumps(result.to_json()) if args.json else "\n".join(result.lines()))
 
 
 def _verify(args: argparse.Namespace) -> int:
     from ..rewrite.verify import verify
 
-    with shard_bar("verifying", quiet=args.quiet) as progress:
-        result = verify(
-            args.path,
-            args.target,
-            transpose=args.transpose,
-            include=args.include,
-            exclude=args.exclude,
-            layout=args.layout,
-            workers=args.workers,
-            progress=progress,
-        )
-    _print(args, result)
+    result = _call(verify, args, "verifying")
+    _print(args, result.to_json(), result.lines())
     return 1 if result.findings else 0
 
 
@@ -138,27 +200,20 @@ def _demo(args: argparse.Namespace) -> int:
 
     folder = demo.prepare(args.out)
     try:
-        result = demo.run(folder, args.size, partial(byte_bar, quiet=args.quiet))
+        found = demo.run(folder, args.size, partial(byte_bar, quiet=args.quiet))
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)  # it was new or empty
         raise
-    _print(args, result)
-    return 1 if result.differences else 0
+    _print(args, found, demo.lines(found))
+    return 1 if found["differences"] else 0
 
 
 def _bench(args: argparse.Namespace) -> int:
     from . import bench
 
-    result = bench.run(
-        args.path,
-        layout=args.layout,
-        size=args.size,
-        dtypes=[args.dtype] if args.dtype else DTYPES,
-        threads=args.threads,
-        device=args.device,
-        bar=partial(byte_bar, quiet=args.quiet),
-    )
-    _print(args, result)
+    dtypes, bar = [args.dtype] if args.dtype else DTYPES, partial(byte_bar, quiet=args.quiet)
+    found = bench.run(args.source, args.layout, args.size, dtypes, args.threads, args.device, bar)
+    _print(args, found, bench.lines(found, args.size))
     return 0
 
 
@@ -193,7 +248,7 @@ def parser() -> argparse.ArgumentParser:
 
     def checkpoint(sub: argparse.ArgumentParser, metavar: str = "PATH", **options: Any) -> None:
         what = "a folder, a .safetensors, .uqff or .gguf file, or a .index.json"
-        sub.add_argument("path", type=Path, metavar=metavar, help=what, **options)
+        sub.add_argument("source", type=Path, metavar=metavar, help=what, **options)
         sub.add_argument("--layout", metavar="NAME", help="the layout, if the files do not determine it: quark")
 
     demo = command("demo", _demo, "Write a small checkpoint shaped like gpt-oss, decode it and check every value.")
@@ -240,7 +295,7 @@ def parser() -> argparse.ArgumentParser:
     patterns(convert, [])
 
     encode = command("encode", _encode, "Write a checkpoint with its weights packed.")
-    encode.add_argument("path", type=Path, metavar="SRC", help="a folder, a .safetensors file, or a .index.json")
+    encode.add_argument("source", type=Path, metavar="SRC", help="a folder, a .safetensors file, or a .index.json")
     encode.add_argument("target", type=Path, metavar="DST", help="a new or empty folder")
     encode.add_argument("--rule", choices=RULES, default=RULES[0], help="of the scales (default: even)")
     encode.add_argument(
@@ -266,3 +321,41 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--threads", type=parse_count, metavar="N", help="the most to use (default: as decoding)")
     bench.add_argument("--size", type=parse_size, default=512_000_000, help="decoded to bfloat16 (default: 512MB)")
     return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    status: int = 0
+    try:
+        try:
+            args = parser().parse_args(arguments)
+            status = args.run(args)
+        finally:
+            if sys.stdout is not None:  # None if the shell closed it
+                sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # nobody reads our output any more
+        _discard_output()
+        return 0
+    except KeyboardInterrupt:
+        message, status = "interrupted", 130
+    except (MXFP4Error, ValueError, IndexError) as error:
+        message, status = str(error), 2
+    except MemoryError as error:
+        message, status = f"out of memory: {error or 'ask for less at a time'}", 2
+    except OSError as error:
+        message, status = f"{error.filename}: {error.strerror}" if error.filename else str(error), 2
+        _discard_output()
+    print(f"mxfp4np: {escape(message)}", file=sys.stderr)
+    return status
+
+
+def _discard_output() -> None:
+    """Keep the interpreter from complaining, when it exits, that the rest of the output cannot be written."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

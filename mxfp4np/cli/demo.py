@@ -7,7 +7,6 @@ import math
 import shlex
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
@@ -23,7 +22,6 @@ from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, dtype_named
 from ..storage.tensorfile import nbytes_of
 from ..text import count, escape, format_bytes
 from .decode import Selection
-from .progress import ProgressBar
 from .report import collapse, rows, table_lines
 from .timing import in_turn
 
@@ -39,69 +37,8 @@ DECODED: Final = "decoded/model.safetensors"
 Specs = dict[str, tuple[str, tuple[int, ...]]]
 
 
-@dataclass
-class Result:
-    """What the demo found."""
-
-    folder: Path
-    table: list[str]
-    elements: int
-    """Values of all packed tensors."""
-    decode_seconds: float
-    """To decode all of them into reused memory; the median of several runs."""
-    copy_seconds: float
-    """To copy as many bytes of bfloat16 with NumPy, in one thread."""
-    threads: int
-    checked: int
-    """Values that were compared with the reference."""
-    differences: list[str] = field(default_factory=list)
-    """Names and indices of the chunks that differ from it."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the figures as plain objects."""
-        return {
-            "folder": str(self.folder),
-            "elements": self.elements,
-            "threads": self.threads,
-            "decode_elements_per_second": self.elements / self.decode_seconds,
-            "decode_bytes_per_second": 2 * self.elements / self.decode_seconds,
-            "copy_bytes_per_second": 2 * self.elements / self.copy_seconds,
-            "checked": self.checked,
-            "differences": self.differences,
-        }
-
-    def lines(self) -> Iterator[str]:
-        """Yield a report for a person."""
-        folder = shlex.quote(escape(str(self.folder)))
-        yield from self.table
-        decode, copy = (format_bytes(2 * self.elements / s) for s in (self.decode_seconds, self.copy_seconds))
-        yield ""
-        yield (
-            f"decoded to bfloat16 with {count(self.threads, 'thread')}: "
-            f"{self.elements / self.decode_seconds / 1e6:,.0f} million elements/s, {decode}/s; "
-            f"a plain memory copy: {copy}/s"
-        )
-        if self.differences:
-            yield f"DIFFERENT from the reference: {', '.join(self.differences)}"
-        else:
-            yield f"checked {self.checked:,} values against the reference decoder: all equal"
-        yield ""
-        yield f"The checkpoint is in {folder}, and {DECODED} in it holds the decoded tensors. Try:"
-        yield f"  mxfp4np inspect {folder} --stats '*.layers.0.*'"
-        options = "--index '3, :64' --dtype float32 -o part.npy"
-        yield f"  mxfp4np decode {folder} model.layers.0.mlp.experts.down_proj {options}"
-        yield "and on a real checkpoint, a folder of .safetensors files such as gpt-oss-20b:"
-        yield "  mxfp4np inspect path/to/gpt-oss-20b"
-
-
 def prepare(folder: Path | None) -> Path:
-    """Return the folder to write to, and make it if it does not exist.
-
-    Raises
-    ------
-    ValueError
-        If it is not empty.
-    """
+    """Return the folder to write to, and make it if it does not exist; refuse one that is not empty."""
     if folder is None:
         return Path(tempfile.mkdtemp(prefix="mxfp4np-demo-"))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -110,41 +47,59 @@ def prepare(folder: Path | None) -> Path:
     return folder
 
 
-def run(folder: Path, size: int, bar: ProgressBar) -> Result:
-    """Write, inspect, decode and check a checkpoint.
+def run(folder: Path, size: int, bar: Callable[[int, str], Any]) -> dict[str, Any]:
+    """Write, decode and check a checkpoint in an empty folder; return the figures as plain objects.
 
-    Parameters
-    ----------
-    folder : Path
-        Empty.
-    size : int
-        Bytes of the packed tensors, decoded to bfloat16, about.
-    bar : callable
-        ``bar(total, what)`` shows progress: see `byte_bar`.
+    Its packed tensors decode to about ``size`` bytes of bfloat16. For ``bar`` see `byte_bar`.
     """
     shards = plan(*shape_for(size))
     with bar(sum(map(_nbytes, shards)), "writing") as progress:
         _write(folder, shards, progress)
     with Checkpoint(folder) as checkpoint:
-        table = rows(checkpoint)
-        packed = [row.info for row in table if row.info is not None and row.info.layout is not None]
+        packed = [name for name in checkpoint if checkpoint.info(name).layout is not None]
         selection = Selection(checkpoint, list(checkpoint))
         (folder / DECODED).parent.mkdir()
         with bar(selection.nbytes, "decoding") as progress:
             selection.write(folder / DECODED, progress)
-        decode_seconds, copy_seconds = _measure(checkpoint, [info.name for info in packed])
+        decode_seconds, copy_seconds = _measure(checkpoint, packed)
         with Checkpoint(folder / DECODED) as decoded, bar(selection.nbytes, "checking") as progress:
             checked, differences = _compare(checkpoint, decoded, progress)
-    return Result(
-        folder=folder,
-        table=table_lines(collapse(table)),
-        elements=sum(math.prod(info.shape) for info in packed),
-        decode_seconds=decode_seconds,
-        copy_seconds=copy_seconds,
-        threads=default_num_threads(),
-        checked=checked,
-        differences=differences,
+        elements = sum(math.prod(checkpoint.info(name).shape) for name in packed)
+    return {
+        "folder": str(folder),
+        "elements": elements,
+        "threads": default_num_threads(),
+        "decode_elements_per_second": elements / decode_seconds,
+        "decode_bytes_per_second": 2 * elements / decode_seconds,
+        "copy_bytes_per_second": 2 * elements / copy_seconds,
+        "checked": checked,
+        "differences": differences,
+    }
+
+
+def lines(found: dict[str, Any]) -> Iterator[str]:
+    """Yield a report of what `run` returned for a person."""
+    with Checkpoint(found["folder"]) as checkpoint:
+        yield from table_lines(collapse(rows(checkpoint)))
+    yield ""
+    yield (
+        f"decoded to bfloat16 with {count(found['threads'], 'thread')}: "
+        f"{found['decode_elements_per_second'] / 1e6:,.0f} million elements/s, "
+        f"{format_bytes(found['decode_bytes_per_second'])}/s; "
+        f"a plain memory copy: {format_bytes(found['copy_bytes_per_second'])}/s"
     )
+    if found["differences"]:
+        yield f"DIFFERENT from the reference: {', '.join(found['differences'])}"
+    else:
+        yield f"checked {found['checked']:,} values against the reference decoder: all equal"
+    folder = shlex.quote(escape(found["folder"]))
+    yield ""
+    yield f"The checkpoint is in {folder}, and {DECODED} in it holds the decoded tensors. Try:"
+    yield f"  mxfp4np inspect {folder} --stats '*.layers.0.*'"
+    options = "--index '3, :64' --dtype float32 -o part.npy"
+    yield f"  mxfp4np decode {folder} model.layers.0.mlp.experts.down_proj {options}"
+    yield "and on a real checkpoint, a folder of .safetensors files such as gpt-oss-20b:"
+    yield "  mxfp4np inspect path/to/gpt-oss-20b"
 
 
 def shape_for(size: int) -> tuple[int, int]:
@@ -201,18 +156,18 @@ def _nbytes(specs: Specs) -> int:
 
 def _measure(checkpoint: Checkpoint, names: list[str]) -> tuple[float, float]:
     """Return the median seconds to decode all tensors, and to copy as many bytes, into memory that is reused."""
-    sizes = {name: checkpoint.info(name).decoded_nbytes() for name in names}
-    memory, source = (aligned_empty((max(sizes.values()),), np.dtype("uint8")) for _ in range(2))
-    outs = {name: memory[: sizes[name]].view(dtype_named("bfloat16")) for name in names}
-    outs = {name: out.reshape(checkpoint.info(name).shape) for name, out in outs.items()}
+    infos = [checkpoint.info(name) for name in names]
+    largest = max(info.decoded_nbytes() for info in infos)
+    memory, source = (aligned_empty((largest,), np.dtype("uint8")) for _ in range(2))
 
     def decode() -> None:
-        for name in names:
-            checkpoint.get(name, out=outs[name])
+        for info in infos:
+            out = memory[: info.decoded_nbytes()].view(dtype_named("bfloat16"))
+            checkpoint.get(info.name, out=out.reshape(info.shape))
 
     def copy() -> None:
-        for size in sizes.values():
-            np.copyto(memory[:size], source[:size])
+        for info in infos:
+            np.copyto(memory[: info.decoded_nbytes()], source[: info.decoded_nbytes()])
 
     source[:] = 0
     decoding, copying = in_turn([decode, copy], ROUNDS)

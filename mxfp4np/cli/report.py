@@ -16,8 +16,7 @@ from ..checkpoint import Checkpoint
 from ..errors import CheckpointError, LayoutError
 from ..format import FP4_VALUES, SCALE_BIAS, SCALE_NAN
 from ..layouts.packed import TensorInfo
-from ..selection import select
-from ..text import align, count, escape, format_bytes
+from ..text import align, count, escape, format_bytes, select
 
 STATS_BYTES: Final = 4 << 20
 """Packed bytes that are counted at a time; counting takes about eight times as much memory."""
@@ -133,29 +132,27 @@ def table_lines(groups: dict[tuple[Any, ...], list[Row]]) -> list[str]:
     """Return one line for each group, and the totals."""
     lines: list[tuple[str, ...]] = [("NAME", "", "SHAPE", "DTYPE", "LAYOUT", "STORED", "DECODED")]
     problems = []
+    reasons: dict[str, None] = {}
     total = packed = stored = decoded = 0
     for kind, group in groups.items():
-        name, times, info = escape(kind[0]), f"x{len(group)}" if len(group) > 1 else "", group[0].info
+        name, times = escape(kind[0]), f"x{len(group)}" if len(group) > 1 else ""
+        infos = [row.info for row in group if row.info is not None]
         total += len(group)
-        if info is None:
+        if not infos:
             problems.append(escape(kind[1]))
             lines.append((name, times, "", "broken", "", "", ""))
             continue
-        packed += len(group) * (info.layout is not None)
-        sizes = sum(_info(row).nbytes for row in group), sum(_info(row).decoded_nbytes() for row in group)
+        shape, dtype, layout = kind[1:]
+        sizes = sum(info.nbytes for info in infos), sum(info.decoded_nbytes() for info in infos)
         stored, decoded = stored + sizes[0], decoded + sizes[1]
-        shape = "x".join(map(str, info.shape)) or "scalar"
-        lines.append((name, times, shape, info.dtype, info.layout or "-", *map(format_bytes, sizes)))
+        if layout:
+            packed += len(infos)
+            reasons |= dict.fromkeys(escape(f"layout {layout}: {info.reason}") for info in infos)
+        cells = "x".join(map(str, shape)) or "scalar", dtype, layout or "-"
+        lines.append((name, times, *cells, *map(format_bytes, sizes)))
     summary = f"{count(total, 'tensor')}, {packed:,} of them MXFP4: {format_bytes(stored)} stored, "
     summary += f"{format_bytes(decoded)} with MXFP4 decoded to bfloat16"
-    return [*align(lines), *problems, *_reasons(groups), summary]
-
-
-def _reasons(groups: dict[tuple[Any, ...], list[Row]]) -> list[str]:
-    """Return a line for each layout and each reason it was chosen for."""
-    infos = (row.info for group in groups.values() for row in group if row.info is not None and row.info.layout)
-    pairs = dict.fromkeys((info.layout, info.reason) for info in infos)
-    return [escape(f"layout {layout}: {reason}") for layout, reason in pairs]
+    return [*align(lines), *problems, *reasons, summary]
 
 
 def to_json(checkpoint: Checkpoint, table: Sequence[Row], stats: dict[str, Stats]) -> dict[str, Any]:
@@ -176,7 +173,7 @@ def to_json(checkpoint: Checkpoint, table: Sequence[Row], stats: dict[str, Stats
 def _row_json(row: Row, stats: dict[str, Stats]) -> dict[str, Any]:
     if row.info is None:
         return {"name": row.name, "problem": row.problem}
-    result: dict[str, Any] = {
+    return {
         "name": row.name,
         "shape": row.info.shape,
         "dtype": row.info.dtype,
@@ -185,13 +182,5 @@ def _row_json(row: Row, stats: dict[str, Stats]) -> dict[str, Any]:
         "nbytes": row.info.nbytes,
         "decoded_nbytes": row.info.decoded_nbytes(),
         "stored": [{**half._asdict(), "file": str(half.file.path)} for half in row.info.stored],
+        **({"stats": stats[row.name].to_json()} if row.name in stats else {}),
     }
-    if row.name in stats:
-        result["stats"] = stats[row.name].to_json()
-    return result
-
-
-def _info(row: Row) -> TensorInfo:
-    if row.info is None:
-        raise AssertionError("rows of one kind are all whole or all broken")
-    return row.info

@@ -31,21 +31,26 @@ FILL_BYTES: Final = 16 << 20
 Run = Callable[[], object]
 
 
+def seconds_of(run: Run) -> float:
+    """Return the seconds that a run takes, without releasing its result."""
+    begin = time.perf_counter()
+    result = run()
+    seconds = time.perf_counter() - begin
+    del result
+    return seconds
+
+
 def in_turn(
-    runs: Sequence[Run], rounds: int, budget: float = math.inf, before: Run = lambda: None
+    runs: Sequence[Run],
+    rounds: int,
+    budget: float = math.inf,
+    clock: Callable[[Run], float] = seconds_of,
+    before: Run = lambda: None,
 ) -> list[list[float]]:
     """Call each run once a round, and return the seconds that each took in each round.
 
-    Parameters
-    ----------
-    runs : sequence of callable
-        What to time. A first round is not counted: it compiles and touches memory.
-    rounds : int
-        How many rounds, at most.
-    budget : float
-        Seconds after which three rounds are enough.
-    before : callable
-        Called before each run.
+    A first round is not counted: it compiles and touches memory. After ``budget`` seconds three rounds are enough.
+    ``clock`` makes a run and returns its seconds; ``before`` is called before each run.
     """
     found: list[list[float]] = [[] for _ in runs]
     begin = time.perf_counter()
@@ -54,17 +59,8 @@ def in_turn(
             break
         for run, seconds in zip(runs, found, strict=True):
             before()
-            seconds.append(seconds_of(run))
+            seconds.append(clock(run))
     return [seconds[1:] for seconds in found]
-
-
-def seconds_of(run: Run) -> float:
-    """Return the seconds that a run takes, without releasing its result."""
-    begin = time.perf_counter()
-    result = run()
-    seconds = time.perf_counter() - begin
-    del result
-    return seconds
 
 
 @functools.cache

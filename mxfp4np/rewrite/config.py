@@ -13,8 +13,9 @@ from ..errors import CheckpointError, LayoutError
 from ..format import BLOCK_SIZE
 from ..layouts.table import LAYOUTS, METADATA
 from ..storage.discover import PathLike
-from .folder import RECORD
-from .plan import json_bytes
+from .plan import RECORD, json_bytes
+
+Source = PathLike | Sequence[PathLike] | None
 
 QUANTIZATION_KEYS: Final = ("quantization_config", "quantization")
 """Keys of a config.json that say how weights are quantised; the second one is mlx's."""
@@ -85,23 +86,16 @@ def _quantization(layout: str, plain: Sequence[str]) -> dict[str, Any]:
     return {}
 
 
-def folder_beside(source: PathLike | Sequence[PathLike], checkpoint: Checkpoint) -> Path | None:
-    """Return the folder whose other files go with a checkpoint: none if it was opened by the names of its weights."""
-    by_folder = isinstance(source, str | os.PathLike) and (checkpoint.index is not None or Path(source).is_dir())
-    return checkpoint.folder if by_folder else None
-
-
 def small_files(
-    checkpoint: Checkpoint,
-    beside: Path | None,
-    target: Path,
-    change: Callable[[dict[str, Any]], dict[str, Any]],
+    checkpoint: Checkpoint, source: Source, target: Path, change: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> tuple[dict[str, bytes], dict[str, Path]]:
     """Return the files that go with rewritten weights: those to be written, and those to be copied, by their names.
 
-    ``change`` returns the config.json of the target, given that of the source; ``beside`` comes from `folder_beside`.
+    There are none if the checkpoint was opened by the names of its weights: ``source`` is what it was opened by.
+    ``change`` returns the config.json of the target, given that of the source.
     """
-    copies = {} if beside is None else _files_beside(beside, target)
+    by_folder = isinstance(source, str | os.PathLike) and (checkpoint.index is not None or Path(source).is_dir())
+    copies = _files_beside(checkpoint.folder, target) if by_folder else {}
     if not copies.pop("config.json", None):
         return {}, copies
     try:

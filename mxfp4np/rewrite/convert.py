@@ -19,14 +19,13 @@ from ..backends.memory import aligned_empty
 from ..checkpoint import Checkpoint
 from ..format import BYTES_PER_BLOCK, decoded_dtype
 from ..layouts.table import LAYOUTS, wants_transpose
-from ..selection import patterns, select
 from ..shapes import swapped
 from ..storage.discover import PathLike
 from ..storage.tensorfile import DTYPES, SAFETENSORS_DTYPES
-from ..text import count, escape
-from .config import decoded_config, folder_beside, small_files
-from .plan import MAX_SHARD_SIZE, Chunks, Copied, Item, Output, Plan, Task, make_shards
-from .run import Run, run_plan
+from ..text import count, escape, patterns, select
+from .config import Source, decoded_config, small_files
+from .plan import MAX_SHARD_SIZE, Chunks, Copied, Item, Output, Plan, make_shards
+from .run import Run, run_plan, tasks_of
 from .verify import Verification, compare, count_overflow
 from .workers import Progress
 
@@ -40,9 +39,9 @@ class Decoded(Item):
 
     transpose: bool
 
-    def chunks(self, checkpoint: Checkpoint) -> Chunks:
-        """Yield the values; return how many overflowed to infinity, which MXFP4 has no code for."""
-        dtype, begin, overflow, memory = decoded_dtype(DTYPES[self.outputs[0].dtype][1]), 0, 0, None
+    def chunks(self, checkpoint: Checkpoint, reports: dict[str, Any]) -> Chunks:
+        """Yield the values; report how many overflowed to infinity, which MXFP4 has no code for."""
+        dtype, overflow, memory = decoded_dtype(DTYPES[self.outputs[0].dtype][1]), 0, None
         for _, packed in checkpoint.pieces(self.name, CHUNK_BYTES, dtype=dtype, transpose=self.transpose):
             if memory is None:  # no other chunk is larger than the first
                 memory = aligned_empty((packed.size,), dtype)
@@ -53,9 +52,9 @@ class Decoded(Item):
                 values = packed.decode(dtype, transpose=self.transpose, device=checkpoint.device, num_threads=1)
                 as_numpy(values, out)
             overflow += count_overflow(packed, out)
-            yield 0, begin, out
-            begin += out.nbytes
-        return overflow
+            yield 0, out
+        if overflow:
+            reports[self.name] = overflow
 
 
 def _warm_up(dtype: str, device: str, orders: Iterable[str], transposes: Iterable[bool]) -> None:
@@ -68,7 +67,7 @@ def _warm_up(dtype: str, device: str, orders: Iterable[str], transposes: Iterabl
 def plan_conversion(
     checkpoint: Checkpoint,
     folder: Path,
-    beside: Path | None = None,
+    source: Source = None,
     dtype: DTypeLike = "bfloat16",
     transpose: str = "auto",
     max_shard_size: int = MAX_SHARD_SIZE,
@@ -77,7 +76,7 @@ def plan_conversion(
 ) -> Plan:
     """Return what `convert` is going to write to ``folder``, from headers alone.
 
-    ``beside`` is the folder whose small files are copied, if any; the other arguments are those of `convert`.
+    The arguments are those of `convert`; without ``source`` no small files are copied.
     """
     wanted = decoded_dtype(dtype).name
     include, exclude = patterns(include), patterns(exclude)
@@ -95,7 +94,7 @@ def plan_conversion(
     if not items:
         raise ValueError(f"{checkpoint.folder}: no tensor is left to convert: see --include and --exclude")
     keep = bool(untouched(items))
-    files = small_files(checkpoint, beside, folder, lambda config: decoded_config(config, wanted, keep=keep))
+    files = small_files(checkpoint, source, folder, lambda config: decoded_config(config, wanted, keep=keep))
     options = {
         "dtype": wanted,
         "transpose": transpose,
@@ -260,13 +259,15 @@ def convert(
     'BF16'
     """
     with Checkpoint(source, device, io=io, layout=layout) as checkpoint:
-        beside = folder_beside(source, checkpoint)
         target = Path(target).absolute()
-        plan = plan_conversion(checkpoint, target, beside, dtype, transpose, max_shard_size, include, exclude)
+        plan = plan_conversion(checkpoint, target, source, dtype, transpose, max_shard_size, include, exclude)
         run = run_plan(plan, task, workers, progress, resume=resume, force=force, dry_run=dry_run)
-        verification = None
-        if verify and not dry_run:
-            verification = _verify(checkpoint, plan.tasks(task), transpose, workers, progress)
+        verification = Verification() if verify and not dry_run else None
+        tasks = tasks_of(plan, task)
+        if verification is not None and tasks:
+            names = [output.name for task in tasks for item in task.shard.items for output in item.outputs]
+            with Checkpoint([task.path for task in tasks]) as written:
+                verification = compare(checkpoint, written, names, transpose, workers, progress)
     return Conversion(
         **vars(run),
         packed=sum(isinstance(item, Decoded) for item in plan.items),
@@ -274,20 +275,6 @@ def convert(
         loader=_loader(plan),
         verification=verification,
     )
-
-
-def _verify(
-    checkpoint: Checkpoint,
-    tasks: list[Task],
-    transpose: str,
-    workers: int | None,
-    progress: Callable[[Progress], object],
-) -> Verification:
-    if not tasks:
-        return Verification()
-    names = [output.name for task in tasks for item in task.shard.items for output in item.outputs]
-    with Checkpoint([task.path for task in tasks]) as written:
-        return compare(checkpoint, written, names, transpose, workers, progress)
 
 
 def _loader(plan: Plan) -> str:

@@ -20,12 +20,11 @@ from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, RULES, SCALE_NAN, dtype_named
 from ..format import DTYPES as FLOATS
 from ..layouts.packed import TensorInfo
 from ..layouts.table import ENCODED_LAYOUTS, LAYOUTS, wants_transpose
-from ..selection import patterns, select
 from ..shapes import place_in_whole, swapped
 from ..storage.discover import PathLike
 from ..storage.tensorfile import DTYPES, element
-from ..text import count, escape
-from .config import encoded_config, folder_beside, small_files
+from ..text import count, escape, patterns, select
+from .config import Source, encoded_config, small_files
 from .plan import MAX_SHARD_SIZE, Chunks, Copied, Item, Output, Plan, make_shards
 from .run import Run, run_plan
 from .workers import Progress
@@ -95,17 +94,14 @@ class Encoded(Item):
     transpose: bool
     rule: str
 
-    def chunks(self, checkpoint: Checkpoint) -> Chunks:
-        """Yield codes and scales; return the `Errors`."""
-        begin = [0, 0]
+    def chunks(self, checkpoint: Checkpoint, reports: dict[str, Any]) -> Chunks:
+        """Yield codes and scales; report the `Errors`."""
         total = Errors(0.0, 0.0, 0.0, (), 0)
         for index, values in checkpoint.pieces(self.name, CHUNK_BYTES, transpose=self.transpose):
             packed = encode(values, self.rule, num_threads=1)
-            total = _sum(total, _errors(values, packed), index)
-            for which, half in enumerate((packed.blocks, packed.scales)):
-                yield which, begin[which], half
-                begin[which] += half.nbytes
-        return total
+            total = _add_errors(total, index, values, packed)
+            yield from enumerate((packed.blocks, packed.scales))
+        reports[self.name] = total
 
 
 def _warm_up(rule: str, dtypes: Iterable[str]) -> None:
@@ -114,7 +110,8 @@ def _warm_up(rule: str, dtypes: Iterable[str]) -> None:
         encode(np.zeros(BLOCK_SIZE, dtype_named(dtype)), rule, num_threads=1).decode("float32", num_threads=1)
 
 
-def _errors(values: NDArray[Any], packed: MXFP4Array) -> Errors:
+def _add_errors(total: Errors, index: tuple[int | slice, ...], values: NDArray[Any], packed: MXFP4Array) -> Errors:
+    """Add the errors of the chunk that lies at ``index``."""
     blocks = (*packed.scales.shape, BLOCK_SIZE)
     wanted = values.astype(np.float32).reshape(blocks)
     with np.errstate(invalid="ignore"):  # NaN blocks are left out below
@@ -124,25 +121,20 @@ def _errors(values: NDArray[Any], packed: MXFP4Array) -> Errors:
     nan = packed.scales == SCALE_NAN
     error[nan] = norm[nan] = 0
     relative = np.sqrt(np.divide(error, norm, out=np.zeros_like(error), where=norm > 0))
-    worst = np.unravel_index(int(relative.argmax()), relative.shape) if relative.size else ()
-    found = float(relative[worst]) if relative.size else 0.0
-    return Errors(float(error.sum()), float(norm.sum()), found, tuple(map(int, worst)), int(np.count_nonzero(nan)))
-
-
-def _sum(total: Errors, chunk: Errors, index: tuple[int | slice, ...]) -> Errors:
-    """Add the errors of the chunk that lies at ``index``."""
-    worst, block = total.worst, total.worst_block
-    if chunk.worst > worst:
-        *rows, element = place_in_whole(index, (*chunk.worst_block[:-1], BLOCK_SIZE * chunk.worst_block[-1]))
-        worst, block = chunk.worst, (*rows, element // BLOCK_SIZE)
-    nan_blocks = total.nan_blocks + chunk.nan_blocks
-    return Errors(total.error + chunk.error, total.norm + chunk.norm, worst, block, nan_blocks)
+    worst, place = total.worst, total.worst_block
+    if relative.max(initial=0) > worst:
+        worst = float(relative.max())
+        *within, block = np.unravel_index(int(relative.argmax()), relative.shape)
+        *rows, element = place_in_whole(index, (*within, BLOCK_SIZE * block))
+        place = (*rows, element // BLOCK_SIZE)
+    nan_blocks = total.nan_blocks + int(np.count_nonzero(nan))
+    return Errors(total.error + float(error.sum()), total.norm + float(norm.sum()), worst, place, nan_blocks)
 
 
 def plan_encoding(
     checkpoint: Checkpoint,
     folder: Path,
-    beside: Path | None = None,
+    source: Source = None,
     rule: str = RULES[0],
     layout: str = ENCODED_LAYOUTS[0],
     transpose: str = "auto",
@@ -152,8 +144,7 @@ def plan_encoding(
 ) -> Plan:
     """Return what `encode_checkpoint` is going to write to ``folder``, from headers alone.
 
-    ``beside`` is the folder whose small files are copied, if any; the other arguments are those of
-    `encode_checkpoint`.
+    The arguments are those of `encode_checkpoint`; without ``source`` no small files are copied.
     """
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}, found {rule!r}")
@@ -182,7 +173,7 @@ def plan_encoding(
         items.append(_encoded(info, layout, transpose, rule) if name in chosen else Copied.of(info))
     matrices = (name for name, info in infos.items() if name.endswith(".weight") and len(info.shape) == 2)
     plain = [name for name in matrices if name not in chosen]
-    files = small_files(checkpoint, beside, folder, lambda config: encoded_config(config, layout, plain))
+    files = small_files(checkpoint, source, folder, lambda config: encoded_config(config, layout, plain))
     options = {"rule": rule, "layout": layout, "transpose": transpose, "include": include, "exclude": exclude}
     warm_up = partial(_warm_up, rule, {element(infos[name].dtype)[1] for name in chosen})
     return Plan(folder, make_shards(items, max_shard_size), *files, options, checkpoint, warm_up)
@@ -209,10 +200,7 @@ def _encoded(info: TensorInfo, layout: str, transpose: str, rule: str) -> Encode
     known, transposed = _LAYOUTS[layout], wants_transpose(layout, info.shape, transpose)
     *rows, size = swapped(info.shape) if transposed else info.shape
     scales, dtype = (*rows, size // BLOCK_SIZE), known.codes_dtypes[0]
-    if known.blocks_axis:
-        codes = (*scales, BYTES_PER_BLOCK)
-    else:
-        codes = (*rows, size // BLOCK_SIZE * BYTES_PER_BLOCK * 8 // DTYPES[dtype][0])
+    codes = (*scales, BYTES_PER_BLOCK) if known.blocks_axis else (*rows, size * 4 // DTYPES[dtype][0])
     stem = info.name.removesuffix(known.weight)
     outputs = (
         Output(f"{stem}{known.codes}", dtype, codes),
@@ -347,8 +335,7 @@ def encode_checkpoint(
     (2, 3, 64)
     """
     with Checkpoint(source, io=io) as checkpoint:
-        beside = folder_beside(source, checkpoint)
         target = Path(target).absolute()
-        plan = plan_encoding(checkpoint, target, beside, rule, layout, transpose, max_shard_size, include, exclude)
+        plan = plan_encoding(checkpoint, target, source, rule, layout, transpose, max_shard_size, include, exclude)
         run = run_plan(plan, task, workers, progress, resume=resume, force=force, dry_run=dry_run)
     return Encoding(**vars(run), packed=[item.name for item in plan.items if isinstance(item, Encoded)])

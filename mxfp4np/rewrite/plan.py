@@ -1,30 +1,31 @@
-"""What a rewritten checkpoint consists of: tensors in shards, a task for each shard, and the small files beside them.
+"""What a rewritten checkpoint consists of: tensors in shards, the small files beside them, the index and the record.
 
-A plan is made from headers alone. Its tasks are independent: each may be killed and repeated, and run in any process at
-the same time as all others. The index is written last. How the bytes of a tensor are made is up to its `Item`; this
-module knows nothing of MXFP4.
+A plan is made from headers alone. How the bytes of a tensor are made is up to its `Item`; this module knows nothing of
+MXFP4, and writes nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, BinaryIO, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoint import Checkpoint
 from ..layouts.packed import TensorInfo
-from ..storage.safetensors import bytes_of, header_bytes
+from ..storage.safetensors import header_bytes
 from ..storage.tensorfile import DTYPES, nbytes_of
-from . import folder as files
-from .folder import INDEX, RECORD
+
+INDEX: Final = "model.safetensors.index.json"
+RECORD: Final = ".mxfp4np.json"
+"""Name of the record: it says which plan the folder belongs to, so that no other plan resumes it."""
 
 METADATA: Final = {"format": "pt"}
 """The metadata of each shard, which transformers requires."""
@@ -50,7 +51,7 @@ class Output(NamedTuple):
         return nbytes_of(self.dtype, self.shape)
 
 
-Chunks = Generator[tuple[int, int, NDArray[Any]], None, Any]
+Chunks = Iterator[tuple[int, NDArray[Any]]]
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,11 @@ class Item:
     """Name of the tensor in the source."""
     outputs: tuple[Output, ...]
 
-    def chunks(self, checkpoint: Checkpoint) -> Chunks:
-        """Yield the number of an output, the offset in its bytes, and a C-contiguous array; return a report or None."""
+    def chunks(self, checkpoint: Checkpoint, reports: dict[str, Any]) -> Chunks:
+        """Yield the bytes of the outputs, each from its beginning: the number of an output, and a C-contiguous array.
+
+        What there is to report is put into ``reports`` by the name of the item.
+        """
         raise NotImplementedError
 
 
@@ -70,12 +74,10 @@ class Item:
 class Copied(Item):
     """A tensor that is copied as it is."""
 
-    def chunks(self, checkpoint: Checkpoint) -> Chunks:
+    def chunks(self, checkpoint: Checkpoint, reports: dict[str, Any]) -> Chunks:  # noqa: ARG002
         """Yield the bytes of the tensor."""
-        begin = 0
         for _, chunk in checkpoint.pieces(self.name, COPY_BYTES):
-            yield 0, begin, np.ascontiguousarray(chunk)
-            begin += chunk.nbytes
+            yield 0, np.ascontiguousarray(chunk)
 
     @classmethod
     def of(cls, info: TensorInfo) -> Copied:
@@ -91,40 +93,32 @@ class Shard:
     items: tuple[Item, ...]
 
     @property
+    def outputs(self) -> list[Output]:
+        """The tensors in the order of the file: widest elements first, so that every tensor is aligned."""
+        outputs = (output for item in self.items for output in item.outputs)
+        return sorted(outputs, key=lambda output: (-DTYPES[output.dtype][0], output.name))
+
+    @property
     def header(self) -> bytes:
         """The first bytes of the file."""
-        return header_bytes({name: (dtype, shape) for name, dtype, shape in self._outputs}, METADATA)
+        return header_bytes({name: (dtype, shape) for name, dtype, shape in self.outputs}, METADATA)
 
     @property
     def nbytes(self) -> int:
         """Bytes of tensor data."""
-        return sum(output.nbytes for item in self.items for output in item.outputs)
+        return sum(output.nbytes for output in self.outputs)
 
     @property
     def offsets(self) -> dict[str, int]:
         """Where the data of each output begins, counted from the end of the header."""
-        found, offset = {}, 0
-        for output in self._outputs:
-            found[output.name] = offset
-            offset += output.nbytes
-        return found
-
-    @property
-    def _outputs(self) -> list[Output]:
-        # Widest elements first, so that every tensor is aligned.
-        outputs = (output for item in self.items for output in item.outputs)
-        return sorted(outputs, key=lambda output: (-DTYPES[output.dtype][0], output.name))
+        names, sizes = [output.name for output in self.outputs], [output.nbytes for output in self.outputs]
+        return dict(zip(names, accumulate(sizes, initial=0), strict=False))
 
 
 def split_into_shards(sizes: Sequence[int], max_shard_size: int) -> list[list[int]]:
-    """Divide tensors among shards, in order, as huggingface_hub does.
+    """Divide tensors of these sizes in bytes among shards, in order, as huggingface_hub does.
 
-    Parameters
-    ----------
-    sizes : sequence of int
-        Bytes of each.
-    max_shard_size : int
-        Bytes of a shard. A larger tensor has a shard of its own.
+    A tensor larger than ``max_shard_size`` has a shard of its own.
 
     Returns
     -------
@@ -166,88 +160,21 @@ def make_shards(items: Sequence[Item], max_shard_size: int) -> tuple[Shard, ...]
 
 
 @dataclass(frozen=True)
-class Task:
-    """One shard to be written: can be pickled, repeated, and run in any process."""
-
-    folder: Path
-    shard: Shard
-    source: Checkpoint
-
-    @property
-    def path(self) -> Path:
-        """The file to be written."""
-        return self.folder / self.shard.file
-
-    def is_done(self) -> bool:
-        """Tell whether the shard is there and complete."""
-        header = self.shard.header
-        try:
-            with self.path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                return size == len(header) + self.shard.nbytes and file.read(len(header)) == header
-        except FileNotFoundError:
-            return False
-
-    def run(self, progress: Callable[[str, int], object] = lambda *_: None) -> dict[str, Any]:
-        """Write the shard, if it is not there, and return the reports of its items by their names.
-
-        ``progress`` is called with the name of a tensor and the number of bytes written since the last call.
-        """
-        reports: dict[str, Any] = {}
-        if self.is_done():
-            return reports
-        header, offsets = self.shard.header, self.shard.offsets
-
-        def write(file: BinaryIO) -> None:
-            file.truncate(len(header) + self.shard.nbytes)
-            file.write(header)
-            # In the order of the file.
-            for item in sorted(self.shard.items, key=lambda item: offsets[item.outputs[0].name]):
-                chunks = item.chunks(self.source)
-                while True:
-                    try:
-                        which, offset, data = next(chunks)
-                    except StopIteration as stop:
-                        if stop.value:
-                            reports[item.name] = stop.value
-                        break
-                    output = item.outputs[which]
-                    file.seek(len(header) + offsets[output.name] + offset)
-                    file.write(bytes_of(data))
-                    progress(output.name, data.nbytes)
-
-        files.create(self.path, write)
-        files.remove_leftovers(self.folder, [self.shard.file])
-        return reports
-
-
-@dataclass(frozen=True)
 class Plan:
-    """Everything that is to be written, known from headers alone.
-
-    Attributes
-    ----------
-    folder : Path
-        The target.
-    shards : tuple of Shard
-    documents : mapping of str to bytes
-        Small files to be written beside the shards.
-    copies : mapping of str to Path
-        Files to be copied beside them, by their names in the folder.
-    options : mapping
-        What the plan was made with, for the record.
-    source : Checkpoint
-    warm_up : callable, optional
-        Imports and compiles what the items need. Called before threads start; see `Workers`.
-    """
+    """Everything that is to be written, known from headers alone."""
 
     folder: Path
+    """The target."""
     shards: tuple[Shard, ...]
     documents: Mapping[str, bytes]
+    """Small files to be written beside the shards."""
     copies: Mapping[str, Path]
+    """Files to be copied beside them, by their names in the folder."""
     options: Mapping[str, Any]
+    """What the plan was made with, for the record."""
     source: Checkpoint
     warm_up: Callable[[], object] | None = None
+    """Imports and compiles what the items need. Called before threads start; see `Workers`."""
 
     @property
     def items(self) -> list[Item]:
@@ -255,19 +182,18 @@ class Plan:
         return [item for shard in self.shards for item in shard.items]
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of tensor data."""
-        return sum(shard.nbytes for shard in self.shards)
+    def files(self) -> set[str]:
+        """The names of all files."""
+        return {RECORD, INDEX, *self.documents, *self.copies, *(shard.file for shard in self.shards)}
 
     @property
     def index(self) -> bytes | None:
         """The text of the index; one shard has none."""
         if len(self.shards) == 1:
             return None
-        weight_map = {
-            output.name: shard.file for shard in self.shards for item in shard.items for output in item.outputs
-        }
-        return json_bytes({"metadata": {"total_size": self.nbytes}, "weight_map": dict(sorted(weight_map.items()))})
+        weight_map = {output.name: shard.file for shard in self.shards for output in shard.outputs}
+        total = sum(shard.nbytes for shard in self.shards)
+        return json_bytes({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
 
     @cached_property
     def record(self) -> bytes:
@@ -281,85 +207,6 @@ class Plan:
         copies = sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in found.items())
         digest.update(json.dumps([sorted(self.options.items()), copies, self.source.stamps]).encode())
         return (json.dumps({**self.options, "plan": digest.hexdigest()}, indent=2) + "\n").encode()
-
-    def tasks(self, part: tuple[int, int] | None = None) -> list[Task]:
-        """Return a task for each shard, or every n-th from the i-th on for ``part = (i, n)``, counted from 1."""
-        i, n = part or (1, 1)
-        if not 1 <= i <= n:
-            raise ValueError(f"task must be i/n with 1 <= i <= n, found {i}/{n}")
-        return [Task(self.folder, shard, self.source) for shard in self.shards[i - 1 :: n]]
-
-    def refuse_source(self) -> None:
-        """Raise an error if a file that is read lies in the target."""
-        source = self.source
-        config = source.folder / "config.json"
-        for path in (source.folder, source.index or config, config, *source.files, *self.copies.values()):
-            if path.resolve().is_relative_to(self.folder.resolve()):
-                raise ValueError(f"{self.folder}: the source is in it: choose another folder")
-
-    def prepare(self, tasks: Sequence[Task], *, resume: bool, force: bool, shared: bool) -> list[Task]:
-        """Make the folder, write everything that is not a shard or the index, and return the tasks that are not done.
-
-        Parameters
-        ----------
-        tasks : sequence of Task
-            What is going to be run: the disk must have room for it.
-        resume : bool
-            Whether to keep what an earlier run of the same plan wrote.
-        force : bool
-            Whether to remove an earlier run's files. Other files stay, unless they are to be written now; weights that
-            no run wrote are refused.
-        shared : bool
-            Whether other processes may be writing to the folder.
-        """
-        if resume and force:
-            raise ValueError("resume continues and force starts over: give one of them")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        # Listed before the record is looked for: another process writes its record before anything else.
-        found = files.entries(self.folder)
-        earlier: list[Path] = []
-        if force:
-            earlier = files.files_of_earlier_run(self.folder, found, [*self.documents, *self.copies])
-        elif (self.folder / RECORD).exists():
-            if not resume:
-                raise FileExistsError(
-                    f"{self.folder}: holds an earlier run: continue it with --resume, or start over with --force"
-                )
-            files.check_record(self.folder, self.record, self.options)
-        elif found:
-            raise FileExistsError(
-                f"{self.folder}: expected a new or empty folder, found {found[0].name!r}: with --force, files of the "
-                "same names are replaced"
-            )
-        if not shared:
-            files.remove_leftovers(self.folder, self._names)
-        removed = set(earlier)
-        left = [task for task in tasks if task.path in removed or not task.is_done()]
-        files.check_room(self.folder, sum(task.shard.nbytes for task in left), earlier)
-        for path in earlier:
-            path.unlink(missing_ok=True)
-        files.put(self.folder / RECORD, self.record)
-        for name, text in self.documents.items():
-            files.put(self.folder / name, text)
-        for name, path in self.copies.items():
-            files.copy(path, self.folder / name)
-        return left
-
-    def finish(self) -> list[str]:
-        """Write the index if all shards are there, and return the names of those that are not."""
-        there = {path.name for path in self.folder.iterdir()}
-        missing = [shard.file for shard in self.shards if shard.file not in there]
-        if missing:
-            return missing
-        index = self.index
-        if index is not None:
-            files.put(self.folder / INDEX, index)
-        files.remove_leftovers(self.folder, self._names)
-        return []
-
-    @property
-    def _names(self) -> set[str]:
-        return {RECORD, INDEX, *self.documents, *self.copies, *(shard.file for shard in self.shards)}
 
 
 def json_bytes(value: Mapping[str, Any]) -> bytes:

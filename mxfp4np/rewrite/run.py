@@ -1,20 +1,216 @@
-"""Run a plan: its tasks in worker threads, then the index; and say what was done.
+"""Write what a plan describes: the record and the small files, the shards in worker threads, and the index last.
 
-It knows nothing of what the items of a plan are.
+A file that has its final name is complete and on disk. Several processes may write to the same folder: the tasks, one
+for each shard, are independent, and each may be killed and repeated. This module knows nothing of what the items are.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import re
+import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Final
 
+from ..checkpoint import Checkpoint
+from ..errors import CheckpointError
+from ..storage.discover import read_json
+from ..storage.safetensors import atomic_file, bytes_of
 from ..text import count, escape, format_bytes
-from .plan import Plan, Task
+from .plan import INDEX, RECORD, Plan, Shard
 from .workers import Progress, Workers
+
+_SHARD: Final = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors")
+_TEMPORARY: Final = re.compile(r"\.(.+)\.\d+-[0-9a-f]{8}\.tmp")
+"""Names that `atomic_file` gives to files that are not complete yet."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One shard to be written: can be pickled, repeated, and run in any process."""
+
+    folder: Path
+    shard: Shard
+    source: Checkpoint
+
+    @property
+    def path(self) -> Path:
+        """The file to be written."""
+        return self.folder / self.shard.file
+
+    def is_done(self) -> bool:
+        """Tell whether the shard is there and complete."""
+        header = self.shard.header
+        try:
+            with self.path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                return size == len(header) + self.shard.nbytes and file.read(len(header)) == header
+        except FileNotFoundError:
+            return False
+
+    def run(self, progress: Callable[[str, int], object] = lambda *_: None) -> dict[str, Any]:
+        """Write the shard, if it is not there, and return the reports of its items by their names.
+
+        ``progress`` is called with the name of a tensor and the number of bytes written since the last call.
+        """
+        reports: dict[str, Any] = {}
+        if self.is_done():
+            return reports
+        header, offsets = self.shard.header, self.shard.offsets
+
+        def write(file: BinaryIO) -> None:
+            file.truncate(len(header) + self.shard.nbytes)
+            file.write(header)
+            # In the order of the file.
+            for item in sorted(self.shard.items, key=lambda item: offsets[item.outputs[0].name]):
+                for which, data in item.chunks(self.source, reports):
+                    name = item.outputs[which].name
+                    file.seek(len(header) + offsets[name])
+                    offsets[name] += file.write(bytes_of(data))
+                    progress(name, data.nbytes)
+
+        _create(self.path, write)
+        _remove_leftovers(self.folder, [self.shard.file])
+        return reports
+
+
+def tasks_of(plan: Plan, part: tuple[int, int] | None = None) -> list[Task]:
+    """Return a task for each shard, or every n-th from the i-th on for ``part = (i, n)``, counted from 1."""
+    i, n = part or (1, 1)
+    if not 1 <= i <= n:
+        raise ValueError(f"task must be i/n with 1 <= i <= n, found {i}/{n}")
+    return [Task(plan.folder, shard, plan.source) for shard in plan.shards[i - 1 :: n]]
+
+
+def prepare(plan: Plan, tasks: Sequence[Task], *, resume: bool, force: bool, shared: bool) -> list[Task]:
+    """Make the folder, write everything that is not a shard or the index, and return the tasks that are not done.
+
+    ``resume`` keeps what an earlier run of the same plan wrote. ``force`` removes it; other files stay, unless they are
+    to be written now, and weights that no run wrote are refused. ``shared``: other processes may be writing too.
+    """
+    if resume and force:
+        raise ValueError("resume continues and force starts over: give one of them")
+    folder = plan.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    # Listed before the record is looked for: another process writes its record before anything else.
+    found = [path for path in folder.iterdir() if not _TEMPORARY.fullmatch(path.name)]
+    earlier: list[Path] = []
+    if force:
+        earlier = _files_of_earlier_run(plan, found)
+    elif (folder / RECORD).exists():
+        if not resume:
+            raise FileExistsError(
+                f"{folder}: holds an earlier run: continue it with --resume, or start over with --force"
+            )
+        _check_record(plan)
+    elif found:
+        raise FileExistsError(
+            f"{folder}: expected a new or empty folder, found {found[0].name!r}: with --force, files of the same "
+            "names are replaced"
+        )
+    if not shared:
+        _remove_leftovers(folder, plan.files)
+    left = [task for task in tasks if task.path in earlier or not task.is_done()]
+    nbytes = sum(task.shard.nbytes for task in left)
+    free = shutil.disk_usage(folder).free + sum(path.stat().st_size for path in earlier if path.exists())
+    if nbytes > free:
+        raise OSError(f"{folder}: {format_bytes(nbytes)} are to be written, but the disk has {format_bytes(free)} free")
+    for path in earlier:
+        path.unlink(missing_ok=True)
+    for name, text in {RECORD: plan.record, **plan.documents}.items():
+        _put(folder / name, text)
+    for name, path in plan.copies.items():
+        _copy(path, folder / name)
+    return left
+
+
+def finish(plan: Plan) -> list[str]:
+    """Write the index if all shards are there, and return the names of those that are not."""
+    there = {path.name for path in plan.folder.iterdir()}
+    missing = [shard.file for shard in plan.shards if shard.file not in there]
+    if not missing:
+        if plan.index is not None:
+            _put(plan.folder / INDEX, plan.index)
+        _remove_leftovers(plan.folder, plan.files)
+    return missing
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Return the record of a folder, empty if there is none."""
+    record = folder / RECORD
+    return read_json(record) if record.exists() else {}
+
+
+def _check_record(plan: Plan) -> None:
+    """Refuse to resume what another plan began, and say which of its options differ from those of this plan."""
+    if (plan.folder / RECORD).read_bytes() == plan.record:
+        return
+    earlier, ours = read_record(plan.folder), json.loads(plan.record)
+    changed = [
+        f"{key} {earlier.get(key)!r}, not {value!r}"
+        for key, value in plan.options.items()
+        if earlier.get(key) != ours[key]
+    ]
+    what = "; ".join(changed) or "shard size, or files that have changed since"
+    raise CheckpointError(
+        f"{plan.folder}: was begun with other options or from other files ({what}): give the same ones, or start "
+        "over with --force"
+    )
+
+
+def _files_of_earlier_run(plan: Plan, found: Sequence[Path]) -> list[Path]:
+    """Return the files that a run which starts over removes first, given all that are in the folder.
+
+    The index comes first: without it the folder is no longer complete. Weights that no run wrote are refused.
+    """
+    record = plan.folder / RECORD
+    weights = [path for path in found if path.name.endswith((".safetensors", ".index.json"))]
+    for path in weights:
+        if record not in found or not (path.name == INDEX or _SHARD.fullmatch(path.name)):
+            raise FileExistsError(f"{path}: was written by no earlier run: remove it, or choose another folder")
+    weights.sort(key=lambda path: path.name != INDEX)
+    return [*weights, *(plan.folder / name for name in (*plan.documents, *plan.copies)), record]
+
+
+def _create(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file that appears when it is complete, unless another process puts the same one there meanwhile."""
+    try:
+        with atomic_file(path) as file:
+            write(file)
+    except FileNotFoundError:
+        if not path.exists():
+            raise
+
+
+def _put(path: Path, data: bytes) -> None:
+    _create(path, lambda file: file.write(data))
+
+
+def _copy(source: Path, target: Path) -> None:
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with source.open("rb") as original:
+            _create(target, lambda file: shutil.copyfileobj(original, file))
+
+
+def _remove_leftovers(folder: Path, names: Iterable[str]) -> None:
+    """Remove the incomplete files of these names that killed processes left.
+
+    A process that is still writing one then finds the complete file in its place; see `_create`.
+    """
+    wanted = set(names)
+    for parent in {(folder / name).parent for name in wanted}:
+        for path in parent.glob(".*.tmp"):
+            match = _TEMPORARY.fullmatch(path.name)
+            if match and (parent / match[1]).relative_to(folder).as_posix() in wanted:
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
 
 @dataclass(frozen=True)
@@ -60,10 +256,6 @@ class Run:
         shards = count(len(self.shards), "shard")
         yield f"{shards}, {format_bytes(self.nbytes)} of tensor data, to {escape(str(self.folder))}"
 
-    def warnings(self) -> Iterator[str]:
-        """Yield what a person should know even if nothing else is shown."""
-        yield from ()
-
     def lines(self) -> Iterator[str]:
         """Yield a report for a person."""
         rate = f" in {self.seconds:.1f} s ({format_bytes(self.written / self.seconds)}/s)" if self.written else ""
@@ -72,6 +264,15 @@ class Run:
             f"wrote {format_bytes(self.written)}{rate} to {escape(str(self.folder))}: "
             f"{count(len(self.shards), 'shard')}, {format_bytes(self.nbytes)}, {done}"
         )
+
+
+def run_tasks(
+    tasks: Sequence[Task], workers: int | None = None, progress: Callable[[Progress], object] = lambda _: None
+) -> dict[str, Any]:
+    """Run tasks in several threads, each of which writes a shard at a time; return what all `Task.run` return."""
+    pool = Workers(workers, sum(task.shard.nbytes for task in tasks), progress)
+    reports = pool.map(lambda task: task.run(partial(pool.advance, task.shard.file)), tasks)
+    return {name: report for of_task in reports for name, report in of_task.items()}
 
 
 def run_plan(
@@ -86,35 +287,30 @@ def run_plan(
 ) -> Run:
     """Write all shards, or those of one part; and the index, if all shards are there.
 
-    With a part, other processes may be writing other parts, or the same. See `Plan.tasks`, `Plan.prepare` and
-    `run_tasks` for the arguments; ``dry_run`` writes nothing.
+    With a part, other processes may be writing other parts, or the same. See `tasks_of`, `prepare` and `run_tasks` for
+    the arguments; ``dry_run`` writes nothing.
     """
-    tasks, shared = plan.tasks(part), part is not None
+    tasks, shared = tasks_of(plan, part), part is not None
     if shared and force:
         raise ValueError("tasks share a folder: remove it, or give --force to a run without --task")
-    plan.refuse_source()
+    _refuse_source(plan)
     written, missing, begin = 0, [shard.file for shard in plan.shards], time.perf_counter()
     reports: dict[str, Any] = {}
     if not dry_run:
-        tasks = plan.prepare(tasks, resume=resume or shared, force=force, shared=shared)
+        tasks = prepare(plan, tasks, resume=resume or shared, force=force, shared=shared)
         written = sum(task.shard.nbytes for task in tasks)
         if tasks and plan.warm_up is not None:
             plan.warm_up()
         reports = run_tasks(tasks, workers, progress)
-        missing = plan.finish()
+        missing = finish(plan)
     shards = {shard.file: shard.nbytes for shard in plan.shards}
     return Run(plan.folder, shards, written, time.perf_counter() - begin, missing, reports)
 
 
-def run_tasks(
-    tasks: Sequence[Task],
-    workers: int | None = None,
-    progress: Callable[[Progress], object] = lambda _: None,
-) -> dict[str, Any]:
-    """Run tasks in several threads, each of which writes a shard at a time; return what all `Task.run` return."""
-    tasks = [task for task in tasks if not task.is_done()]
-    pool = Workers(workers, sum(task.shard.nbytes for task in tasks), progress)
-    reports: dict[str, Any] = {}
-    for found in pool.map(lambda task: task.run(partial(pool.advance, task.shard.file)), tasks):
-        reports.update(found)
-    return reports
+def _refuse_source(plan: Plan) -> None:
+    """Raise an error if a file that is read lies in the target."""
+    source = plan.source
+    config = source.folder / "config.json"
+    for path in (source.folder, source.index or config, config, *source.files, *plan.copies.values()):
+        if path.resolve().is_relative_to(plan.folder.resolve()):
+            raise ValueError(f"{plan.folder}: the source is in it: choose another folder")

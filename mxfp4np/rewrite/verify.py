@@ -21,12 +21,11 @@ from ..format import DTYPES as DECODED
 from ..format import SCALE_BIAS, SCALE_NAN, decoded_dtype
 from ..layouts.packed import TensorInfo
 from ..layouts.table import TRANSPOSE, wants_transpose
-from ..selection import select
 from ..shapes import place_in_whole, swapped
 from ..storage.discover import PathLike, weight_map_of
 from ..storage.tensorfile import DTYPES, element
-from ..text import count, escape, format_bytes
-from .folder import read_record
+from ..text import count, escape, format_bytes, select
+from .run import read_record
 from .workers import Progress, Workers
 
 CHUNK_BYTES: Final = 4 << 20
@@ -120,7 +119,14 @@ def verify(
     []
     """
     if target is None:
-        return _health(source, layout, include or (), exclude or (), workers, progress)
+        if isinstance(source, str | os.PathLike) and not Path(source).exists():
+            raise FileNotFoundError(f"{source}: no such file or folder")
+        try:
+            checkpoint = Checkpoint(source, layout=layout)
+        except (CheckpointError, LayoutError, FileNotFoundError) as error:
+            return Verification(findings=[str(error)])
+        with checkpoint:
+            return _health(checkpoint, select(checkpoint, include or (), exclude or ()), workers, progress)
     options = read_record(Path(target))
     with Checkpoint(source, layout=layout) as ours, Checkpoint(target) as theirs:
         names = select(
@@ -164,25 +170,28 @@ def compare(
             pairs.append((info, found, transposed))
     pool = Workers(workers, sum(found.nbytes for _, found, _ in pairs), progress)
 
-    def check(pair: tuple[TensorInfo, TensorInfo, bool]) -> Verification:
+    def check(pair: tuple[TensorInfo, TensorInfo, bool]) -> tuple[int, int, str | None]:
+        """Return the numbers of NaN blocks and of values that overflow, and the first difference."""
         info, found, transposed = pair
-        path, checked, difference = found.stored[0].file.path, Verification(), None
-        for index, expected, nan_blocks, overflow in _expected(source, info, found, transposed=transposed):
+        nan_blocks, overflow, difference = 0, 0, None
+        dtype, file = None if info.layout is None else DTYPES[found.dtype][1], found.stored[0].file.path
+        for index, chunk in source.pieces(info.name, CHUNK_BYTES, dtype=dtype, transpose=transposed):
+            expected = chunk
+            if isinstance(chunk, MXFP4Array):
+                expected = chunk.decode(dtype, transpose=transposed, backend="numpy")
+                nan_blocks += int(np.count_nonzero(chunk.scales == SCALE_NAN))
+                overflow += count_overflow(chunk, expected)
             if difference is None:
                 difference = _first_difference(index, expected, target.get(found.name, index=index or ...))
-            checked.nan_blocks += nan_blocks
-            checked.overflow += overflow
-            pool.advance(path.name, found.name, expected.nbytes)
-        if difference is not None:
-            checked.findings.append(f"{path}: tensor {found.name!r}{difference}")
-        return checked
+            pool.advance(file.name, found.name, expected.nbytes)
+        return nan_blocks, overflow, difference and f"{file}: tensor {found.name!r}{difference}"
 
     get_backend("numpy")  # imported before threads start: see `Workers`
     decoded_dtype("bfloat16")
-    for checked in pool.map(check, pairs):
-        result.nan_blocks += checked.nan_blocks
-        result.overflow += checked.overflow
-        result.findings += checked.findings
+    for nan_blocks, overflow, difference in pool.map(check, pairs):
+        result.nan_blocks += nan_blocks
+        result.overflow += overflow
+        result.findings += [difference] if difference else []
     result.nbytes = pool.done
     return result
 
@@ -200,26 +209,12 @@ def _mismatch(info: TensorInfo, found: TensorInfo, *, transposed: bool) -> str |
     return f"expected shape {list(shape)}, found {list(found.shape)}" if shape != found.shape else None
 
 
-def _expected(
-    source: Checkpoint, info: TensorInfo, found: TensorInfo, *, transposed: bool
-) -> Iterator[tuple[tuple[int | slice, ...], NDArray[Any], int, int]]:
-    """Yield index and values of each chunk, and its numbers of NaN blocks and of values that overflow."""
-    if info.layout is None:
-        yield from ((index, chunk, 0, 0) for index, chunk in source.pieces(info.name, CHUNK_BYTES))
-        return
-    dtype = DTYPES[found.dtype][1]
-    for index, packed in source.pieces(info.name, CHUNK_BYTES, dtype=dtype, transpose=transposed):
-        values = packed.decode(dtype, transpose=transposed, backend="numpy")
-        yield index, values, int(np.count_nonzero(packed.scales == SCALE_NAN)), count_overflow(packed, values)
-
-
 def count_overflow(packed: MXFP4Array, values: NDArray[Any]) -> int:
     """Return how many decoded values were too large for their dtype."""
     # No code overflows up to these scales: 6 * 2**13 in float16, 6 * 2**125 in the others.
     most = 140 if values.dtype == np.float16 else 252
-    if not ((packed.scales > most) & (packed.scales != SCALE_NAN)).any():
-        return 0
-    return int(np.count_nonzero(np.isinf(values)))
+    large = (packed.scales > most) & (packed.scales != SCALE_NAN)
+    return int(np.count_nonzero(np.isinf(values))) if large.any() else 0
 
 
 def _first_difference(index: tuple[int | slice, ...], expected: NDArray[Any], actual: NDArray[Any]) -> str | None:
@@ -233,57 +228,44 @@ def _first_difference(index: tuple[int | slice, ...], expected: NDArray[Any], ac
 
 
 def _health(
-    source: PathLike | Sequence[PathLike],
-    layout: str | None,
-    include: str | Iterable[str],
-    exclude: str | Iterable[str],
-    workers: int | None,
-    progress: Callable[[Progress], object],
+    checkpoint: Checkpoint, names: Iterable[str], workers: int | None, progress: Callable[[Progress], object]
 ) -> Verification:
     """Look for broken pairs, missing shards, an index that does not match, and implausible scales."""
-    result = Verification()
-    if isinstance(source, str | os.PathLike) and not Path(source).exists():
-        raise FileNotFoundError(f"{source}: no such file or folder")
-    try:
-        checkpoint = Checkpoint(source, layout=layout)
-    except (CheckpointError, LayoutError, FileNotFoundError) as error:
-        result.findings.append(str(error))
-        return result
-    with checkpoint:
-        result.findings += _missing_shards(checkpoint)
-        if checkpoint.index is not None:
-            listed = weight_map_of(checkpoint.index)
-            missing = [name for name in checkpoint.stored if name not in listed]
-            result.findings += [
-                f"{checkpoint.index}: tensor {name!r} is in a file, but not in the index" for name in missing
-            ]
-        packed: list[TensorInfo] = []
-        for name in select(checkpoint, include, exclude):
-            result.tensors += 1
-            try:
-                info = checkpoint.info(name)
-            except LayoutError as error:
-                result.findings.append(str(error))
-            else:
-                packed += [info] if info.layout is not None else []
+    result = Verification(findings=[*_missing_shards(checkpoint), *_not_in_index(checkpoint)])
+    packed: list[TensorInfo] = []
+    for name in names:
+        result.tensors += 1
+        try:
+            info = checkpoint.info(name)
+        except LayoutError as error:
+            result.findings.append(str(error))
+        else:
+            packed += [info] if info.layout is not None else []
+    pool = Workers(workers, sum(info.nbytes for info in packed), progress)
 
-        pool = Workers(workers, sum(info.nbytes for info in packed), progress)
+    def count_scales(info: TensorInfo) -> NDArray[np.int64]:
+        counts = np.zeros(256, np.int64)
+        for _, chunk in checkpoint.pieces(info.name, 8 * CHUNK_BYTES):
+            # A block of zeros may have any scale.
+            used = chunk.scales[(chunk.blocks & 0x77).any(axis=-1) | (chunk.scales == SCALE_NAN)]
+            counts += np.bincount(used.reshape(-1), minlength=256)
+            pool.advance(info.stored[0].file.path.name, info.name, chunk.nbytes)
+        return counts
 
-        def count_scales(info: TensorInfo) -> NDArray[np.int64]:
-            counts = np.zeros(256, np.int64)
-            for _, chunk in checkpoint.pieces(info.name, 8 * CHUNK_BYTES):
-                # A block of zeros may have any scale.
-                used = chunk.scales[(chunk.blocks & 0x77).any(axis=-1) | (chunk.scales == SCALE_NAN)]
-                counts += np.bincount(used.reshape(-1), minlength=256)
-                pool.advance(info.stored[0].file.path.name, info.name, chunk.nbytes)
-            return counts
-
-        decoded_dtype("bfloat16")  # imported before threads start: see `Workers`
-        for info, counts in zip(packed, pool.map(count_scales, packed), strict=True):
-            result.nan_blocks += int(counts[SCALE_NAN])
-            result.findings += [f"tensor {info.name!r}: {problem}" for problem in _implausible(counts)]
-        result.nbytes = pool.done
+    decoded_dtype("bfloat16")  # imported before threads start: see `Workers`
+    for info, counts in zip(packed, pool.map(count_scales, packed), strict=True):
+        result.nan_blocks += int(counts[SCALE_NAN])
+        result.findings += [f"tensor {info.name!r}: {problem}" for problem in _implausible(counts)]
+    result.nbytes = pool.done
     return result
+
+
+def _not_in_index(checkpoint: Checkpoint) -> Iterator[str]:
+    if checkpoint.index is not None:
+        listed = weight_map_of(checkpoint.index)
+        for name in checkpoint.stored:
+            if name not in listed:
+                yield f"{checkpoint.index}: tensor {name!r} is in a file, but not in the index"
 
 
 def _missing_shards(checkpoint: Checkpoint) -> Iterator[str]:

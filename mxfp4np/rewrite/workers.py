@@ -41,21 +41,10 @@ class _StoppedError(Exception):
 
 
 class Workers:
-    """Threads that add up the bytes they have done, and stop together at the first error.
+    """Threads that add up the bytes they have ``done`` out of ``total``, and stop together at the first error.
 
-    Parameters
-    ----------
-    number : int, optional
-        Threads; by default as many as decoding uses, and never more than CPUs unless the environment variable says so.
-    total : int
-        Bytes to do.
-    progress : callable
-        Called by one thread at a time, and never again once it has raised.
-
-    Attributes
-    ----------
-    done : int
-        Bytes that are done.
+    Their ``number`` is by default that of decoding, and never above that of CPUs unless the environment variable says
+    so. ``progress`` is called by one thread at a time, and never again once it has raised.
     """
 
     def __init__(self, number: int | None, total: int, progress: Callable[[Progress], object]) -> None:

@@ -1,5 +1,6 @@
 """Arguments: what is spelled is what is meant, and anything else is refused."""
 
+import argparse
 import re
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mxfp4np.cli import arguments
+from mxfp4np.cli import commands
 
 
 def spell(index):
@@ -31,31 +32,31 @@ class TestParseIndex:
     @given(st.lists(ITEMS, min_size=1, max_size=6).map(tuple), st.booleans())
     def test_returns_what_was_spelled(self, index, brackets):
         text = spell(index)
-        assert repr(arguments.parse_index(f"[{text}]" if brackets else text)) == repr(index)
+        assert repr(commands.parse_index(f"[{text}]" if brackets else text)) == repr(index)
 
     @given(st.lists(ITEMS, min_size=1, max_size=4).map(tuple), st.data())
     def test_spaces_mean_nothing(self, index, data):
         spaces = st.sampled_from(["", " ", "  ", "\t"])
         text = re.sub(r"[:,]", lambda m: data.draw(spaces) + m[0] + data.draw(spaces), spell(index))
-        assert repr(arguments.parse_index(data.draw(spaces) + text + data.draw(spaces))) == repr(index)
+        assert repr(commands.parse_index(data.draw(spaces) + text + data.draw(spaces))) == repr(index)
 
     @given(st.lists(ITEMS, min_size=1, max_size=4).map(tuple))
     def test_agrees_with_python(self, index):
         text = spell(index)
         python = eval(f"np.s_[{text}]", {"np": np})
-        assert repr(arguments.parse_index(text)) == repr(python if isinstance(python, tuple) else (python,))
+        assert repr(commands.parse_index(text)) == repr(python if isinstance(python, tuple) else (python,))
 
     @given(st.text("0123456789-+:., x[]\n"))
     def test_gives_an_index_or_an_error(self, text):
         try:
-            index = arguments.parse_index(text)
-        except arguments.ArgumentTypeError:
+            index = commands.parse_index(text)
+        except argparse.ArgumentTypeError:
             return
         assert index
         assert all(item is Ellipsis or isinstance(item, int | slice) for item in index)
 
     def test_trailing_colon(self):
-        assert arguments.parse_index("1:2:") == (slice(1, 2, None),)
+        assert commands.parse_index("1:2:") == (slice(1, 2, None),)
 
 
 class TestParseSize:
@@ -77,15 +78,15 @@ class TestParseSize:
         ],
     )
     def test_decimal_units(self, text, size):
-        assert arguments.parse_size(text) == size
+        assert commands.parse_size(text) == size
 
     @pytest.mark.parametrize("text", ["", "MB", "-1MB", "1e9", "5PB", "1.MB", ".5MB", "1 2", "nan", "5GBs"])
     def test_others_are_refused(self, text):
-        with pytest.raises(arguments.ArgumentTypeError, match="is not a size"):
-            arguments.parse_size(text)
+        with pytest.raises(argparse.ArgumentTypeError, match="is not a size"):
+            commands.parse_size(text)
 
     @given(st.integers(0, 10**12), st.sampled_from([("", 0), ("k", 1), ("M", 2), ("G", 3), ("T", 4)]))
     def test_whole_numbers(self, count, unit):
         letter, power = unit
         if count * 1000**power < 2**53:
-            assert arguments.parse_size(f"{count}{letter}B") == count * 1000**power
+            assert commands.parse_size(f"{count}{letter}B") == count * 1000**power
