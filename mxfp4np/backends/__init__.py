@@ -23,10 +23,6 @@ class Backend(Protocol):
 
     name: str
 
-    def available(self) -> bool:
-        """Return whether this backend can run in this process."""
-        ...
-
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         """Return an uninitialised C-contiguous array, aligned to 64 bytes, that the caller owns."""
         ...

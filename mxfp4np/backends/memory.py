@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-from mmap import mmap
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,6 @@ ALIGNMENT = 64
 
 class HostBackend:
     """What backends share whose arrays are NumPy's."""
-
-    def available(self) -> bool:
-        return True
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         return aligned_empty(shape, dtype)
@@ -74,14 +70,6 @@ def address_of(array: NDArray[Any]) -> int:
     `__array_interface__` says the same after a microsecond, the best part of the time for a few blocks.
     """
     return ctypes.c_size_t.from_address(id(array) + object.__basicsize__).value
-
-
-def is_mapped(array: NDArray[Any]) -> bool:
-    """Tell whether an array is in a map of a file, as far as its bases tell."""
-    base: Any = array
-    while base is not None and not isinstance(base, mmap):
-        base = base.obj if isinstance(base, memoryview) else getattr(base, "base", None)
-    return base is not None
 
 
 def is_transposed(out: NDArray[Any]) -> bool:

@@ -65,9 +65,6 @@ class CUDABackend:
             raise ValueError(f"no device 'cuda:{ordinal}': this machine has {there}")
         self._ordinal = ordinal
 
-    def available(self) -> bool:
-        return True
-
     def _device(self) -> Any:
         return self._cupy.cuda.Device(self._ordinal)
 
