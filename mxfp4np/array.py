@@ -9,19 +9,15 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterator
-from types import EllipsisType
-from typing import Any, SupportsIndex
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from .backends import Backend, as_array, backend_for, device_of
 from .errors import LayoutError
-from .format import BLOCK_SIZE, BYTES_PER_BLOCK, DTYPES, ORDERS, blocks_in, decoded_dtype
-from .shapes import split, swapped
-
-BasicIndex = SupportsIndex | slice | EllipsisType
-Index = BasicIndex | tuple[BasicIndex, ...]
+from .format import BLOCK_SIZE, BYTES_PER_BLOCK, DTYPES, ORDERS, as_dtype, blocks_in, decoded_dtype
+from .shapes import full_index, split, swapped
 
 _UINT8 = np.dtype(np.uint8)
 
@@ -34,7 +30,8 @@ class MXFP4Array:
     blocks : (..., G, 16) uint8
         Codes, two to a byte, in the order ``order``.
     scales : (..., G) uint8 or float8_e8m0fnu
-        The block's factor is ``2**(scale - 127)``; 255 makes it NaN. A float8_e8m0fnu array is viewed as uint8.
+        The block's factor is ``2**(scale - 127)``; 255 makes it NaN. A float8_e8m0fnu array is viewed as uint8. Both
+        may be tensors of torch on the CPU, of which the array is a view.
     order : {"pairs", "halves"}
         Of a block's elements; see `mxfp4np.format.ORDERS`. ``"halves"`` is GGUF's.
 
@@ -109,6 +106,16 @@ class MXFP4Array:
         return math.prod(self.shape)
 
     @property
+    def dtype(self) -> np.dtype[Any]:
+        """bfloat16: what `decode`, NumPy and other libraries make of the values unless another dtype is asked for."""
+        return decoded_dtype("bfloat16")
+
+    @property
+    def T(self) -> NDArray[Any]:  # noqa: N802 - NumPy's name
+        """The values, decoded, with all axes reversed as NumPy does; `decode` can swap the last two only."""
+        return self.decode().T
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the packed blocks and scales."""
         return self.blocks.nbytes + self.scales.nbytes
@@ -122,12 +129,12 @@ class MXFP4Array:
     def __repr__(self) -> str:
         return f"MXFP4Array(shape={self.shape}, nbytes={self.nbytes})"
 
-    def __getitem__(self, index: Index) -> MXFP4Array:
-        """Return a view; nothing is read or decoded.
+    def __getitem__(self, index: Any) -> MXFP4Array:
+        """Return a view, or a copy of what lists or masks select, still packed; nothing is decoded.
 
         Parameters
         ----------
-        index : int, slice, Ellipsis, or a tuple of them
+        index : int, slice, Ellipsis, list or array of int or bool, or a tuple of them
             As in NumPy for the leading axes. The last axis, along which values share scales, takes a slice of step 1,
             which may begin and end inside a block.
 
@@ -159,28 +166,18 @@ class MXFP4Array:
         part.order = "pairs"
         return part
 
-    def _split_index(self, index: Index) -> tuple[tuple[SupportsIndex | slice, ...], tuple[int, int]]:
-        """Split an index into one item for each leading axis, and begin and end along the last."""
-        items = index if isinstance(index, tuple) else (index,)
-        for item in items:
-            is_integer = hasattr(item, "__index__") and not isinstance(item, bool | np.bool_ | np.ndarray)
-            if not (is_integer or item is Ellipsis or isinstance(item, slice)):
-                raise IndexError(f"packed arrays take integers, slices and one '...' as an index, found {item!r}")
-        dots = [i for i, item in enumerate(items) if item is Ellipsis] or [len(items)]
-        if len(dots) > 1:
-            raise IndexError("an index can have one '...' only")
-        head, tail = items[: dots[0]], items[dots[0] + 1 :]
-        missing = self.ndim - len(head) - len(tail)
-        if missing < 0:
-            raise IndexError(f"{self.ndim} axes, but {len(head) + len(tail)} were indexed")
-        full: list[Any] = [*head, *[slice(None)] * missing, *tail]
-        last = full.pop()
+    def _split_index(self, index: Any) -> tuple[tuple[Any, ...], tuple[int, int]]:
+        """Split an index into items for the leading axes, and begin and end along the last."""
+        *lead, last = full_index(index, self.ndim)
         if not isinstance(last, slice):
-            raise IndexError(f"the last axis takes a slice, found {last!r}: use [{last}:{last} + 1], or decode first")
+            use = f"use [{last}:{last} + 1], or decode first" if isinstance(last, int) else "decode first, then index"
+            raise IndexError(f"the last axis takes a slice, found {last!r}: {use}")
         begin, end, step = last.indices(self.shape[-1])
         if step != 1:
             raise IndexError(f"the last axis takes slices of step 1, found step {step}: decode first, then index")
-        return tuple(full), (begin, max(begin, end))
+        if self.device != "cpu":  # CuPy takes lists, but no arrays of the host
+            lead = [item.tolist() if isinstance(item, np.ndarray) else item for item in lead]
+        return tuple(lead), (begin, max(begin, end))
 
     def decode(
         self,
@@ -189,7 +186,7 @@ class MXFP4Array:
         out: NDArray[Any] | None = None,
         transpose: bool = False,
         backend: str | None = None,
-        device: str | None = None,
+        device: Any = None,
         num_threads: int | None = None,
     ) -> NDArray[Any]:
         """Return the values.
@@ -206,7 +203,7 @@ class MXFP4Array:
             experts of gpt-oss. No temporary array is needed.
         backend : {"cpu", "numpy", "cuda"}, optional
             Which backend decodes; see `mxfp4np.backends.get_backend`.
-        device : str, optional
+        device : str, torch.device or cupy.cuda.Device, optional
             Where to decode: ``"cuda"`` or ``"cuda:1"`` copies packed bytes of the host to that device. By default the
             device of ``out``, or else of the packed bytes.
         num_threads : int, optional
@@ -243,10 +240,20 @@ class MXFP4Array:
         return out
 
     def prepare_out(
-        self, dtype: DTypeLike | None, out: NDArray[Any] | None, *, transpose: bool, impl: Backend
+        self,
+        dtype: DTypeLike | None,
+        out: NDArray[Any] | None,
+        *,
+        transpose: bool,
+        impl: Backend,
+        shape: tuple[int, ...] | None = None,
     ) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Return the output of `decode`, checked or new, and a view of it that has the shape of the packed array."""
-        shape = swapped(self.shape) if transpose else self.shape
+        """Return the output of `decode`, checked or new, and a view of it that has the shape of the packed array.
+
+        ``shape`` is that of the packed array, unless only a part of it is decoded.
+        """
+        shape = self.shape if shape is None else shape
+        shape = swapped(shape) if transpose else shape
         if out is None:
             out = impl.empty(shape, decoded_dtype("bfloat16" if dtype is None else dtype))
         else:
@@ -264,11 +271,21 @@ class MXFP4Array:
             raise TypeError(f"packed values on {self.device!r} do not become a numpy.ndarray unasked: use decode()")
         if copy is False:
             raise ValueError("packed MXFP4 values cannot become an array without a copy")
-        if dtype is None or np.dtype(dtype).name in DTYPES:
-            return self.decode(dtype)
-        return self.decode("float32").astype(dtype)
+        return self.astype("bfloat16" if dtype is None else dtype)
 
-    def chunks(
+    def astype(self, dtype: DTypeLike, *, copy: bool = True) -> NDArray[Any]:  # noqa: ARG002
+        """Return the values in any dtype, as NumPy's method: decoded to it, or through float32.
+
+        Parameters
+        ----------
+        dtype : str, type or numpy.dtype
+        copy : bool
+            Of no effect: decoded values are always new.
+        """
+        dtype = as_dtype(dtype)
+        return self.decode(dtype) if dtype.name in DTYPES and dtype.isnative else self.decode("float32").astype(dtype)
+
+    def iter_chunks(
         self, max_bytes: int, dtype: DTypeLike = "bfloat16"
     ) -> Iterator[tuple[tuple[int | slice, ...], MXFP4Array]]:
         """Split the array into views that each decode to at most ``max_bytes``.
@@ -290,7 +307,7 @@ class MXFP4Array:
         --------
         >>> import numpy as np
         >>> packed = MXFP4Array(np.zeros((3, 2, 16), np.uint8), np.zeros((3, 2), np.uint8))
-        >>> [index for index, chunk in packed.chunks(256)]
+        >>> [index for index, chunk in packed.iter_chunks(256)]
         [(slice(0, 2, None), slice(0, 64, None)), (slice(2, 3, None), slice(0, 64, None))]
         """
         for index in split(self.shape, decoded_dtype(dtype).itemsize, max_bytes, (BLOCK_SIZE,)):

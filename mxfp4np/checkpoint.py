@@ -5,7 +5,7 @@ It opens the files that `storage.discover` finds, and gives each tensor in the l
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
 from itertools import islice
@@ -15,16 +15,19 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from .array import MXFP4Array
-from .backends import backend_for, get_backend
+from .backends import backend_for, device_name, get_backend
 from .errors import CheckpointError, LayoutError, TensorNotFoundError
 from .format import BLOCK_SIZE, as_dtype, decoded_dtype
-from .layouts.find import Documents, find_tensors, split_gate_up, stored_of
+from .layouts.find import Documents, split_gate_up, stored_of
+from .layouts.names import Names, as_names, find_named
 from .layouts.packed import PackedReader, PackedTensor, TensorInfo
 from .layouts.resolve import Resolver
 from .layouts.table import LAYOUTS
 from .shapes import split_both
 from .storage.discover import PathLike, check_index, find_files, open_file, read_json
 from .storage.tensorfile import StoredArrays, StoredTensor, TensorFile, element
+from .summary import html_table
+from .text import parse_bytes
 
 READ_BYTES: Final = 32 << 20
 """Largest chunk, in decoded bytes, that is read at a time from files that are not mapped."""
@@ -41,7 +44,7 @@ class Checkpoint(Mapping[str, Any]):
         A folder of ``.safetensors`` files, one such file, a list of them, or a ``.index.json``. In a folder, an index
         decides which files are opened; without ``.safetensors`` files, its ``.uqff`` or else its ``.gguf`` files are,
         which need the gguf extra.
-    device : str
+    device : str, torch.device or cupy.cuda.Device
         Where arrays are returned: ``"cpu"``, or ``"cuda"`` for CuPy's current device, or ``"cuda:1"``, with the extra
         cuda12 or cuda13 installed. `get` and `chunks` then return ``cupy.ndarray``; packed bytes are copied to the
         device and decoded there.
@@ -51,11 +54,14 @@ class Checkpoint(Mapping[str, Any]):
     layout : str, optional
         The layout of all tensors whose names match it, for instance ``"quark"``; shapes and dtypes are still checked.
         By default, and for all other tensors, it is detected.
+    names : mapping, or callable, optional
+        For conventions that no layout knows: logical names, and for each a stored name, or a pair of them, codes and
+        scales; or a function from stored to logical names. Dtypes and shapes are checked as in any layout.
 
     Attributes
     ----------
     device : str
-        As given.
+        As text.
     files : list of Path
     index : Path or None
         The index that named the files.
@@ -89,19 +95,21 @@ class Checkpoint(Mapping[str, Any]):
     def __init__(
         self,
         path: PathLike | Sequence[PathLike],
-        device: str = "cpu",
+        device: Any = "cpu",
         *,
         io: str = "mmap",
         layout: str | None = None,
+        names: Names | Callable[[str], str] | None = None,
     ) -> None:
-        if layout is not None and layout not in (names := [known.name for known in LAYOUTS]):
-            raise ValueError(f"layout must be one of {', '.join(names)}, found {layout!r}")
+        if layout is not None and layout not in (known := [x.name for x in LAYOUTS]):
+            raise ValueError(f"layout must be one of {', '.join(known)}, found {layout!r}")
         if io not in ("mmap", "pread"):
             raise ValueError(f"io must be 'mmap' or 'pread', found {io!r}")
-        self.device, self._backend = device, get_backend(device=device)
+        self.device: str = "cpu" if device is None else str(device_name(device))
+        # On the host it only checks and copies arrays, for which Numba need not be imported.
+        self._backend = get_backend("numpy" if self.device == "cpu" else None, self.device)
         self.files, self.index = find_files(path)
         self.folder = (self.index or self.files[0]).parent
-        self._reopen = partial(Checkpoint, self.index or self.files, device, io=io, layout=layout)
         self._files: list[TensorFile] = []
         self._stored: dict[str, StoredTensor] = {}
         for place in self.files:
@@ -118,7 +126,9 @@ class Checkpoint(Mapping[str, Any]):
         self.stamps = tuple((file.path.name, *file.stamp) for file in self._files)
         self.metadata = {key: text for file in reversed(self._files) for key, text in file.metadata.items()}
         documents = Documents(self.metadata, self._read_beside)
-        self._tensors = find_tensors(self._stored, documents)
+        names = as_names({} if names is None else names, self._stored)
+        self._tensors = find_named(self._stored, documents, names)
+        self._reopen = partial(Checkpoint, self.index or self.files, self.device, io=io, layout=layout, names=names)
         self._resolver = Resolver(self._stored, documents, layout)
         self._resolved: dict[str, PackedTensor | StoredTensor] = {}
 
@@ -140,6 +150,9 @@ class Checkpoint(Mapping[str, Any]):
     def __contains__(self, name: object) -> bool:
         return name in self._tensors or split_gate_up(name, self._tensors) is not None
 
+    # A mapping compares values, which would decode both checkpoints.
+    __eq__, __hash__ = object.__eq__, object.__hash__
+
     def __enter__(self) -> Self:
         return self
 
@@ -151,6 +164,12 @@ class Checkpoint(Mapping[str, Any]):
         for file in self._files:
             file.close()
         self._backend.release()
+
+    def _ipython_key_completions_(self) -> list[str]:
+        return list(self)
+
+    def _repr_html_(self) -> str:
+        return html_table(self)
 
     def __repr__(self) -> str:
         return f"<Checkpoint of {len(self)} tensors in {len(self._files)} files at {str(self.folder)!r}>"
@@ -199,12 +218,12 @@ class Checkpoint(Mapping[str, Any]):
 
     # Arrays
 
-    def get(
+    def get(  # type: ignore[override]
         self,
         name: str,
-        default: Any = _REQUIRED,
-        *,
         dtype: DTypeLike | None = None,
+        *,
+        default: Any = _REQUIRED,
         out: NDArray[Any] | None = None,
         index: Any = None,
         transpose: bool = False,
@@ -219,16 +238,16 @@ class Checkpoint(Mapping[str, Any]):
             Logical name, for instance ``"block.0.mlp.mlp1_weight"``. The rows of gpt-oss's ``mlp1_weight`` and
             ``gate_up_proj``, and their biases, alternate between gate and up: append ``"/gate"`` or ``"/up"`` to the
             name for one half of them.
-        default : optional
-            Returned for an unknown name; without it, that is an error.
         dtype : str, type or numpy.dtype, optional
             For packed tensors bfloat16 (the default), float16 or float32. A plain tensor is returned in its stored
             dtype, or as a converted copy in another.
+        default : optional
+            Returned for an unknown name; without it, that is an error. By keyword only, unlike that of a dict's `get`.
         out : numpy.ndarray, optional
             Where to write; see `MXFP4Array.decode`.
         index : optional
-            A basic index, as from ``numpy.s_``; only what it selects is read and decoded. The last axis of a packed
-            tensor takes a slice of step 1.
+            An index as from ``numpy.s_``; only what it selects is read and decoded. The leading axes also take lists
+            and masks: ``[0, 2]`` are two experts. The last axis of a packed tensor takes a slice of step 1.
         transpose : bool
             Swap the last two axes of the indexed tensor.
         backend, num_threads : optional
@@ -250,8 +269,13 @@ class Checkpoint(Mapping[str, Any]):
             If codes and scales do not fit each other, or if the tensor could have several layouts.
         CheckpointError
             If the file changed after it was opened.
-        IndexError, ValueError
+        IndexError, TypeError, ValueError
             If an argument does not fit.
+
+        Warnings
+        --------
+        NumPy adds bfloat16 in bfloat16: ``.sum()``, ``.mean()`` or ``@`` of a real tensor is wrong by factors. Compute
+        in float32: ``get(name, "float32")``, or ``.astype("float32")`` first.
         """
         if default is not _REQUIRED and name not in self:
             return default
@@ -260,14 +284,16 @@ class Checkpoint(Mapping[str, Any]):
             array = self._read_plain(tensor, rows, index)
             return self._convert(array.swapaxes(-1, -2) if transpose else array, dtype, out)
         reader = PackedReader(tensor, rows)
-        packed = reader.array if index is None else reader.array[index]
         where = self._where(backend, num_threads)
         if not reader.copies:
+            packed = reader.array if index is None else reader.array[index]
             return reader.load(packed).decode(dtype, out=out, transpose=transpose, **where)
-        impl = backend_for(packed.blocks, out, backend, where["device"])
-        out, target = packed.prepare_out(dtype, out, transpose=transpose, impl=impl)
-        for place, chunk in packed.chunks(READ_BYTES, out.dtype):
-            reader.load(chunk).decode(out=target[place], **where)
+        shape, views = reader.views(index)
+        impl = backend_for(reader.array.blocks, out, backend, where["device"])
+        out, target = reader.array.prepare_out(dtype, out, transpose=transpose, impl=impl, shape=shape)
+        for place, view in views:
+            for within, chunk in view.iter_chunks(READ_BYTES, out.dtype):
+                reader.load(chunk).decode(out=target[place][within], **where)
         return out
 
     def packed(self, name: str) -> MXFP4Array:
@@ -292,7 +318,7 @@ class Checkpoint(Mapping[str, Any]):
     def chunks(
         self,
         name: str,
-        max_bytes: int = 256 << 20,
+        max_bytes: int | str = 256 << 20,
         *,
         dtype: DTypeLike | None = None,
         transpose: bool = False,
@@ -304,8 +330,8 @@ class Checkpoint(Mapping[str, Any]):
         Parameters
         ----------
         name : str
-        max_bytes : int
-            Of one decoded chunk.
+        max_bytes : int or str
+            Of one decoded chunk, for instance ``"1GB"`` or ``"512MiB"``.
         dtype, transpose, backend, num_threads : optional
             As for `get`.
 
@@ -316,7 +342,7 @@ class Checkpoint(Mapping[str, Any]):
         chunk : numpy.ndarray or cupy.ndarray
         """
         where = self._where(backend, num_threads)
-        for index, chunk in self.pieces(name, max_bytes, dtype=dtype, transpose=transpose):
+        for index, chunk in self.pieces(name, parse_bytes(max_bytes), dtype=dtype, transpose=transpose):
             if isinstance(chunk, MXFP4Array):
                 yield index, chunk.decode(dtype, transpose=transpose, **where)
             else:

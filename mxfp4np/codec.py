@@ -26,7 +26,7 @@ def decode(
     num_threads: int | None = None,
     *,
     transpose: bool = False,
-    device: str | None = None,
+    device: Any = None,
 ) -> NDArray[Any]:
     """Decode packed blocks and scales to an array of values.
 
@@ -34,7 +34,7 @@ def decode(
     ----------
     blocks : (..., G, 16) uint8
     scales : (..., G) uint8 or float8_e8m0fnu
-        Arrays of NumPy, or of CuPy or another library that has them on a CUDA device.
+        Arrays of NumPy, tensors of torch on the CPU, or of CuPy or another library that has them on a CUDA device.
     dtype, out, backend, num_threads, transpose, device
         As for `MXFP4Array.decode`.
 
@@ -73,8 +73,8 @@ def encode(
     Parameters
     ----------
     x : (..., 32 * G) bfloat16, float16 or float32
-        Any strides and alignment. An array of CuPy, or of another library on a CUDA device, is encoded there; its
-        elements must be aligned to their size.
+        Any strides and alignment; also a tensor of torch on the CPU. An array of CuPy, or of another library on a CUDA
+        device, is encoded there; its elements must be aligned to their size.
     rule : {"even", "floor", "rceil", "ceil"}
         How a block's scale follows from its largest magnitude; see the notes.
     out : MXFP4Array, optional

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from .array import MXFP4Array
 from .backends import as_numpy
 from .checkpoint import Checkpoint
-from .format import BLOCK_SIZE
+from .format import BLOCK_SIZE, decoded_dtype
 from .layouts.table import LAYOUTS
 from .shapes import split
 from .storage.discover import PathLike
@@ -23,13 +23,23 @@ WRITE_BYTES: Final = 16 << 20
 """Largest chunk of an array that is made contiguous and written at a time, in bytes."""
 
 
-def load_file(path: PathLike | Sequence[PathLike], device: str = "cpu") -> dict[str, NDArray[Any]]:
-    """Return all tensors of a checkpoint, packed ones decoded to bfloat16.
+def load_file(
+    path: PathLike | Sequence[PathLike],
+    device: Any = "cpu",
+    *,
+    dtype: DTypeLike | None = None,
+    layout: str | None = None,
+    io: str = "mmap",
+) -> dict[str, NDArray[Any]]:
+    """Return all tensors of a checkpoint, packed ones decoded.
 
     Parameters
     ----------
-    path, device
+    path, device, layout, io
         As for `Checkpoint`.
+    dtype : str, type or numpy.dtype, optional
+        bfloat16, float16 or float32, for packed tensors and for plain ones of these dtypes. By default packed tensors
+        become bfloat16, and plain ones keep their dtype, as all others do.
 
     Returns
     -------
@@ -44,8 +54,12 @@ def load_file(path: PathLike | Sequence[PathLike], device: str = "cpu") -> dict[
     >>> mxfp4np.load_file(path)
     {'bias': array([0, 1, 2], dtype=int16)}
     """
-    with Checkpoint(path, device) as checkpoint:
-        return dict(checkpoint)
+    if dtype is not None:
+        dtype = decoded_dtype(dtype)
+    with Checkpoint(path, device, io=io, layout=layout) as checkpoint:
+        converted = ("MXFP4", "BF16", "F16", "F32")
+        infos = map(checkpoint.info, checkpoint)
+        return {x.name: checkpoint.get(x.name, dtype if x.dtype in converted else None) for x in infos}
 
 
 def save_file(
@@ -58,9 +72,10 @@ def save_file(
     Parameters
     ----------
     tensors : mapping of str to numpy.ndarray or MXFP4Array, or iterable of such pairs
-        Arrays of any strides and byte order; those of CuPy are copied to the host. An `MXFP4Array` becomes the pair
-        ``name.blocks`` and ``name.scales``. Tensors of an iterable are written in its order, one at a time, and
-        released; of a mapping, those with the widest elements come first, so that every tensor is aligned.
+        Arrays of any strides and byte order, tensors of torch included; those of CuPy are copied to the host. An
+        `MXFP4Array` becomes the pair ``name.blocks`` and ``name.scales``. Tensors of an iterable are written in its
+        order, one at a time, and released; of a mapping, those with the widest elements come first, so that every
+        tensor is aligned.
     path : path
         The file appears, or replaces an older one, only when it is complete.
     metadata : mapping of str to str, optional

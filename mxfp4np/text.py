@@ -5,7 +5,10 @@ It knows nothing of tensors or files, so that rewriting and the command line can
 
 from __future__ import annotations
 
+import operator
+import re
 from collections.abc import Iterable, Sequence
+from decimal import Decimal
 from fnmatch import fnmatchcase
 
 
@@ -42,6 +45,22 @@ def format_bytes(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} TB"
+
+
+def parse_bytes(size: int | str) -> int:
+    """Return a size in bytes, which may be text: decimal units, or binary ones with an ``i``.
+
+    Examples
+    --------
+    >>> parse_bytes("5GB"), parse_bytes("1.5 KiB"), parse_bytes(7)
+    (5000000000, 1536, 7)
+    """
+    if not isinstance(size, str):
+        return operator.index(size)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?", size.strip().lower())
+    if match is None:
+        raise ValueError(f"{size!r} is not a size: expected for instance 200MB or 5GB")
+    return int(Decimal(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2] or " "))
 
 
 def count(number: int, what: str) -> str:

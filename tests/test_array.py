@@ -68,8 +68,13 @@ def test_indexing_makes_views(pair):
         ((..., ...), "one '...' only"),
         ((None,), "integers, slices and one '...'"),
         ((True,), "integers, slices"),
-        (([0, 1],), "integers, slices"),
-        ((np.array([0, 1]),), "integers, slices"),
+        (([0.5, 1],), "lists or masks"),
+        ((np.array(True),), "integers, slices"),
+        ((np.array(1.0),), "integers, slices"),
+        (([[0], [1, 2]],), "integers, slices"),
+        (([True, False],), "boolean index did not match"),
+        ((0, 0, [0, 1]), "the last axis takes a slice, found array"),
+        ((np.ones((4, 6, 96), bool),), "the last axis takes a slice"),
         ("a", "integers, slices"),
         (4, "out of bounds"),
         (-5, "out of bounds"),
@@ -179,7 +184,7 @@ def test_chunks_are_the_array(pair):
     whole = array.decode("float32")
     for max_bytes in (128, 300, 1000, 10**6):
         again = np.zeros_like(whole)
-        for index, part in array.chunks(max_bytes, "float32"):
+        for index, part in array.iter_chunks(max_bytes, "float32"):
             assert part.size * 4 <= max_bytes
             part.decode(out=again[index])
         assert np.array_equal(again, whole)

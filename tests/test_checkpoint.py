@@ -141,11 +141,26 @@ def test_mapping_protocol(shards):
 
 def test_default(shards):
     with mxfp4np.Checkpoint(shards) as ckpt:
-        assert ckpt.get("absent", None) is None
+        assert ckpt.get("absent", default=None) is None
         assert ckpt.get("absent", default=3) == 3
-        assert ckpt.get("one", None).shape == (2, 3)
+        assert ckpt.get("one", default=None).shape == (2, 3)
         with pytest.raises(TensorNotFoundError):
             ckpt.get("absent")
+
+
+def test_the_second_argument_of_get_is_the_dtype_and_never_a_default(shards):
+    with mxfp4np.Checkpoint(shards) as ckpt:
+        for name in ("w", "one", "two"):
+            for dtype in ("float32", np.float32, np.dtype("f4")):
+                assert_same(ckpt.get(name, dtype), ckpt.get(name, dtype=dtype))
+                assert ckpt.get(name, dtype).dtype == np.float32
+            assert_same(ckpt.get(name, None), ckpt[name])
+        for second in ("float32", None, 0, np.zeros(3)):
+            with pytest.raises(TensorNotFoundError):
+                ckpt.get("absent", second)
+        for second in ("", np.zeros(3), "no dtype"):
+            with pytest.raises((TypeError, ValueError)):
+                ckpt.get("w", second)
 
 
 def test_unknown_name_gives_close_matches(shards):
@@ -357,7 +372,19 @@ def test_packed_into_a_strided_out(shards, io):
 @both_io
 @pytest.mark.parametrize(
     "index",
-    [2, np.s_[:, 3], np.s_[0, 0, 0], np.s_[0, 0, ::2], np.s_[..., 5], np.s_[0, 0, 0, 0], [0, 1], True, "w"],
+    [
+        2,
+        np.s_[:, 3],
+        np.s_[0, 0, 0],
+        np.s_[0, 0, ::2],
+        np.s_[..., 5],
+        np.s_[0, 0, 0, 0],
+        [0, 2],
+        [0.5],
+        np.s_[..., [0, 1]],
+        True,
+        "w",
+    ],
     ids=str,
 )
 def test_index_that_does_not_fit_a_packed_tensor(shards, io, index):
@@ -445,7 +472,7 @@ def test_broken_pair_is_an_error_and_all_others_work(tmp_path, case, blocks, sca
         assert set(ckpt) == {"bad", "good", "plain"}
         for call in (
             lambda: ckpt["bad"],
-            lambda: ckpt.get("bad", None),
+            lambda: ckpt.get("bad", default=None),
             lambda: ckpt.packed("bad"),
             lambda: ckpt.info("bad"),
             lambda: list(ckpt.chunks("bad")),

@@ -7,9 +7,10 @@ import pytest
 
 import mxfp4np
 from mxfp4np.cli import report
-from mxfp4np.cli.report import Row, Stats, collapse, rows, table_lines, to_json
+from mxfp4np.cli.report import Stats, table_lines, to_json
 from mxfp4np.format import FP4_VALUES
 from mxfp4np.layouts.packed import TensorInfo
+from mxfp4np.summary import Row, collapse, rows
 
 
 def row(name, shape=(2, 3), dtype="BF16", layout=None):
@@ -135,7 +136,7 @@ def test_table(path):
     cells = {line.split()[0]: line.split()[1:] for line in lines[1:4]}
     assert lines[0].split() == ["NAME", "SHAPE", "DTYPE", "LAYOUT", "STORED", "DECODED"]
     assert cells["layer.#.w"] == ["x3", "2x32", "MXFP4", "gpt-oss", "102", "B", "384", "B"]
-    assert cells["layer.#.bias"] == ["4", "F32", "-", "16", "B", "16", "B"]
+    assert cells["layer.0.bias"] == ["4", "F32", "-", "16", "B", "16", "B"]
     assert cells["broken"] == ["broken"]
     assert "found none" in lines[4]
     assert lines[5:] == [

@@ -296,7 +296,7 @@ def test_a_checkpoint_on_a_device(model, io):
             ckpt.get("bias", out=np.empty(64, np.float32))
         with pytest.raises(ValueError, match="leave one of the two out"):
             ckpt.get("w", backend="numpy")
-        assert ckpt.get("none", None) is None
+        assert ckpt.get("none", default=None) is None
         with pytest.raises(mxfp4np.TensorNotFoundError):
             ckpt["none"]
     assert {name: array.device.id for name, array in mxfp4np.load_file(model, "cuda").items()} == dict.fromkeys(host, 0)

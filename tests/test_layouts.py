@@ -509,7 +509,7 @@ def test_only_rows_that_alternate_have_halves():
     with mxfp4np.Checkpoint(DATA / "gpt_oss_hf") as ckpt:
         for name in ("model.layers.0.mlp.experts.down_proj/gate", "x/gate", "/up", "gate", 7):
             assert name not in ckpt
-            assert ckpt.get(name, None) is None
+            assert ckpt.get(name, default=None) is None
             with pytest.raises(TensorNotFoundError):
                 ckpt[name]
     with mxfp4np.Checkpoint(DATA / "mlx") as ckpt:

@@ -7,9 +7,14 @@ name and no model. To add a device, add a folder with a class that implements `B
 from __future__ import annotations
 
 import functools
+import sys
+import warnings
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+
+from ..errors import BackendUnavailableError
+from ..format import FLOAT8, dtype_named
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -102,14 +107,15 @@ class Backend(Protocol):
         ...
 
 
-def get_backend(name: str | None = None, device: str | None = None) -> Backend:
+def get_backend(name: str | None = None, device: Any = None) -> Backend:
     """Return the backend called ``name``, or the default one for ``device``.
 
     Parameters
     ----------
     name : {"cpu", "numpy", "cuda"}, optional
-        ``"cpu"`` is Numba on all cores, ``"numpy"`` the slow reference for correct results, ``"cuda"`` is CuPy.
-    device : str, optional
+        ``"cpu"`` is Numba on all cores, ``"numpy"`` the slow reference for correct results, ``"cuda"`` is CuPy. Where
+        Numba cannot be imported, the default on the CPU is ``"numpy"``, with a warning.
+    device : str, torch.device or cupy.cuda.Device, optional
         ``"cpu"``, or ``"cuda"`` for CuPy's current device, or ``"cuda:1"``. By default, the device of ``name``, or
         ``"cpu"`` without one.
 
@@ -125,7 +131,26 @@ def get_backend(name: str | None = None, device: str | None = None) -> Backend:
     >>> get_backend().name
     'cpu'
     """
-    return _get_backend(name, device)  # the cache tells positional from keyword arguments
+    return _get_backend(name, device_name(device))  # the cache tells positional from keyword arguments
+
+
+def device_name(device: Any) -> str | None:
+    """Return a device as text: of torch.device and cupy.cuda.Device by their attributes; text and None as they are.
+
+    Examples
+    --------
+    >>> from types import SimpleNamespace
+    >>> device_name("cpu"), device_name(SimpleNamespace(type="cuda", index=1)), device_name(SimpleNamespace(id=0))
+    ('cpu', 'cuda:1', 'cuda:0')
+    """
+    if device is None or isinstance(device, str):
+        return device
+    kind, index = getattr(device, "type", None), getattr(device, "index", None)
+    if isinstance(kind, str):  # torch's
+        return kind if index is None or kind == "cpu" else f"{kind}:{index}"
+    if isinstance(getattr(device, "id", None), int) and not hasattr(device, "platform"):  # CuPy's, not JAX's
+        return f"cuda:{device.id}"
+    raise TypeError(f"device must be text such as 'cuda:0', a torch.device or a cupy.cuda.Device, found {device!r}")
 
 
 @functools.cache
@@ -135,6 +160,8 @@ def _get_backend(name: str | None, device: str | None) -> Backend:
     kind, colon, ordinal = device.partition(":")
     if kind not in ("cpu", "cuda") or (colon and (kind == "cpu" or not ordinal.isdecimal())):
         raise ValueError(f"no device {device!r}: expected 'cpu', 'cuda' or 'cuda:<number>'")
+    if name is None and kind == "cpu":
+        return _default_on_host()
     name = name or kind
     if name not in ("cpu", "numpy", "cuda"):
         raise ValueError(f"no backend {name!r}: expected 'cpu', 'numpy' or 'cuda'")
@@ -153,13 +180,41 @@ def _get_backend(name: str | None, device: str | None) -> Backend:
     return CPUBackend()
 
 
+@functools.cache
+def _default_on_host() -> Backend:
+    """Return the CPU backend, or with a warning, once, the reference where Numba cannot be imported."""
+    from .cpu.compiler import check_numba
+
+    try:
+        check_numba()
+    except BackendUnavailableError as error:
+        warnings.warn(f"{error}, and is used now, at about a hundredth of the speed", stacklevel=5)
+        return _get_backend("numpy", "cpu")
+    return _get_backend("cpu", "cpu")
+
+
 def as_array(array: Any) -> NDArray[Any]:
-    """Return a NumPy array, or a CuPy view of an array on a CUDA device."""
-    if not isinstance(array, np.ndarray) and hasattr(array, "__cuda_array_interface__"):
+    """Return a NumPy array, or a CuPy view of an array on a CUDA device; of torch's tensors a view, of any dtype."""
+    if isinstance(array, np.ndarray):
+        return np.asarray(array)
+    if hasattr(array, "__cuda_array_interface__"):
         from .cuda.cupy import as_cupy
 
         return as_cupy(array)
+    if hasattr(array, "detach") and hasattr(array, "numpy"):
+        return _of_torch(array.detach())
     return np.asarray(array)
+
+
+def _of_torch(tensor: Any) -> NDArray[Any]:
+    """Return a view of a torch tensor on the CPU. Its dtypes that NumPy lacks become those of ml_dtypes."""
+    name = str(tensor.dtype).rpartition(".")[2]
+    if name not in ("bfloat16", "float4_e2m1fn_x2", *FLOAT8):
+        view: NDArray[Any] = tensor.numpy()
+        return view
+    torch = sys.modules[type(tensor.dtype).__module__]  # loaded, since there is a tensor
+    view = tensor.view(torch.int16 if name == "bfloat16" else torch.uint8).numpy()
+    return view.view(np.uint8 if name == "float4_e2m1fn_x2" else dtype_named(name))
 
 
 def as_numpy(array: Any, out: NDArray[Any] | None = None) -> NDArray[Any]:
@@ -173,16 +228,17 @@ def device_of(array: Any) -> str:
     return "cpu" if isinstance(array, np.ndarray) else f"cuda:{array.device.id}"
 
 
-def backend_for(packed: Any, out: Any, name: str | None, device: str | None) -> Backend:
+def backend_for(packed: Any, out: Any, name: str | None, device: Any) -> Backend:
     """Return the backend for the device that holds the data, or, for data of the host, the device of the result.
 
     Parameters
     ----------
     packed, out : array or None
         The data, and the array that the result is written to, if there is one.
-    name, device : str, optional
-        Arguments of the caller.
+    name, device : optional
+        Arguments of the caller, as for `get_backend`.
     """
+    device = device_name(device)
     if isinstance(packed, np.ndarray):
         if device is None and not isinstance(out, np.ndarray) and hasattr(out, "__cuda_array_interface__"):
             device = device_of(as_array(out))

@@ -23,8 +23,8 @@ from ..backends.threads import default_num_threads
 from ..checkpoint import Checkpoint
 from ..errors import CheckpointError
 from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, decoded_dtype
+from ..summary import rows
 from ..text import align, count, format_bytes
-from .report import rows
 from .timing import Run, available_memory, describe, fill, in_turn, machine
 
 ROUNDS: Final = 9
@@ -140,7 +140,7 @@ def checkpoint_source(checkpoint: Checkpoint, size: int) -> Source:
         what = f"{len(names)} of {len(packed)} packed tensors"
         return Source(what, [checkpoint.packed(name) for name in names], names)
     name = packed[0].name
-    _, array = next(checkpoint.packed(name).chunks(max(size, 2 * BLOCK_SIZE)))
+    _, array = next(checkpoint.packed(name).iter_chunks(max(size, 2 * BLOCK_SIZE)))
     return Source(f"part of 1 of {len(packed)} packed tensors", [array], [name])
 
 

@@ -15,7 +15,6 @@ import re
 import shutil
 import sys
 from contextlib import contextmanager
-from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
@@ -24,7 +23,7 @@ from .. import __version__
 from ..errors import MXFP4Error
 from ..format import DTYPES, RULES
 from ..layouts.table import ENCODED_LAYOUTS, TRANSPOSE
-from ..text import escape, format_bytes
+from ..text import escape, format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -52,11 +51,11 @@ def parse_index(text: str) -> tuple[Any, ...]:
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes for a text such as ``"200MB"``, in decimal units."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)b?", text.strip().lower())
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size: expected for instance 200MB or 5GB")
-    return int(Decimal(match[1]) * 1000 ** " kmgt".index(match[2] or " "))
+    """Return the bytes for a text such as ``"200MB"`` or ``"5GiB"``."""
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def parse_task(text: str) -> tuple[int, int]:
@@ -114,11 +113,18 @@ def shard_bar(what: str, *, quiet: bool) -> Iterator[Callable[[Progress], object
 # Commands
 
 
+def _names(args: argparse.Namespace) -> Any:
+    from ..storage.discover import read_json
+
+    return None if args.named is None else read_json(args.named)
+
+
 def _inspect(args: argparse.Namespace) -> int:
     from ..checkpoint import Checkpoint
-    from .report import Stats, collapse, rows, table_lines, to_json
+    from ..summary import collapse, label, rows
+    from .report import Stats, table_lines, to_json
 
-    with Checkpoint(args.source, layout=args.layout) as checkpoint:
+    with Checkpoint(args.source, layout=args.layout, names=_names(args)) as checkpoint:
         table = rows(checkpoint, args.pattern)
         if not table and args.pattern != "*":
             raise ValueError(f"{args.source}: no tensor is called like {args.pattern!r}")
@@ -133,10 +139,10 @@ def _inspect(args: argparse.Namespace) -> int:
             return 0
         groups = collapse(table)
         print("\n".join(table_lines(groups)))
-        for kind, group in groups.items():
+        for group in groups.values():
             members = [stats[row.name] for row in group if row.name in stats]
             if members:
-                print(f"\n{escape(kind[0])}")
+                print(f"\n{escape(label(group))}")
                 print("\n".join(f"  {line}" for line in Stats.merged(members).lines()))
     return 0
 
@@ -145,7 +151,7 @@ def _decode(args: argparse.Namespace) -> int:
     from ..checkpoint import Checkpoint
     from .decode import Selection
 
-    with Checkpoint(args.source, layout=args.layout) as checkpoint:
+    with Checkpoint(args.source, layout=args.layout, names=_names(args)) as checkpoint:
         selection = Selection(checkpoint, args.names, dtype=args.dtype, index=args.index)
         with byte_bar(selection.nbytes, "decoding", quiet=args.quiet) as progress:
             selection.write(args.output, progress)
@@ -251,17 +257,23 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("source", type=Path, metavar=metavar, help=what, **options)
         sub.add_argument("--layout", metavar="NAME", help="the layout, if the files do not determine it: quark")
 
+    def names(sub: argparse.ArgumentParser) -> None:
+        what = "JSON: logical names, each with a stored name or a pair, codes and scales"
+        sub.add_argument("--names", dest="named", type=Path, metavar="FILE.json", help=what)
+
     demo = command("demo", _demo, "Write a small checkpoint shaped like gpt-oss, decode it and check every value.")
     demo.add_argument("--out", type=Path, metavar="DIR", help="a new or empty folder (default: a temporary one)")
     demo.add_argument("--size", type=parse_size, default=200_000_000, help="decoded size (default: 200MB)")
 
     inspect = command("inspect", _inspect, "Show what a checkpoint holds.")
     checkpoint(inspect)
+    names(inspect)
     inspect.add_argument("pattern", nargs="?", default="*", metavar="PATTERN", help="names to show: '*.mlp.*'")
     inspect.add_argument("--stats", action="store_true", help="read the packed tensors and show histograms")
 
     decode = command("decode", _decode, "Write tensors, decoded, to a file.")
     checkpoint(decode)
+    names(decode)
     decode.add_argument("names", nargs="+", metavar="NAME", help="as inspect shows them, with real layer numbers")
     decode.add_argument(
         "-o", "--output", type=Path, required=True, metavar="FILE", help=".safetensors, or .npy with --dtype"

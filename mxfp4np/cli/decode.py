@@ -72,7 +72,7 @@ class Selection:
         """Yield the values of all tensors in C order."""
         for array, dtype in self._tensors.values():
             if isinstance(array, MXFP4Array):
-                chunks = (chunk.decode(dtype) for _, chunk in array.chunks(CHUNK_BYTES, dtype))
+                chunks = (chunk.decode(dtype) for _, chunk in array.iter_chunks(CHUNK_BYTES, dtype))
             else:
                 indices = split(array.shape, dtype.itemsize, CHUNK_BYTES)
                 chunks = (np.ascontiguousarray(array[index], dtype=dtype) for index in indices)

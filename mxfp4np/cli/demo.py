@@ -20,9 +20,10 @@ from ..checkpoint import Checkpoint
 from ..files import save_file
 from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, dtype_named
 from ..storage.tensorfile import nbytes_of
+from ..summary import collapse, rows
 from ..text import count, escape, format_bytes
 from .decode import Selection
-from .report import collapse, rows, table_lines
+from .report import table_lines
 from .timing import in_turn
 
 EXPERTS: Final = 8

@@ -3,41 +3,21 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..array import MXFP4Array
 from ..checkpoint import Checkpoint
-from ..errors import CheckpointError, LayoutError
 from ..format import FP4_VALUES, SCALE_BIAS, SCALE_NAN
-from ..layouts.packed import TensorInfo
-from ..text import align, count, escape, format_bytes, select
+from ..summary import Row, label
+from ..text import align, count, escape, format_bytes
 
 STATS_BYTES: Final = 4 << 20
 """Packed bytes that are counted at a time; counting takes about eight times as much memory."""
-
-_NUMBER: Final = re.compile(r"(?<![^.])\d+(?![^.])")
-
-
-class Row(NamedTuple):
-    """One logical tensor, or what is wrong with it."""
-
-    name: str
-    info: TensorInfo | None
-    problem: str | None
-
-    @property
-    def kind(self) -> tuple[Any, ...]:
-        """Equal for tensors that a collapsed table shows as one line."""
-        name = _NUMBER.sub("#", self.name)
-        if self.info is None:
-            return name, str(self.problem).replace(self.name, name)
-        return (name, self.info.shape, self.info.dtype, self.info.layout)
 
 
 @dataclass
@@ -53,7 +33,7 @@ class Stats:
 
         ``progress`` is called with the number of packed bytes counted since the last call.
         """
-        for _, chunk in array.chunks(4 * STATS_BYTES):
+        for _, chunk in array.iter_chunks(4 * STATS_BYTES):
             self.bytes_ += np.bincount(chunk.blocks.reshape(-1), minlength=256)
             self.scales += np.bincount(chunk.scales.reshape(-1), minlength=256)
             zero = ~(chunk.blocks & 0x77).any(axis=-1) & (chunk.scales != SCALE_NAN)
@@ -109,25 +89,6 @@ def _bar(what: str, label: str, count: int, total: int) -> str:
     return f"{what} {label:>6} {share:7.2%} {'#' * math.ceil(50 * share)}"
 
 
-def rows(checkpoint: Checkpoint, pattern: str = "*") -> list[Row]:
-    """Return a row for each logical tensor whose name matches a shell-style pattern."""
-    found = []
-    for name in select(checkpoint, pattern):
-        try:
-            found.append(Row(name, checkpoint.info(name), None))
-        except (CheckpointError, LayoutError) as error:
-            found.append(Row(name, None, str(error)))
-    return found
-
-
-def collapse(table: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
-    """Group rows that differ only in the numbers within their names, as the layers of a model do."""
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in table:
-        groups.setdefault(row.kind, []).append(row)
-    return groups
-
-
 def table_lines(groups: dict[tuple[Any, ...], list[Row]]) -> list[str]:
     """Return one line for each group, and the totals."""
     lines: list[tuple[str, ...]] = [("NAME", "", "SHAPE", "DTYPE", "LAYOUT", "STORED", "DECODED")]
@@ -135,7 +96,7 @@ def table_lines(groups: dict[tuple[Any, ...], list[Row]]) -> list[str]:
     reasons: dict[str, None] = {}
     total = packed = stored = decoded = 0
     for kind, group in groups.items():
-        name, times = escape(kind[0]), f"x{len(group)}" if len(group) > 1 else ""
+        name, times = escape(label(group)), f"x{len(group)}" if len(group) > 1 else ""
         infos = [row.info for row in group if row.info is not None]
         total += len(group)
         if not infos:

@@ -7,13 +7,14 @@ decoded here.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from ..array import MXFP4Array
 from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, decoded_dtype
+from ..shapes import basic_indices, full_index, is_advanced
 from ..storage.tensorfile import StoredTensor
 from .table import Layout, Shape
 
@@ -95,6 +96,17 @@ class PackedReader:
         if rows is not None:
             self.array = self.array[..., rows, :]
         self.copies = codes.file.io == "pread"
+
+    def views(self, index: Any) -> tuple[Shape, list[tuple[Any, MXFP4Array]]]:
+        """Return what an index selects of `array`: its shape, and views of it by their places in the selection.
+
+        It is one view, unless the index has lists or masks.
+        """
+        if index is None or not is_advanced(index):
+            view = self.array[() if index is None else index]
+            return view.shape, [((), view)]
+        shape, pairs = basic_indices(full_index(index, self.array.ndim), self.array.shape)
+        return shape, [(place, self.array[basic]) for place, basic in pairs]
 
     def load(self, part: MXFP4Array) -> MXFP4Array:
         """Return ``part``, any view of `array`, with its bytes in memory or in a map, and its scales as E8M0."""

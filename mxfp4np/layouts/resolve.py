@@ -119,7 +119,7 @@ class Resolver:
             return f"layout={layout.name!r}"
         if not layout.headers_suffice:
             return self._documents.support(layout, name) or ""
-        kind = "suffix pair" if candidate.scales else "tensor type"
+        kind = "tensor type" if candidate.scales is None else "suffix pair" if layout.scales else "named pair"
         headers = f"{kind}, {'/'.join(tensor.dtype for tensor in candidate.stored)}"
         support = self._documents.support(layout, name) if layout.has_metadata else None
         return f"{headers}, {support}" if support else headers

@@ -70,7 +70,7 @@ def plan_conversion(
     source: Source = None,
     dtype: DTypeLike = "bfloat16",
     transpose: str = "auto",
-    max_shard_size: int = MAX_SHARD_SIZE,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
     include: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
 ) -> Plan:
@@ -174,7 +174,7 @@ def convert(
     *,
     dtype: DTypeLike = "bfloat16",
     transpose: str = "auto",
-    max_shard_size: int = MAX_SHARD_SIZE,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
     include: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
     layout: str | None = None,
@@ -202,8 +202,8 @@ def convert(
     transpose : {"auto", "yes", "no"}
         Whether to swap the last two axes of packed tensors. ``"auto"`` does it for the experts of gpt-oss under
         Hugging Face's names: transformers expects them as ``[expert, in, out]``.
-    max_shard_size : int
-        Bytes of a file, as huggingface_hub counts them.
+    max_shard_size : int or str
+        Bytes of a file, as huggingface_hub counts them; or text, ``"5GB"`` or ``"5GiB"``.
     include, exclude : str or iterable of str
         Shell-style patterns of logical names: those to write, all by default, and those to leave out.
     layout, io : str, optional

@@ -138,7 +138,7 @@ def plan_encoding(
     rule: str = RULES[0],
     layout: str = ENCODED_LAYOUTS[0],
     transpose: str = "auto",
-    max_shard_size: int = MAX_SHARD_SIZE,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
     include: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
 ) -> Plan:
@@ -268,7 +268,7 @@ def encode_checkpoint(
     rule: str = RULES[0],
     layout: str = ENCODED_LAYOUTS[0],
     transpose: str = "auto",
-    max_shard_size: int = MAX_SHARD_SIZE,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
     include: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
     io: str = "mmap",

@@ -22,6 +22,7 @@ from ..checkpoint import Checkpoint
 from ..layouts.packed import TensorInfo
 from ..storage.safetensors import header_bytes
 from ..storage.tensorfile import DTYPES, nbytes_of
+from ..text import parse_bytes
 
 INDEX: Final = "model.safetensors.index.json"
 RECORD: Final = ".mxfp4np.json"
@@ -145,8 +146,9 @@ def split_into_shards(sizes: Sequence[int], max_shard_size: int) -> list[list[in
     return [*shards, current] if current else shards
 
 
-def make_shards(items: Sequence[Item], max_shard_size: int) -> tuple[Shard, ...]:
+def make_shards(items: Sequence[Item], max_shard_size: int | str) -> tuple[Shard, ...]:
     """Divide items among shards, and name these as transformers expects."""
+    max_shard_size = parse_bytes(max_shard_size)
     if max_shard_size < 1:
         raise ValueError(f"max_shard_size must be at least 1, found {max_shard_size}")
     sizes = [sum(output.nbytes for output in item.outputs) for item in items]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -23,6 +23,8 @@ PathLike = str | os.PathLike[str]
 def find_files(path: PathLike | Sequence[PathLike]) -> tuple[list[Path], Path | None]:
     """Return the files of a checkpoint, and the index that names them if there is one; raise if a file is missing."""
     if not isinstance(path, str | os.PathLike):
+        if not isinstance(path, Iterable) or isinstance(path, bytes):
+            raise TypeError(f"expected the path of a folder or file, or a list of paths, found {path!r}")
         files = [Path(file).absolute() for file in path]
         if not files:
             raise FileNotFoundError("an empty list of files is no checkpoint")

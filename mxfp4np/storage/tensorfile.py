@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from ..backends.memory import address_of, aligned_empty
 from ..errors import CheckpointError
 from ..format import dtype_named
+from ..shapes import basic_indices, full_index, is_advanced
 
 DTYPES: Final = {
     "BOOL": (8, "bool"),
@@ -93,16 +94,27 @@ class StoredTensor(NamedTuple):
     def array(self, index: Any = None) -> Any:
         """Return the tensor in its stored dtype, or the part of it that a NumPy index selects.
 
-        A mapped file gives a read-only view. Of a file that is read, a basic index reads only what it selects.
+        A mapped file gives a read-only view, or a copy if the index has lists or masks. Of a file that is read, only
+        what the index selects is read.
         """
         memory = self.file.view(self)
         whole = memory.view(dtype_named(element(self.dtype)[1])).reshape(self.array_shape)
         if index is None:
             return self.file.read(self, memory, whole)
-        part = whole[index]
-        if isinstance(part, np.ndarray) and np.may_share_memory(part, memory):
-            return self.file.read(self, memory, part)
-        return self.file.read(self, memory, whole)[index]  # a scalar, or a copy by an advanced index
+        if self.file.io != "pread":
+            return whole[index]
+        if not is_advanced(index):
+            part = whole[index]
+            if isinstance(part, np.ndarray) and np.may_share_memory(part, memory):
+                return self.file.read(self, memory, part)
+        try:
+            shape, pairs = basic_indices(full_index(index, whole.ndim), whole.shape)
+        except IndexError:  # NumPy raises its own, or knows more kinds of items
+            return self.file.read(self, memory, whole)[index]
+        out = aligned_empty(shape, whole.dtype)
+        for place, basic in pairs:
+            out[place] = self.file.read(self, memory, whole[(*basic, ...)])
+        return out[()]  # a scalar if it has no axes
 
 
 class StoredArrays(Mapping[str, Any]):
@@ -119,6 +131,11 @@ class StoredArrays(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+    __eq__, __hash__ = object.__eq__, object.__hash__
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} stored tensors>"
 
 
 class TensorFile:
@@ -151,6 +168,22 @@ class TensorFile:
     def _read_header(self, file: BinaryIO) -> None:
         """Set `tensors` and `metadata`."""
         raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.path)!r}, io={self.io!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and (other.path, other.stamp) == (self.path, self.stamp)
+
+    def __hash__(self) -> int:
+        return hash((self.path, self.stamp))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the name and the stamp of the file, without its header: a `StoredTensor` is pickled with its file."""
+        return {"path": self.path, "io": self.io, "stamp": self.stamp}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, tensors={}, metadata={}, _map=None, _file=None, _closed=False, _lock=threading.Lock())
 
     def close(self) -> None:
         """Release the file. A map stays as long as there is a view of it."""

@@ -107,6 +107,20 @@ def _digest() -> str:
     return digest.hexdigest()[:16]
 
 
+def check_numba() -> None:
+    """Import Numba; raise `BackendUnavailableError` if that fails, and say what to install."""
+
+    def make() -> None:
+        try:
+            import numba  # noqa: F401
+        except ImportError as error:
+            raise BackendUnavailableError(
+                f"the CPU backend needs Numba ({error}): python -m pip install numba; backend='numpy' works without it"
+            ) from error
+
+    build_once("numba", make)
+
+
 def compiled_kernel(module: str, name: str, *constants: int) -> CompiledFunction | None:
     """Return a kernel: what the function ``name`` of a module of this package makes of some constants, compiled.
 
@@ -115,16 +129,15 @@ def compiled_kernel(module: str, name: str, *constants: int) -> CompiledFunction
     """
 
     def make() -> CompiledFunction | None:
-        try:
-            kernels = import_module(f".{module}", __package__)
-        except ImportError as error:
-            raise BackendUnavailableError(
-                f"the CPU backend needs Numba ({error}): python -m pip install numba; backend='numpy' works without it"
-            ) from error
         import numba
+
+        kernels = import_module(f".{module}", __package__)
 
         record, integer = numba.types.CPointer(numba.from_dtype(kernels.RECORD)), numba.types.int64
         return compile_function(getattr(kernels, name)(*constants), numba.types.void(record, integer, integer))
 
-    kernel: CompiledFunction | None = build_once((module, name, *constants), make)
+    key = (module, name, *constants)
+    if key not in _built:
+        check_numba()
+    kernel: CompiledFunction | None = build_once(key, make)
     return kernel

@@ -1,0 +1,92 @@
+"""What a checkpoint holds, as rows of a table: one for each tensor, or for each kind of tensor that its layers repeat.
+
+The command line prints it, and notebooks show it. It knows only names and what `Checkpoint.info` says of them.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, Final, NamedTuple, Protocol
+
+from .errors import CheckpointError, LayoutError
+from .layouts.packed import TensorInfo
+from .text import format_bytes, select
+
+_NUMBER: Final = re.compile(r"(?<![^.])\d+(?![^.])")
+
+
+class Source(Protocol):
+    """A checkpoint, as far as it is looked at here."""
+
+    def __iter__(self) -> Any:
+        """Iterate over the names."""
+        ...
+
+    def info(self, name: str) -> TensorInfo:
+        """Return what the headers say of a tensor."""
+        ...
+
+
+class Row(NamedTuple):
+    """One logical tensor, or what is wrong with it."""
+
+    name: str
+    info: TensorInfo | None
+    problem: str | None
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Equal for tensors that a collapsed table shows as one line."""
+        name = _NUMBER.sub("#", self.name)
+        if self.info is None:
+            return name, str(self.problem).replace(self.name, name)
+        return (name, self.info.shape, self.info.dtype, self.info.layout)
+
+
+def rows(checkpoint: Source, pattern: str = "*") -> list[Row]:
+    """Return a row for each logical tensor whose name matches a shell-style pattern."""
+    found = []
+    for name in select(checkpoint, pattern):
+        try:
+            found.append(Row(name, checkpoint.info(name), None))
+        except (CheckpointError, LayoutError) as error:
+            found.append(Row(name, None, str(error)))
+    return found
+
+
+def collapse(table: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
+    """Group rows that differ only in the numbers within their names, as the layers of a model do."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in table:
+        groups.setdefault(row.kind, []).append(row)
+    return groups
+
+
+def label(group: Sequence[Row]) -> str:
+    """Return the name of a group of rows, with ``#`` for the numbers that differ.
+
+    Examples
+    --------
+    >>> label([Row("layers.3.experts.0.w", None, ""), Row("layers.3.experts.1.w", None, "")])
+    'layers.3.experts.#.w'
+    """
+    parts = zip(*(row.name.split(".") for row in group), strict=True)
+    return ".".join(several[0] if len(set(several)) == 1 else "#" for several in parts)
+
+
+def html_table(checkpoint: Source) -> str:
+    """Return a table for notebooks, layers collapsed."""
+    lines = [("name", "", "shape", "dtype", "layout", "stored")]
+    for group in collapse(rows(checkpoint)).values():
+        name, times = label(group), f"x{len(group)}" if len(group) > 1 else ""
+        info = group[0].info
+        if info is None:
+            lines.append((name, times, "", "broken", "", str(group[0].problem)))
+        else:
+            stored = sum(row.info.nbytes for row in group if row.info is not None)
+            shape = "x".join(map(str, info.shape)) or "scalar"
+            lines.append((name, times, shape, info.dtype, info.layout or "-", format_bytes(stored)))
+    cells = ("".join(f"<td>{html.escape(cell)}</td>" for cell in line) for line in lines)
+    return "<table>" + "".join(f"<tr>{line}</tr>" for line in cells) + "</table>"
