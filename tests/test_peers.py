@@ -62,10 +62,103 @@ def test_arrays_go_to_torch_without_a_copy():
     with mxfp4np.Checkpoint(DATA / "gpt_oss_hf") as ours:
         array = ours["model.layers.0.mlp.experts.down_proj"]
         assert array.dtype == ml_dtypes.bfloat16
-        tensor = torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+        readme = Path(__file__).parent.with_name("README.md").read_text()
+        (line,) = (line.strip() for line in readme.splitlines() if line.startswith("    tensor = torch.from_numpy("))
+        names = {"torch": torch, "np": np, "array": array}
+        exec(line, names)
+        tensor = names["tensor"]
+        assert tensor.dtype == torch.bfloat16
         assert tensor.data_ptr() == array.ctypes.data
         wide = ours.get("model.layers.0.mlp.experts.down_proj", dtype="float32")
         assert torch.equal(tensor.float(), torch.from_dlpack(wide))
+
+
+def test_read_only_arrays_go_to_torch_without_a_copy_too(tmp_path):
+    import torch
+
+    mxfp4np.save_file({"norm": np.arange(64).astype(ml_dtypes.bfloat16)}, tmp_path / "m.safetensors")
+    with mxfp4np.Checkpoint(tmp_path) as ours:
+        array = ours["norm"]
+        assert not array.flags.writeable
+        with pytest.warns(UserWarning, match="not writable"):
+            tensor = torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+        quiet = torch.asarray(array.view(np.uint16)).view(torch.bfloat16)
+        for same in (tensor, quiet):
+            assert same.data_ptr() == array.ctypes.data
+            assert torch.equal(same.float(), torch.arange(64.0))
+
+
+def test_tensors_of_torch_on_the_cpu_are_taken_as_arrays(tmp_path):
+    import torch
+    from safetensors.torch import load_file
+
+    blocks = torch.randint(0, 256, (4, 6, 3, 16), dtype=torch.uint8)
+    scales = torch.randint(100, 140, (4, 6, 3), dtype=torch.uint8)
+    want = mxfp4np.decode(blocks.numpy(), scales.numpy())
+    for codes in (blocks, blocks.view(torch.float4_e2m1fn_x2)):
+        for e8m0 in (scales, scales.view(torch.float8_e8m0fnu)):
+            packed = mxfp4np.MXFP4Array(codes, e8m0)
+            assert packed.blocks.ctypes.data == blocks.data_ptr()
+            assert packed.scales.ctypes.data == scales.data_ptr()
+            assert_same_bits(mxfp4np.decode(codes, e8m0), want)
+    assert_same_bits(packed[torch.tensor([2, 0])].decode(), want[[2, 0]])
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        x = torch.randn(8, 64).to(dtype)
+        for tensor in (x, torch.nn.Parameter(x), x.t().contiguous().t(), x[::2]):
+            expected = mxfp4np.encode(tensor.detach().float().numpy())
+            assert_same_bits(mxfp4np.encode(tensor).decode(), expected.decode())
+    state = {
+        "bfloat16": torch.nn.Parameter(torch.randn(3, 4).bfloat16()),
+        "float8": torch.randn(3, 4).to(torch.float8_e4m3fn),
+        "scales": scales.view(torch.float8_e8m0fnu),
+        "strided": torch.randn(4, 3).t(),
+        "scalar": torch.tensor(3, dtype=torch.bfloat16),
+        "ids": torch.arange(3),
+    }
+    for form in (state, iter(state.items())):
+        mxfp4np.save_file(form, tmp_path / "m.safetensors")
+        again = load_file(tmp_path / "m.safetensors")
+        for name, tensor in state.items():
+            assert again[name].dtype == tensor.dtype
+            assert (
+                again[name]
+                .detach()
+                .contiguous()
+                .reshape(-1)
+                .view(torch.uint8)
+                .equal(tensor.detach().contiguous().reshape(-1).view(torch.uint8))
+            ), name
+
+
+def test_devices_of_torch_are_taken(tmp_path):
+    import torch
+
+    mxfp4np.save_file({"x": np.ones(3)}, tmp_path / "m.safetensors")
+    for device in (torch.device("cpu"), torch.device("cpu", 0)):
+        assert mxfp4np.Checkpoint(tmp_path, device).device == "cpu"
+    with pytest.raises(ValueError, match="no device 'meta'"):
+        mxfp4np.Checkpoint(tmp_path, torch.device("meta"))
+
+
+def test_the_two_loaders_of_the_readme_side_by_side():
+    import torch
+    from gpt_oss.torch.weights import PARAM_NAME_MAP, Checkpoint
+
+    path = DATA / "gpt_oss_original"
+    with (
+        mxfp4np.Checkpoint(path, torch.device("cpu")) as plain,
+        mxfp4np.Checkpoint(path, names=PARAM_NAME_MAP) as named,
+    ):
+        assert sorted(named) == sorted(plain)
+        for name in plain:
+            assert_same_bits(named[name], plain[name])
+        theirs = Checkpoint(str(path), torch.device("cpu"))
+        name = "block.1.mlp.mlp2_weight"
+        wide = theirs._get_mxfp4_tensor(f"{name}.blocks", f"{name}.scales", dtype=torch.float32)
+        assert_same_bits(plain.get(name, "float32"), wide.numpy())
+        assert_same_bits(plain.get(name, "float32", index=1), wide[1].numpy())
+        assert np.array_equal(plain.stored[f"{name}.blocks"], theirs._get_tensor(f"{name}.blocks").numpy())
+        assert sorted(plain.stored) == sorted(theirs.tensor_name_to_file)
 
 
 def test_compressed_tensors_are_what_its_own_decompressor_gives():
