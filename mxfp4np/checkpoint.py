@@ -238,7 +238,7 @@ class Checkpoint(Mapping[str, Any]):
             Logical name, for instance ``"block.0.mlp.mlp1_weight"``. The rows of gpt-oss's ``mlp1_weight`` and
             ``gate_up_proj``, and their biases, alternate between gate and up: append ``"/gate"`` or ``"/up"`` to the
             name for one half of them.
-        dtype : str, type or numpy.dtype, optional
+        dtype : str, type, numpy.dtype or torch.dtype, optional
             For packed tensors bfloat16 (the default), float16 or float32. A plain tensor is returned in its stored
             dtype, or as a converted copy in another.
         default : optional
@@ -274,8 +274,8 @@ class Checkpoint(Mapping[str, Any]):
 
         Warnings
         --------
-        NumPy adds bfloat16 in bfloat16: ``.sum()``, ``.mean()`` or ``@`` of a real tensor is wrong by factors. Compute
-        in float32: ``get(name, "float32")``, or ``.astype("float32")`` first.
+        NumPy adds bfloat16 in bfloat16: ``.sum()`` and ``.mean()`` of a real tensor are wrong by factors. Compute in
+        float32: ``get(name, "float32")``, or ``.astype("float32")`` first.
         """
         if default is not _REQUIRED and name not in self:
             return default

@@ -71,7 +71,8 @@ def name_of(dtype: np.dtype[Any]) -> str:
 
 
 def as_dtype(dtype: DTypeLike) -> np.dtype[Any]:
-    """Return the dtype, which may be given by a name that only ml_dtypes knows, such as bfloat16."""
+    """Return the dtype, which may be given by a name that only ml_dtypes knows, such as bfloat16, or as torch's."""
+    dtype = _name_of_torch(dtype)
     return dtype_named(dtype) if isinstance(dtype, str) else np.dtype(dtype)
 
 
@@ -91,8 +92,14 @@ def decoded_dtype(dtype: DTypeLike) -> np.dtype[Any]:
     return _decoded_dtype(dtype)  # type: ignore[arg-type]
 
 
+def _name_of_torch(dtype: Any) -> Any:
+    """Return the name of a dtype of torch, anything else as it is."""
+    return str(dtype).removeprefix("torch.") if type(dtype).__module__ == "torch" else dtype
+
+
 @functools.cache
 def _decoded_dtype(dtype: Hashable) -> np.dtype[Any]:
+    dtype = _name_of_torch(dtype)
     name = dtype if isinstance(dtype, str) else getattr(dtype, "name", None) or getattr(dtype, "__name__", None)
     if name not in DTYPES:
         raise ValueError(f"MXFP4 decodes to {', '.join(DTYPES)}, not to {dtype!r}")

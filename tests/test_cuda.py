@@ -296,6 +296,12 @@ def test_a_checkpoint_on_a_device(model, io):
             ckpt.get("bias", out=np.empty(64, np.float32))
         with pytest.raises(ValueError, match="leave one of the two out"):
             ckpt.get("w", backend="numpy")
+        for index in ([2, 0], np.array([True, False, True, False]), np.s_[[3, 1], 5:9, :40]):
+            assert_same_bits(ckpt.get("w", index=index).get(), host["w"][index])
+            packed = mxfp4np.MXFP4Array(cupy.asarray(ckpt.packed("w").blocks), cupy.asarray(ckpt.packed("w").scales))
+            assert_same_bits(packed[index].decode().get(), host["w"][index])
+        assert_same_bits(packed.T.get(), host["w"].T)
+        assert mxfp4np.Checkpoint(model, cupy.cuda.Device(0)).device == "cuda:0"
         assert ckpt.get("none", default=None) is None
         with pytest.raises(mxfp4np.TensorNotFoundError):
             ckpt["none"]

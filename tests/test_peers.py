@@ -130,10 +130,14 @@ def test_tensors_of_torch_on_the_cpu_are_taken_as_arrays(tmp_path):
             ), name
 
 
-def test_devices_of_torch_are_taken(tmp_path):
+def test_dtypes_and_devices_of_torch_are_taken(tmp_path):
     import torch
 
     mxfp4np.save_file({"x": np.ones(3)}, tmp_path / "m.safetensors")
+    with mxfp4np.Checkpoint(DATA / "gpt_oss_original") as ours:
+        for name in ours:
+            for dtype in ("bfloat16", "float16", "float32"):
+                assert_same_bits(ours.get(name, getattr(torch, dtype)), ours.get(name, dtype))
     for device in (torch.device("cpu"), torch.device("cpu", 0)):
         assert mxfp4np.Checkpoint(tmp_path, device).device == "cpu"
     with pytest.raises(ValueError, match="no device 'meta'"):
