@@ -1,8 +1,8 @@
-"""Build what is made once per process: compiled functions, and tables they look values up in.
+"""Build what is made once per process: compiled functions, and the tables that they read.
 
-Numba is imported here, on first use. What is built is built whole or not at all: a signal handler may raise anywhere in
-the main thread, in the middle of an import or of Numba's compiler too, and leave them broken for the whole process. So
-each thing is built in a thread of its own, which no signal interrupts, while the caller waits and can be interrupted.
+Numba is imported here, on first use. A signal handler may raise anywhere in the main thread, even in the middle of an
+import or of Numba's compiler, and leave them broken for the whole process. So each thing is built in a thread of its
+own, which no signal interrupts. The caller waits, and can be interrupted.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from ... import __version__
 from ...errors import BackendUnavailableError
 
 _built: dict[Hashable, Any] = {}
-_building = threading.RLock()  # of the thread that builds, or of one that forks
+_building = threading.RLock()  # held by the thread that builds, or that forks
 
 if hasattr(os, "register_at_fork"):
-    # A child has no thread that would finish what is half built, nor release Numba's own locks: fork before or after.
+    # In a forked child no thread would finish a build, or release the locks that Numba holds: a fork waits for builds.
     os.register_at_fork(before=_building.acquire, after_in_parent=_building.release, after_in_child=_building.release)
 
 
 def build_once(key: Hashable, make: Callable[[], Any]) -> Any:
-    """Return what ``make`` made when this was first called with this key, or raise what it raised.
+    """Return what ``make`` returned in the first successful call with this key, or raise what it raises.
 
-    ``make`` must not call this function.
+    ``make`` must not call this function: it would wait for itself.
     """
     try:
         return _built[key]
@@ -62,14 +62,14 @@ def build_once(key: Hashable, make: Callable[[], Any]) -> Any:
 
 
 class CompiledFunction:
-    """A function of machine code, of integers of 64 bits, to an integer or nothing.
+    """A compiled function that takes 64-bit integers and returns one or nothing.
 
     Attributes
     ----------
     address : int
-        Where other compiled code can call it.
+        Address by which other compiled code calls it.
     call : callable
-        Call it from Python; it does not hold the GIL.
+        Calls it from Python, without the GIL.
     """
 
     def __init__(self, compiled: Any, signature: Any) -> None:
@@ -90,7 +90,7 @@ def compile_function(function: Callable[..., Any], signature: Any) -> CompiledFu
     named.__qualname__ = f"{function.__qualname__}_{_digest()}"
     try:
         return CompiledFunction(numba.cfunc(signature, cache=True)(named), signature)
-    except Exception:  # noqa: BLE001 - no place for a cache, or a broken one, is no reason to fail; other errors recur
+    except Exception:  # noqa: BLE001 - retry without a cache, which may be broken or have no place; other errors recur
         return CompiledFunction(numba.cfunc(signature)(named), signature)
 
 
@@ -108,10 +108,10 @@ def _digest() -> str:
 
 
 def compiled_kernel(module: str, name: str, *constants: int) -> CompiledFunction | None:
-    """Return a kernel: what the function ``name`` of a module of this package makes of some constants, compiled.
+    """Return the compiled kernel that the function ``name`` of a module of this package returns for some constants.
 
-    A kernel takes the address of a job, a record of the module's dtype ``RECORD``, and does its units ``start`` to
-    ``stop - 1``.
+    A kernel takes the address of a job, a record of the module's dtype ``RECORD``, and processes its units ``start`` to
+    ``stop - 1``. Returns None where Numba's compiler is switched off.
     """
 
     def make() -> CompiledFunction | None:
