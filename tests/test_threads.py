@@ -154,6 +154,15 @@ print("right" if is_right() else "wrong")
     run({}, script=FIRST + script)
 
 
+def test_an_import_lock_that_an_interrupted_import_has_kept_is_no_obstacle():
+    script = """
+import _imp
+_imp.acquire_lock()  # as where an interrupt comes right behind it
+print("right" if is_right() else "wrong")
+"""
+    run({}, script=FIRST + script)
+
+
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="the system has no such timer")
 def test_a_signal_handler_may_decode_during_the_first_decode():
     script = """

@@ -7,6 +7,7 @@ own, which no signal interrupts. The caller waits, and can be interrupted.
 
 from __future__ import annotations
 
+import _imp
 import contextlib
 import ctypes
 import functools
@@ -55,10 +56,23 @@ def build_once(key: Hashable, make: Callable[[], Any]) -> Any:
     except RuntimeError:  # the interpreter is shutting down, or there can be no more threads
         build()
     else:
-        builder.join()
+        while builder.is_alive():
+            builder.join(timeout=1)
+            _release_import_lock()
     if errors:
         raise errors[0]
     return _built[key]
+
+
+def _release_import_lock() -> None:
+    """Release Python's import lock if this thread holds it, for the builder to import.
+
+    CPython keeps it for ever where a signal handler raises in an import, right after it was acquired; the thread itself
+    can import then, but no other one can. Nobody holds it on purpose for longer than a few instructions.
+    """
+    with contextlib.suppress(RuntimeError):  # another thread holds it
+        while _imp.lock_held():
+            _imp.release_lock()
 
 
 class CompiledFunction:

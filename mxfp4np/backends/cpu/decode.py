@@ -144,7 +144,7 @@ def decode_rows(itemsize, halves, streaming):
 
     def kernel(pointer, start, stop):
         job = carray(pointer, 1)[0]
-        table, distance, codes_step, scales_step = job.table, job.prefetch, job.codes_step, job.scales_step
+        table, distance, codes_step, scales_step = job.table, job.prefetch_distance, job.codes_step, job.scales_step
         unit = start
         while unit < stop:
             row, begin = divmod(unit, job.blocks_per_row)
@@ -175,8 +175,8 @@ BATCH = 64
 @inner
 def scatter(job, buffer, begin, end, values, streaming):
     """Copy from a buffer those elements of blocks ``begin`` to ``end - 1`` of a row that the output has."""
-    first, last = max(0, 32 * begin - job.start), min(job.length, 32 * end - job.start)
-    source, size = buffer + (job.start + first - 32 * begin) * job.itemsize, job.itemsize
+    first, last = max(0, 32 * begin - job.skip), min(job.length, 32 * end - job.skip)
+    source, size = buffer + (job.skip + first - 32 * begin) * job.itemsize, job.itemsize
     if job.values_step == size:
         copy_run(source, values + first * size, (last - first) * size, streaming)
     else:
@@ -203,7 +203,7 @@ def decode_any_rows(itemsize, halves, streaming):
             for g in range(begin, end):
                 block = codes + g * job.codes_step
                 line = job.table + TABLE_LINE * load_uint8(scales + g * job.scales_step)
-                prefetch(block + job.prefetch)
+                prefetch(block + job.prefetch_distance)
                 decode_block(block, line, buffer + (g - begin) * block_bytes, itemsize, halves, False)
             scatter(job, buffer, begin, end, values, streaming)
             unit += end - begin
@@ -294,7 +294,7 @@ def decode_columns(itemsize, halves, streaming):
             block += g * job.codes_step
             scale += g * job.scales_step
             rows = min(GROUP_ROWS, job.rows - GROUP_ROWS * group)
-            is_whole = job.start <= 32 * g and 32 * (g + 1) <= job.start + job.length
+            is_whole = job.skip <= 32 * g and 32 * (g + 1) <= job.skip + job.length
             tiled = rows // 32 * 32 if is_whole else 0  # rows that are decoded 32 at a time; the others, one by one
             for row in range(tiled):
                 store_uint8(load_uint8(scale + row * job.scales_row), row_scales + row)
@@ -307,7 +307,7 @@ def decode_columns(itemsize, halves, streaming):
             # Four blocks are one cache line: each block prefetches the next line of every fourth row.
             for row in range(g % 4, rows, 4):
                 prefetch(block + row * job.codes_row + SIZE_OF_CACHE_LINE)
-            column = values + (32 * g - job.start) * job.values_step
+            column = values + (32 * g - job.skip) * job.values_step
             line = job.table + TABLE_LINE * 127
             for byte in range(16 if tiled else 0):
                 low = column + byte * between_bytes * job.values_step
@@ -353,7 +353,7 @@ def move_blocks(itemsize):
         value = job.values + start * 32 * itemsize
         for g in range(start, stop):
             if g % 4 == 0:
-                prefetch(block + job.prefetch)
+                prefetch(block + job.prefetch_distance)
             move_block(block, scale, value, itemsize)
             block += 16
             scale += 1

@@ -6,7 +6,6 @@ split. Kernels and Numba are imported when something is first decoded or encoded
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -74,9 +73,10 @@ class CPUBackend(HostBackend):
                 self.decode(*part, start=start, order=order, fresh=fresh, num_threads=num_threads)
             return
         streaming = out.nbytes >= STREAMING_BYTES and (columns or not fresh)
-        name = _decoder(job, streaming=streaming)
         if columns:
             name, streaming = "decode_columns", streaming and _is_aligned(job, "values_step")
+        else:
+            name = _decoder(job, streaming=streaming)
         kernel = compiled_kernel("decode", name, out.itemsize, order == "halves", streaming)
         if kernel is None:
             return ReferenceBackend().decode(blocks, scales, out, start=start, order=order)
@@ -150,20 +150,14 @@ def instruction_set() -> str:
 
 
 def worker_pool() -> Pool:
-    """Return the worker pool of this process. A forked child, which has no threads of its parent's, makes its own."""
-
-    def compile_functions() -> dict[str, CompiledFunction]:
-        from .pool import compile_functions
-
-        return compile_functions()
+    """Return the worker pool of this process."""
 
     def make() -> Pool:
         from .pool import Pool
 
-        return Pool(functions)
+        return Pool()
 
-    functions = build_once("pool", compile_functions)
-    pool: Pool = build_once(("pool", os.getpid()), make)
+    pool: Pool = build_once("pool", make)
     return pool
 
 
@@ -208,10 +202,10 @@ def _describe(
         "scales": address_of(scales),
         "values": address_of(values),
         "blocks_per_row": per_row,
-        "start": start,
+        "skip": start,
         "length": length,
         "itemsize": values.itemsize,
-        "prefetch": distance,
+        "prefetch_distance": distance,
     }
     axes = [(1, 0, 0, 0)] * (2 - len(axes)) + axes
     job["matrices"], job["codes_matrix"], job["scales_matrix"], job["values_matrix"] = axes[0]
@@ -222,7 +216,7 @@ def _describe(
 
 def _decoder(job: dict[str, int], *, streaming: bool) -> str:
     """Return the name of the kernel that decodes a job to rows."""
-    is_whole = job["start"] == 0 and job["length"] == BLOCK_SIZE * job["blocks_per_row"]
+    is_whole = job["skip"] == 0 and job["length"] == BLOCK_SIZE * job["blocks_per_row"]
     is_direct = is_whole and job["values_step"] == job["itemsize"]
     return "decode_rows" if is_direct and (not streaming or _is_aligned(job, "values_row")) else "decode_any_rows"
 

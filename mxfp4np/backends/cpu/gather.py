@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 from numba import carray
 
-from .simd import copy_run, store_fence
+from .simd import copy_run
 
 GATHER: Final = np.dtype(
     [
@@ -37,6 +37,5 @@ def gather():
             count = min(stop - start, job.run_bytes - offset)
             copy_run(job.source + run * job.run_stride + offset, job.target + start, count, False)
             start += count
-        store_fence()
 
     return kernel

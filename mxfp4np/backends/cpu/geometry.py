@@ -9,7 +9,7 @@ and element ``i`` of that row's values at
 
     value   job.values + m * job.values_matrix + n * job.values_row + i * job.values_step    job.itemsize bytes
 
-Values are what is decoded to or encoded from. The first one of a row is element ``job.start`` of the row's first block.
+Values are what is decoded to or encoded from. The first one of a row is element ``job.skip`` of the row's first block.
 Addresses and strides are in bytes.
 
 Work is counted in units, numbered from 0 over all rows of all matrices. Each kernel says what its unit is: one block,
@@ -36,11 +36,11 @@ JOB: Final = np.dtype(
             *("scales", "scales_matrix", "scales_row", "scales_step"),
             *("values", "values_matrix", "values_row", "values_step"),
             *("matrices", "rows", "blocks_per_row"),
-            *("start", "length"),  # of a row, in elements
+            *("skip", "length"),  # of a row of values, in elements
             "itemsize",
             "table",  # an address; each kernel's file describes its own
             *("least_scale", "most_scale", "mantissa_bits"),  # of the table; see `tables`
-            "prefetch",  # the prefetch distance of codes, in bytes
+            "prefetch_distance",  # of codes, in bytes
         )
     ]
 )

@@ -18,15 +18,16 @@ Nothing here knows MXFP4.
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numba import types
 
 from ..memory import address_of, aligned_empty
 from ..threads import most_threads
-from .compiler import CompiledFunction, compile_function
+from .compiler import compile_function
 from .geometry import field_offsets
 from .simd import atomic_add, atomic_load, atomic_replace, call_c, inner, pause
 
@@ -144,11 +145,21 @@ def serve(pool: int, worker: int) -> None:
 class Pool:
     """The workers of this process. Each is started when a call first needs it."""
 
-    def __init__(self, functions: dict[str, CompiledFunction]) -> None:
+    def __init__(self) -> None:
+        functions = _compile()
         self.work, self.assign, self.join = (functions[name].call for name in ("work", "assign", "join"))
         self._serve = functions["serve"].call
-        self._starting = threading.RLock()  # a signal handler may decode too
         self._workers = aligned_empty((most_threads(),), WORKER)
+        self._record = np.zeros((), POOL)
+        self.address = address_of(self._record)
+        self._forks = -1
+        self._forget_workers()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._forget_workers)
+
+    def _forget_workers(self) -> None:
+        """Begin without workers: a forked child has none of its parent's threads, in whatever state they were."""
+        self._starting = threading.RLock()  # a signal handler may decode too
         self._workers["task"] = self._workers["is_asleep"] = 0
         self._workers["lock"] = [_held_lock() for _ in self._workers]
         api = ctypes.pythonapi
@@ -156,8 +167,8 @@ class Pool:
             ctypes.cast(function, ctypes.c_void_p).value
             for function in (api.PyThread_acquire_lock_timed, api.PyThread_release_lock)
         )
-        self._record = np.array((address_of(self._workers), 0, acquire, release, _held_lock()), POOL)
-        self.address = address_of(self._record)
+        self._record[()] = address_of(self._workers), 0, acquire, release, _held_lock()
+        self._forks += 1
 
     def run(self, kernel: int, job: int, units: int, chunk: tuple[int, int], num_threads: int) -> None:
         """Run a kernel over units 0 to ``units - 1`` of a job, in several threads.
@@ -175,7 +186,7 @@ class Pool:
         num_threads : int
             At most this many threads, of which the calling thread is one.
         """
-        fewest, most = chunk
+        forks, (fewest, most) = self._forks, chunk
         record = np.array((kernel, job, 0, units, fewest, most, SHARES_PER_THREAD * num_threads), TASK)
         task = address_of(record)
         helpers = self.start(min(num_threads, -(-units // fewest)) - 1)
@@ -187,6 +198,8 @@ class Pool:
             # CPython handles signals after calls and at backward jumps, so none can prevent this call. Until it has
             # returned, workers may write to the memory of the job.
             self.join(self.address, task)
+        if self._forks != forks:  # a signal handler has forked, and this is the child: its parent's workers did a part
+            self.run(kernel, job, units, chunk, num_threads)
 
     def start(self, wanted: int) -> int:
         """Start workers until there are as many as wanted, or no more can start; return how many of them there are."""
@@ -200,7 +213,7 @@ class Pool:
     def _start_one(self) -> bool:
         count = int(self._record["count"])
         worker = address_of(self._workers) + count * WORKER_SIZE
-        thread = threading.Thread(target=self._serve, args=(self.address, worker), name=f"mxfp4np_{count}", daemon=True)
+        thread = threading.Thread(target=self._run_worker, args=(worker,), name=f"mxfp4np_{count}", daemon=True)
         try:
             # If a signal handler raises after the thread has started, the next thread shares its record. That is safe:
             # only one of the two can change the state to running, and one of them is awake or can be woken.
@@ -209,6 +222,9 @@ class Pool:
             return False
         self._record["count"] = max(count + 1, int(self._record["count"]))
         return True
+
+    def _run_worker(self, worker: int) -> None:
+        self._serve(self.address, worker)  # for ever: the frame keeps the pool, also while the interpreter shuts down
 
 
 def _held_lock() -> int:
@@ -222,8 +238,7 @@ def _held_lock() -> int:
     return lock
 
 
-def compile_functions() -> dict[str, CompiledFunction]:
-    """Return the compiled functions of a pool by name; none where Numba's compiler is switched off."""
+def _compile() -> dict[str, Any]:
     integer = types.int64
     signatures = {
         work.py_func: integer(integer),
@@ -231,5 +246,4 @@ def compile_functions() -> dict[str, CompiledFunction]:
         join: types.void(integer, integer),
         serve: types.void(integer, integer),
     }
-    compiled = {function.__name__: compile_function(function, signatures[function]) for function in signatures}
-    return {name: function for name, function in compiled.items() if function is not None}
+    return {function.__name__: compile_function(function, signatures[function]) for function in signatures}
