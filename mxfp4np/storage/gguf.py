@@ -5,10 +5,13 @@ The package is imported only when such a file is opened.
 
 from __future__ import annotations
 
-from typing import BinaryIO
+from typing import BinaryIO, Final
 
 from ..errors import BackendUnavailableError, CheckpointError
 from .tensorfile import DTYPES, StoredTensor, TensorFile
+
+GGUF_MAGIC: Final = b"GGUF"
+"""The first bytes of such a file."""
 
 
 class GGUFFile(TensorFile):
