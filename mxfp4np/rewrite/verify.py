@@ -134,7 +134,6 @@ def verify(
         )
         transpose = transpose or options.get("transpose", TRANSPOSE[0])
         result = compare(ours, theirs, names, transpose, workers, progress)
-        result.findings += ours.findings
         extra = sorted(set(theirs) - set(ours))
         result.findings += [f"tensor {name!r}: in {theirs.folder}, but not in {ours.folder}" for name in extra]
         return result

@@ -24,7 +24,7 @@ from .tensorfile import TensorFile, open_regular
 PathLike = str | os.PathLike[str]
 
 ENDINGS: Final = (".safetensors", ".uqff", ".gguf")
-"""Of the files that are looked for in a folder, in lower case: the first kind that is there is opened."""
+"""Of files of weights, in lower case. In a folder, files of the first ending that any has are opened."""
 
 SINGLE: Final = "model.safetensors"
 """Name of the file that transformers loads, whatever is beside it."""
@@ -34,7 +34,7 @@ _NUMBERED: Final = re.compile(r"(.+)-(\d+)-of-(\d+)(\.\w+)")
 """Names of the parts of a numbered set: stem, number, number of parts, ending."""
 
 _EXTRA: Final = ("adapter", "mmproj")
-"""How the names of files begin that belong to a model, and are none."""
+"""Beginnings of the names of adapters and projectors, which are opened only if there is no model."""
 
 _REPOSITORY: Final = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -71,7 +71,7 @@ def find_files(path: PathLike | Sequence[PathLike]) -> FileSet:
             raise FileNotFoundError("an empty list of files is no checkpoint")
         return FileSet(files, missing=list(_missing_parts(files)), named=True)
     hint, path = repository_hint(path), Path(path).absolute()
-    if hint and not path.exists():
+    if hint:
         raise FileNotFoundError(errno.ENOENT, f"{os.strerror(errno.ENOENT)}{hint}", str(path))
     if path.is_dir():
         return _find_in_folder(path)
@@ -87,7 +87,7 @@ def find_files(path: PathLike | Sequence[PathLike]) -> FileSet:
 
 
 def repository_hint(path: PathLike) -> str:
-    """Return how to download what is named like a repository of the Hub, to follow a message that it is not there."""
+    """Return how to download what is no folder but named like a repository of the Hub, to be added to a message."""
     name = os.fspath(path)
     owner, _, repository = name.partition("/")
     if not _REPOSITORY.fullmatch(name) or Path(owner).exists() or name.lower().endswith((*ENDINGS, ".json")):
@@ -157,8 +157,7 @@ def _find_index(folder: Path, weights: Sequence[Path]) -> tuple[FileSet | None, 
             listed = ", ".join(path.name for path in indexes.values())
             raise CheckpointError(f"{folder}: several indexes, open one of them: {listed}")
         return _of_index(*indexes.values()), []
-    files = _files_of(index)
-    if single is None or single in files:
+    if single is None or single in (files := _files_of(index)):
         return _of_index(index), []
     if not any(file.exists() for file in files):
         return FileSet([single]), [f"{index}: none of its {len(files)} files is there: {single.name} is opened instead"]
