@@ -124,6 +124,11 @@ class Checkpoint(Mapping[str, Any]):
         self._reopen = partial(Checkpoint, self.index or self.files, device, io=io, layout=layout)
         self._files = [open_file(file, io) for file in self.files]
         self._stored = merge_tensors(self._files, self.index)
+        if (parts := max(file.parts for file in self._files)) > len(self._files) and not found.missing:
+            self.findings.append(
+                f"{self.files[0]}: the header says that it is one of {parts:,} files, {len(self.files)} opened: open "
+                "all of them as a list, or under numbered names"
+            )
         self.stamps = tuple((file.path.name, *file.stamp) for file in self._files)
         self.metadata = {key: text for file in reversed(self._files) for key, text in file.metadata.items()}
         documents = Documents(self.metadata, self._read_beside)

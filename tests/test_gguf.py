@@ -156,6 +156,17 @@ class TestGGUF:
         assert list(mxfp4np.Checkpoint(second)) == ["blk.2.norm"]
         assert command("verify", second)[0] == 1
 
+    def test_part_under_another_name(self, tmp_path, command, package):
+        blob = self.split(package, tmp_path).rename(tmp_path / "sha256-0a")
+        (finding,) = mxfp4np.verify(blob).findings
+        assert "sha256-0a: the header says that it is one of 3 files, 1 opened" in finding
+        assert finding in command("inspect", blob)[1]
+        assert f"mxfp4np: warning: {finding}\n" in command("convert", blob, tmp_path / "out")[2]
+        assert mxfp4np.verify([blob, *tmp_path.glob("*.gguf")]).findings != []
+        for i, path in enumerate(sorted(tmp_path.glob("*.gguf"))):
+            path.rename(tmp_path / f"sha256-{i}")
+        assert mxfp4np.verify(sorted(tmp_path.glob("sha256-*"))).findings == []
+
     @pytest.mark.parametrize("name", ["sha256-0a", "weights.bin", "M.GGUF"])
     def test_file_without_the_usual_ending(self, tmp_path, name):
         (tmp_path / name).write_bytes((DATA / "gguf" / "model.gguf").read_bytes())

@@ -29,6 +29,7 @@ class GGUFFile(TensorFile):
             reader = GGUFReader(self.path)
             scalars = {key: field for key, field in reader.fields.items() if len(field.types) == 1}
             self.metadata = {key: str(field.contents()) for key, field in scalars.items()}
+            self.parts = int(self.metadata.get("split.count", 1))
         except (ValueError, LookupError, TypeError, OverflowError) as error:
             raise CheckpointError(f"{self.path}: not a valid GGUF file: {error}") from error
         if reader.byte_order == "S":

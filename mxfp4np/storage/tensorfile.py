@@ -134,6 +134,8 @@ class TensorFile:
     tensors : dict of str to StoredTensor
         In the order of their bytes.
     metadata : dict of str to str
+    parts : int
+        Number of files that the checkpoint is split into, if the header says so.
     stamp : tuple of int
         Size in bytes, and time of the last change in nanoseconds.
     """
@@ -142,6 +144,7 @@ class TensorFile:
         self.path, self.io = path, io
         self.tensors: dict[str, StoredTensor] = {}
         self.metadata: dict[str, str] = {}
+        self.parts = 1
         self._map: NDArray[np.uint8] | None = None
         self._file: BinaryIO | None = None
         self._closed = False
