@@ -269,6 +269,15 @@ def test_where_there_can_be_no_threads_the_caller_works_alone():
     assert found == {threading.current_thread()}
 
 
+def test_threads_that_are_none_of_the_system_do_not_serve(own_pool, monkeypatch):
+    """As those of gevent, the first of which would never return to the others."""
+    monkeypatch.setattr(threading, "get_native_id", lambda: 1)
+    assert own_pool.start(HELPERS) == HELPERS
+    found = set()
+    run(lambda *_: found.add(threading.current_thread()), 10)
+    assert found == {threading.current_thread()}
+
+
 def test_a_pool_is_as_large_as_can_run_at_once_and_not_larger(own_pool):
     assert own_pool.start(100) == HELPERS
     assert sum(thread.name.startswith("mxfp4np") for thread in threading.enumerate()) >= HELPERS

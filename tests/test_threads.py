@@ -207,6 +207,59 @@ print("right" if os.waitpid(child, 0)[1] == 0 else "wrong")
     run({"PYTHONWARNINGS": "ignore"}, script=FIRST + script)
 
 
+@needs_fork
+def test_a_fork_does_not_hold_a_lock_that_the_builder_needs():
+    """Handlers of forks run in reverse order of registration: logging's lock would be held while this one waits."""
+    script = """
+signal.alarm(60)
+begun = threading.Event()
+
+def make():
+    begun.set()
+    time.sleep(0.3)
+    import logging
+    return logging.getLogger("some other") is not None
+
+thread = threading.Thread(target=compiler.build_once, args=("test", make))
+thread.start()
+begun.wait()
+child = os.fork()
+if child == 0:
+    os._exit(not is_right())
+thread.join()
+print("right" if os.waitpid(child, 0)[1] == 0 else "wrong")
+"""
+    run({"PYTHONWARNINGS": "ignore"}, script=FIRST + script)
+
+
+@needs_fork
+def test_an_interrupt_while_a_fork_waits_for_the_builder_changes_nothing():
+    script = """
+signal.alarm(60)
+begun = threading.Event()
+
+def make():
+    begun.set()
+    time.sleep(0.5)
+    return 1
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+signal.signal(signal.SIGINT, interrupt)
+thread = threading.Thread(target=compiler.build_once, args=("test", make))
+thread.start()
+begun.wait()
+threading.Timer(0.1, signal.raise_signal, [signal.SIGINT]).start()
+child = os.fork()
+if child == 0:
+    os._exit("test" not in compiler._built or not is_right())
+thread.join()
+print("right" if os.waitpid(child, 0)[1] == 0 else "wrong")
+"""
+    run({"PYTHONWARNINGS": "ignore"}, script=FIRST + script)
+
+
 def test_an_error_while_building_is_raised_and_building_is_tried_again():
     def fail():
         raise OSError("no")

@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import logging  # noqa: F401 - before the fork handler below
 import os
 import threading
 from collections.abc import Callable, Hashable
@@ -24,11 +25,23 @@ from ... import __version__
 from ...errors import BackendUnavailableError
 
 _built: dict[Hashable, Any] = {}
-_building = threading.RLock()  # held by the thread that builds, or that forks
+_building = threading.RLock()  # held by the thread that builds, and by a thread that forks
+
+
+def _wait_for_builder() -> None:
+    """Acquire the lock before a fork, whatever interrupts: an exception of a fork handler would not stop the fork."""
+    if _building._is_owned():  # type: ignore[attr-defined]  # noqa: SLF001 - the builder itself forks
+        _building.acquire()
+    while not _building._is_owned():  # type: ignore[attr-defined]  # noqa: SLF001
+        with contextlib.suppress(BaseException):
+            _building.acquire()
+
 
 if hasattr(os, "register_at_fork"):
-    # In a forked child no thread would finish a build, or release the locks that Numba holds: a fork waits for builds.
-    os.register_at_fork(before=_building.acquire, after_in_parent=_building.release, after_in_child=_building.release)
+    # A child has no thread that would finish building, nor release Numba's own locks: so a fork waits for the builder.
+    # Handlers run in reverse order. The one of `logging` must come after this one, since Numba needs its lock: so it is
+    # imported here.
+    os.register_at_fork(before=_wait_for_builder, after_in_parent=_building.release, after_in_child=_building.release)
 
 
 def build_once(key: Hashable, make: Callable[[], Any]) -> Any:

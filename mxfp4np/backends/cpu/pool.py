@@ -213,7 +213,9 @@ class Pool:
     def _start_one(self) -> bool:
         count = int(self._record["count"])
         worker = address_of(self._workers) + count * WORKER_SIZE
-        thread = threading.Thread(target=self._run_worker, args=(worker,), name=f"mxfp4np_{count}", daemon=True)
+        thread = threading.Thread(
+            target=self._run_worker, args=(worker, threading.get_native_id()), name=f"mxfp4np_{count}", daemon=True
+        )
         try:
             # If a signal handler raises after the thread has started, the next thread shares its record. That is safe:
             # only one of the two can change the state to running, and one of them is awake or can be woken.
@@ -223,8 +225,9 @@ class Pool:
         self._record["count"] = max(count + 1, int(self._record["count"]))
         return True
 
-    def _run_worker(self, worker: int) -> None:
-        self._serve(self.address, worker)  # for ever: the frame keeps the pool, also while the interpreter shuts down
+    def _run_worker(self, worker: int, starter: int) -> None:
+        if threading.get_native_id() != starter:  # not with gevent, whose threads are one of the system
+            self._serve(self.address, worker)  # for ever: this frame keeps the pool until the process ends
 
 
 def _held_lock() -> int:
