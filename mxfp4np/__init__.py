@@ -23,6 +23,7 @@ _PUBLIC = {
     "errors": (
         "BackendUnavailableError",
         "CheckpointError",
+        "CheckpointWarning",
         "DeviceMemoryError",
         "LayoutError",
         "MXFP4Error",

@@ -4,6 +4,7 @@ from .codec import decode as decode
 from .codec import encode as encode
 from .errors import BackendUnavailableError as BackendUnavailableError
 from .errors import CheckpointError as CheckpointError
+from .errors import CheckpointWarning as CheckpointWarning
 from .errors import DeviceMemoryError as DeviceMemoryError
 from .errors import LayoutError as LayoutError
 from .errors import MXFP4Error as MXFP4Error

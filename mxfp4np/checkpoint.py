@@ -5,6 +5,7 @@ It opens the files that `storage.discover` finds, and gives each tensor in the l
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
@@ -16,7 +17,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from .array import MXFP4Array
 from .backends import backend_for, device_name, get_backend
-from .errors import CheckpointError, LayoutError, TensorNotFoundError
+from .errors import CheckpointWarning, LayoutError, TensorNotFoundError
 from .format import BLOCK_SIZE, as_dtype, decoded_dtype
 from .layouts.find import Documents, split_gate_up, stored_of
 from .layouts.names import Names, as_names, find_named
@@ -24,8 +25,9 @@ from .layouts.packed import PackedReader, PackedTensor, TensorInfo
 from .layouts.resolve import Resolver
 from .layouts.table import LAYOUTS
 from .shapes import split_both
-from .storage.discover import PathLike, check_index, find_files, open_file, read_json
-from .storage.tensorfile import StoredArrays, StoredTensor, TensorFile, element
+from .storage.discover import PathLike, find_files, open_file
+from .storage.index import merge_tensors, read_json
+from .storage.tensorfile import StoredArrays, StoredTensor, element
 from .summary import html_table
 from .text import parse_bytes
 
@@ -42,8 +44,10 @@ class Checkpoint(Mapping[str, Any]):
     ----------
     path : path, or sequence of paths
         A folder of ``.safetensors`` files, one such file, a list of them, or a ``.index.json``. In a folder, an index
-        decides which files are opened; without ``.safetensors`` files, its ``.uqff`` or else its ``.gguf`` files are,
-        which need the gguf extra.
+        decides which files are opened, or else their names: ``model.safetensors``, or all of ``model*.safetensors``, or
+        all others but adapters. Without ``.safetensors`` files, its ``.uqff`` or else its ``.gguf`` files are opened;
+        the latter need the gguf extra. The first part of a split GGUF file stands for all parts, and a repository's
+        folder in the Hub's cache for the snapshot that ``refs/main`` names.
     device : str, torch.device or cupy.cuda.Device
         Where arrays are returned: ``"cpu"``, or ``"cuda"`` for CuPy's current device, or ``"cuda:1"``, with the extra
         cuda12 or cuda13 installed. `get` and `chunks` then return ``cupy.ndarray``; packed bytes are copied to the
@@ -65,6 +69,14 @@ class Checkpoint(Mapping[str, Any]):
     files : list of Path
     index : Path or None
         The index that named the files.
+    beside : list of Path
+        Files of weights in the same folder that are not part of the checkpoint.
+    findings : list of str
+        What is missing, or doubtful about the choice of files, a sentence each.
+    notes : list of str
+        How the files differ from what ``path`` names, a sentence each.
+    incomplete : bool
+        Whether the folder, or the split GGUF file, lacks parts of a numbered set.
     folder : Path
         Of the index, or else of the first file.
     stamps : tuple of (str, int, int)
@@ -80,6 +92,11 @@ class Checkpoint(Mapping[str, Any]):
         If a file is malformed, or files contradict each other.
     BackendUnavailableError
         If the device needs a package that is not installed.
+
+    Warns
+    -----
+    CheckpointWarning
+        For each of the findings, if the files were not named one by one.
 
     Examples
     --------
@@ -108,21 +125,18 @@ class Checkpoint(Mapping[str, Any]):
         self.device: str = "cpu" if device is None else str(device_name(device))
         # On the host it only checks and copies arrays, for which Numba need not be imported.
         self._backend = get_backend("numpy" if self.device == "cpu" else None, self.device)
-        self.files, self.index = find_files(path)
+        found = find_files(path)
+        self.files, self.index, self.beside = found.files, found.index, found.beside
+        self.findings, self.notes = found.findings, found.notes
+        self.incomplete = bool(found.missing) and not found.named
         self.folder = (self.index or self.files[0]).parent
-        self._files: list[TensorFile] = []
-        self._stored: dict[str, StoredTensor] = {}
-        for place in self.files:
-            file = open_file(place, io)
-            for name in file.tensors.keys() & self._stored.keys():
-                raise CheckpointError(
-                    f"tensor {name!r} is in both {self._stored[name].file.path} and {place}: open one of them, or the "
-                    "index that says which"
-                )
-            self._files.append(file)
-            self._stored.update(file.tensors)
-        if self.index is not None:
-            check_index(self.index, self._stored)
+        self._files = [open_file(file, io) for file in self.files]
+        self._stored = merge_tensors(self._files, self.index)
+        if (parts := max(file.parts for file in self._files)) > len(self._files) and not found.missing:
+            self.findings.append(
+                f"{self.files[0]}: the header says that it is one of {parts:,} files, {len(self.files)} opened: open "
+                "all of them as a list, or under numbered names"
+            )
         self.stamps = tuple((file.path.name, *file.stamp) for file in self._files)
         self.metadata = {key: text for file in reversed(self._files) for key, text in file.metadata.items()}
         documents = Documents(self.metadata, self._read_beside)
@@ -131,6 +145,8 @@ class Checkpoint(Mapping[str, Any]):
         self._reopen = partial(Checkpoint, self.index or self.files, self.device, io=io, layout=layout, names=names)
         self._resolver = Resolver(self._stored, documents, layout)
         self._resolved: dict[str, PackedTensor | StoredTensor] = {}
+        for finding in self.findings if not found.named else ():
+            warnings.warn(finding, CheckpointWarning, stacklevel=2)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return self._reopen, ()

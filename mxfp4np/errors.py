@@ -1,4 +1,4 @@
-"""The error tree: every error the library raises on purpose, apart from Python's own for wrong arguments.
+"""The error tree: every error and warning the library raises on purpose, apart from Python's own for wrong arguments.
 
 A message is one sentence for a person: which file, which tensor, what was expected, what was found, what to do.
 All of these can be pickled, so that they cross process pools whole.
@@ -28,6 +28,10 @@ class LayoutError(MXFP4Error, ValueError):
 
 class BackendUnavailableError(MXFP4Error, ImportError):
     """A backend or a file format cannot be used here; the message names the extra to install."""
+
+
+class CheckpointWarning(UserWarning):
+    """A checkpoint lacks files, or it is doubtful which of its files belong together."""
 
 
 class DeviceMemoryError(MXFP4Error, MemoryError):

@@ -107,3 +107,67 @@ class TestGGUF:
         path.write_bytes((DATA / "mlx" / "model.safetensors").read_bytes())
         with pytest.raises(CheckpointError, match=r"m\.gguf: not a valid GGUF file: GGUF magic invalid"):
             mxfp4np.Checkpoint(path)
+
+    @staticmethod
+    def split(package, folder, count=3, ending="gguf"):
+        """Write a split file, a tensor to each part."""
+        for number in range(1, count + 1):
+            writer = package.GGUFWriter(folder / f"m-mxfp4-{number:05}-of-{count:05}.{ending}", "gpt-oss")
+            writer.add_uint16("split.no", number - 1)
+            writer.add_uint16("split.count", count)
+            writer.add_tensor(f"blk.{number}.norm", np.full(4, number, np.float32))
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+        return folder / f"m-mxfp4-00001-of-{count:05}.{ending}"
+
+    @pytest.mark.parametrize("ending", ["gguf", "GGUF"])
+    def test_first_part_opens_all(self, tmp_path, command, package, ending):
+        first = self.split(package, tmp_path, ending=ending)
+        (tmp_path / "._m-mxfp4-00002-of-00003.gguf").write_bytes(b"sidecar")
+        (tmp_path / "mmproj-m.gguf").write_bytes(b"not looked at")
+        for path in (first, tmp_path):
+            with mxfp4np.Checkpoint(path) as ckpt:
+                assert [int(ckpt[f"blk.{i}.norm"][0]) for i in (1, 2, 3)] == [1, 2, 3]
+                assert len(ckpt) == 3
+                assert ckpt.findings == []
+        assert f"m-mxfp4-00003-of-00003.{ending}" in command("inspect", first)[1]
+        assert command("verify", first)[0] == 0
+        status, _, err = command("convert", first, tmp_path / "out")
+        assert status == 0
+        assert "3 parts are opened" in err
+        assert len(mxfp4np.Checkpoint(tmp_path / "out")) == 3
+        with mxfp4np.Checkpoint(tmp_path / "out") as ckpt:
+            assert ckpt.metadata == {"format": "pt"}
+
+    def test_first_part_of_an_incomplete_set(self, tmp_path, command, refused, package):
+        first = self.split(package, tmp_path)
+        (tmp_path / "m-mxfp4-00002-of-00003.gguf").unlink()
+        for path in (first, tmp_path):
+            assert "no m-mxfp4-00002-of-00003.gguf: 1 of 3" in refused("convert", path, tmp_path / "out")
+            assert "no m-mxfp4-00002-of-00003.gguf: 1 of 3" in command("inspect", path)[1]
+            assert command("verify", path)[0] == 1
+        assert mxfp4np.convert([first], tmp_path / "out").complete
+
+    def test_other_parts_are_opened_alone(self, tmp_path, command, package):
+        self.split(package, tmp_path)
+        second = tmp_path / "m-mxfp4-00002-of-00003.gguf"
+        assert list(mxfp4np.Checkpoint(second)) == ["blk.2.norm"]
+        assert command("verify", second)[0] == 1
+
+    def test_part_under_another_name(self, tmp_path, command, package):
+        blob = self.split(package, tmp_path).rename(tmp_path / "sha256-0a")
+        (finding,) = mxfp4np.verify(blob).findings
+        assert "sha256-0a: the header says that it is one of 3 files, 1 opened" in finding
+        assert finding in command("inspect", blob)[1]
+        assert f"mxfp4np: warning: {finding}\n" in command("convert", blob, tmp_path / "out")[2]
+        assert mxfp4np.verify([blob, *tmp_path.glob("*.gguf")]).findings != []
+        for i, path in enumerate(sorted(tmp_path.glob("*.gguf"))):
+            path.rename(tmp_path / f"sha256-{i}")
+        assert mxfp4np.verify(sorted(tmp_path.glob("sha256-*"))).findings == []
+
+    @pytest.mark.parametrize("name", ["sha256-0a", "weights.bin", "M.GGUF"])
+    def test_file_without_the_usual_ending(self, tmp_path, name):
+        (tmp_path / name).write_bytes((DATA / "gguf" / "model.gguf").read_bytes())
+        assert set(mxfp4np.Checkpoint(tmp_path / name)) == set(answers("gguf"))

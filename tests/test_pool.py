@@ -24,8 +24,9 @@ HELPERS = 3
 def own_pool(monkeypatch):
     """Put a pool of this test's own in the place of the process's."""
     monkeypatch.setattr(pool, "most_threads", lambda: HELPERS)
-    own = pool.Pool(compiler.build_once("pool", pool.compile_functions))
-    monkeypatch.setitem(compiler._built, ("pool", os.getpid()), own)
+    own = compiler.build_once("test's own pool", pool.Pool)
+    del compiler._built["test's own pool"]
+    monkeypatch.setitem(compiler._built, "pool", own)
     return own
 
 
@@ -126,6 +127,30 @@ def test_when_a_task_is_over_nobody_comes_to_it_later(own_pool):
         caller.join()
     assert not errors
     assert all_are_idle(own_pool)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_child_that_a_signal_handler_forks_meanwhile_does_all_units(own_pool):
+    """What its parent's workers have done or claimed is not done in its memory."""
+    done, children, caller = [], [], threading.current_thread()
+    together = threading.Barrier(2)
+
+    def kernel(_, start, __):
+        if not children:  # the first chunks of the caller and of a worker
+            together.wait(timeout=10)
+            if threading.current_thread() is caller:
+                children.append(os.fork())
+            else:
+                time.sleep(0.05)
+        done.append(start)
+
+    assert_so_many_take_part(own_pool, 1)
+    run(kernel, 20, helpers=1)
+    if children == [0]:
+        os._exit(set(range(20)) - set(done) != set())
+    assert sorted(done) == list(range(20))
+    assert os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1]) == 0
 
 
 def test_a_worker_sleeps_and_is_woken(own_pool):
@@ -239,6 +264,15 @@ def test_when_the_start_of_a_thread_is_interrupted_another_takes_its_place(own_p
 
 @pytest.mark.usefixtures("own_pool", "no_new_threads")
 def test_where_there_can_be_no_threads_the_caller_works_alone():
+    found = set()
+    run(lambda *_: found.add(threading.current_thread()), 10)
+    assert found == {threading.current_thread()}
+
+
+def test_threads_that_are_none_of_the_system_do_not_serve(own_pool, monkeypatch):
+    """As those of gevent, the first of which would never return to the others."""
+    monkeypatch.setattr(threading, "get_native_id", lambda: 1)
+    assert own_pool.start(HELPERS) == HELPERS
     found = set()
     run(lambda *_: found.add(threading.current_thread()), 10)
     assert found == {threading.current_thread()}

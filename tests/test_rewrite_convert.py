@@ -429,12 +429,86 @@ def test_files_beside(tmp_path):
     (source / "linked.txt").symlink_to("tokenizer.json")
     (source / "linked").symlink_to(tmp_path, target_is_directory=True)
     (source / "nothing.bin").symlink_to("is there")
-    convert(source, tmp_path / "out")
+    result = convert(source, tmp_path / "out")
     files = tree(tmp_path / "out")
     assert set(files) == {*copied, "linked.txt", "model.safetensors", RECORD}
     for name in (*copied, "linked.txt"):
         assert files[name] == (source / name).read_bytes()
     assert not (tmp_path / "out" / "linked.txt").is_symlink()
+    others = [
+        "begun/",
+        "linked/",
+        "metal/",
+        "nothing.bin",
+        "original/",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+    ]
+    assert result.left_out == others
+
+
+def test_summary_says_what_is_left_out(tmp_path, command):
+    source = build(tmp_path / "in", {"w": packed(2, 64)})
+    for name in ("sub/voice.pt", "sub/voice.json", "deep/er/x.ONNX", "deep/er/y.txt", "deep/z.txt", "plain/a.txt"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text("{}")
+    mxfp4np.save_file({"a": np.ones(3)}, source / "adapter_model.safetensors")
+    left = ["adapter_model.safetensors", "deep/", "sub/"]
+    for arguments in (["--dry-run"], ["--json"], ["--force"]):
+        status, out, err = command("convert", source, source / "out", *arguments)
+        assert (status, err) == (0, "")
+        if arguments == ["--json"]:
+            assert json.loads(out)["left_out"] == left
+        else:
+            assert f"left out, not part of the checkpoint: {', '.join(left)}\n" in out
+    assert convert(source / "model.safetensors", tmp_path / "one").left_out == []
+    assert "left out" not in command("convert", source / "out", tmp_path / "again")[1]
+
+
+def test_weights_of_an_index_in_a_folder_below_are_not_left_out(tmp_path):
+    source = build(tmp_path / "in", {"w": packed(2, 64)})
+    (source / "part").mkdir()
+    (source / "model.safetensors").rename(source / "part" / "x.safetensors")
+    weight_map = {"w.blocks": "./part/x.safetensors", "w.scales": "part/x.safetensors"}
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert convert(source, tmp_path / "out").left_out == []
+
+
+def test_metadata_of_the_source_is_kept(tmp_path):
+    source = tmp_path / "in"
+    source.mkdir()
+    mxfp4np.save_file(
+        {"w": packed(2, 64)},
+        source / "model-1-of-2.safetensors",
+        {"format": "mlx", "w": "{}", "licence": "é", "both": "1"},
+    )
+    mxfp4np.save_file(
+        {"x": np.ones((4, 32), np.float32)}, source / "model-2-of-2.safetensors", {"x": "kept", "both": "2"}
+    )
+    convert(source, tmp_path / "out", max_shard_size=1)
+    expected = {"format": "pt", "licence": "é", "both": "1", "x": "kept"}
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        assert mxfp4np.Checkpoint(file).metadata == expected
+    mxfp4np.save_file(
+        {"m.weight": np.ones((4, 32), np.float32)}, tmp_path / "m.safetensors", {"m.weight": "", "by": "me"}
+    )
+    mxfp4np.encode_checkpoint(tmp_path / "m.safetensors", tmp_path / "mlx", layout="mlx")
+    assert mxfp4np.Checkpoint(tmp_path / "mlx").metadata == {"format": "pt", "by": "me"}
+
+
+@pytest.mark.parametrize("names", [["w"], ["w", "x"], ["broken"]])
+def test_metadata_of_decoded_tensors_goes(tmp_path, names):
+    shutil.copytree(DATA / "torchao", tmp_path / "in")
+    with mxfp4np.Checkpoint(tmp_path / "in") as source:
+        assert "tensor_names" in source.metadata
+        metadata = {**source.metadata, "tensor_names": json.dumps([*source, *names[1:]]), "x": '{"_type": "Tensor"}'}
+        arrays = {**source.stored, "x": np.ones(3, np.float32)}
+        if names == ["broken"]:
+            metadata["tensor_names"] = "[" * 100_000
+        mxfp4np.save_file(arrays, tmp_path / "in" / "model.safetensors", metadata)
+    convert(tmp_path / "in", tmp_path / "out")
+    expected = {"format": "pt", "x": '{"_type": "Tensor"}'} | ({"tensor_names": '["x"]'} if names[1:] else {})
+    assert mxfp4np.Checkpoint(tmp_path / "out").metadata == expected
 
 
 @pytest.mark.parametrize("loop", [False, True])

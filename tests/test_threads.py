@@ -154,6 +154,15 @@ print("right" if is_right() else "wrong")
     run({}, script=FIRST + script)
 
 
+def test_an_import_lock_that_an_interrupted_import_has_kept_is_no_obstacle():
+    script = """
+import _imp
+_imp.acquire_lock()  # as where an interrupt comes right behind it
+print("right" if is_right() else "wrong")
+"""
+    run({}, script=FIRST + script)
+
+
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="the system has no such timer")
 def test_a_signal_handler_may_decode_during_the_first_decode():
     script = """
@@ -192,6 +201,59 @@ child = os.fork()
 if child == 0:
     signal.alarm(30)
     os._exit(not is_right())
+thread.join()
+print("right" if os.waitpid(child, 0)[1] == 0 else "wrong")
+"""
+    run({"PYTHONWARNINGS": "ignore"}, script=FIRST + script)
+
+
+@needs_fork
+def test_a_fork_does_not_hold_a_lock_that_the_builder_needs():
+    """Handlers of forks run in reverse order of registration: logging's lock would be held while this one waits."""
+    script = """
+signal.alarm(60)
+begun = threading.Event()
+
+def make():
+    begun.set()
+    time.sleep(0.3)
+    import logging
+    return logging.getLogger("some other") is not None
+
+thread = threading.Thread(target=compiler.build_once, args=("test", make))
+thread.start()
+begun.wait()
+child = os.fork()
+if child == 0:
+    os._exit(not is_right())
+thread.join()
+print("right" if os.waitpid(child, 0)[1] == 0 else "wrong")
+"""
+    run({"PYTHONWARNINGS": "ignore"}, script=FIRST + script)
+
+
+@needs_fork
+def test_an_interrupt_while_a_fork_waits_for_the_builder_changes_nothing():
+    script = """
+signal.alarm(60)
+begun = threading.Event()
+
+def make():
+    begun.set()
+    time.sleep(0.5)
+    return 1
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+signal.signal(signal.SIGINT, interrupt)
+thread = threading.Thread(target=compiler.build_once, args=("test", make))
+thread.start()
+begun.wait()
+threading.Timer(0.1, signal.raise_signal, [signal.SIGINT]).start()
+child = os.fork()
+if child == 0:
+    os._exit("test" not in compiler._built or not is_right())
 thread.join()
 print("right" if os.waitpid(child, 0)[1] == 0 else "wrong")
 """

@@ -1,7 +1,7 @@
 """The interface of backends, and the rule that selects one.
 
-A backend decodes packed arrays and encodes values. Only backends touch packed bytes, and they know no file, no tensor
-name and no model. To add a device, add a folder with a class that implements `Backend`, and a line to `get_backend`.
+A backend decodes packed arrays and encodes values. Nothing else does, and backends know no file, no tensor name and no
+model. To add a device, add a folder with a class that implements `Backend`, and a branch to `_get_backend`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Backend(Protocol):
     """What every backend implements.
 
-    Arrays are NumPy's, or CuPy's if the backend is for CUDA, which also takes packed bytes and values from the host.
+    Arrays are NumPy's or, for the CUDA backend, CuPy's. That backend also takes packed bytes and values of the host.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Backend(Protocol):
         ...
 
     def release(self) -> None:
-        """Return memory to the system that was kept between calls."""
+        """Return to the system the memory that is kept between calls."""
         ...
 
     def decode(
@@ -131,7 +131,7 @@ def get_backend(name: str | None = None, device: Any = None) -> Backend:
     >>> get_backend().name
     'cpu'
     """
-    return _get_backend(name, device_name(device))  # the cache tells positional from keyword arguments
+    return _get_backend(name, device_name(device))  # cached by position: keyword arguments would be another key
 
 
 def device_name(device: Any) -> str | None:
@@ -218,7 +218,7 @@ def _of_torch(tensor: Any) -> NDArray[Any]:
 
 
 def as_numpy(array: Any, out: NDArray[Any] | None = None) -> NDArray[Any]:
-    """Return a NumPy array. Of an array on a CUDA device it is a copy, contiguous or in ``out``."""
+    """Return a NumPy array: ``array`` itself, or a copy of an array on a CUDA device, in ``out`` if that is given."""
     array = as_array(array)
     return array if isinstance(array, np.ndarray) else array.get(out=out)
 
@@ -229,7 +229,7 @@ def device_of(array: Any) -> str:
 
 
 def backend_for(packed: Any, out: Any, name: str | None, device: Any) -> Backend:
-    """Return the backend for the device that holds the data, or, for data of the host, the device of the result.
+    """Return the backend for the device that holds the data or, if the host holds it, for the device of the result.
 
     Parameters
     ----------

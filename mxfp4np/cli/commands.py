@@ -14,19 +14,20 @@ import os
 import re
 import shutil
 import sys
+import warnings
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from .. import __version__
-from ..errors import MXFP4Error
+from ..errors import CheckpointWarning, MXFP4Error
 from ..format import DTYPES, RULES
 from ..layouts.table import ENCODED_LAYOUTS, TRANSPOSE
 from ..text import escape, format_bytes, parse_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from ..rewrite.workers import Progress
 
@@ -114,7 +115,7 @@ def shard_bar(what: str, *, quiet: bool) -> Iterator[Callable[[Progress], object
 
 
 def _names(args: argparse.Namespace) -> Any:
-    from ..storage.discover import read_json
+    from ..storage.index import read_json
 
     return None if args.named is None else read_json(args.named)
 
@@ -122,7 +123,7 @@ def _names(args: argparse.Namespace) -> Any:
 def _inspect(args: argparse.Namespace) -> int:
     from ..checkpoint import Checkpoint
     from ..summary import collapse, label, rows
-    from .report import Stats, table_lines, to_json
+    from .report import Stats, file_lines, table_lines, to_json
 
     with Checkpoint(args.source, layout=args.layout, names=_names(args)) as checkpoint:
         table = rows(checkpoint, args.pattern)
@@ -138,7 +139,7 @@ def _inspect(args: argparse.Namespace) -> int:
             print(json.dumps(to_json(checkpoint, table, stats)))
             return 0
         groups = collapse(table)
-        print("\n".join(table_lines(groups)))
+        print("\n".join([*table_lines(groups), *file_lines(checkpoint)]))
         for group in groups.values():
             members = [stats[row.name] for row in group if row.name in stats]
             if members:
@@ -157,6 +158,7 @@ def _decode(args: argparse.Namespace) -> int:
             selection.write(args.output, progress)
         if not args.quiet:
             print(f"wrote {escape(str(args.output))}: {format_bytes(selection.nbytes)} of tensor data")
+        _warn(map(escape, checkpoint.findings))
     return 0
 
 
@@ -189,8 +191,12 @@ def _encode(args: argparse.Namespace) -> int:
 def _print_run(args: argparse.Namespace, result: Any) -> None:
     if args.json or not args.quiet:
         _print(args, result.to_json(), result.plan_lines() if args.dry_run else result.lines())
-    for warning in result.warnings():
-        print(f"mxfp4np: warning: {warning}", file=sys.stderr)
+    _warn(result.warnings())
+
+
+def _warn(messages: Iterable[str]) -> None:
+    for message in messages:
+        print(f"mxfp4np: warning: {message}", file=sys.stderr)
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -343,7 +349,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         try:
             args = parser().parse_args(arguments)
-            status = args.run(args)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", CheckpointWarning)  # each command shows them in its own way
+                status = args.run(args)
         finally:
             if sys.stdout is not None:  # None if the shell closed it
                 sys.stdout.flush()

@@ -116,11 +116,22 @@ def table_lines(groups: dict[tuple[Any, ...], list[Row]]) -> list[str]:
     return [*align(lines), *problems, *reasons, summary]
 
 
+def file_lines(checkpoint: Checkpoint) -> list[str]:
+    """Return what is doubtful about the choice of files, and which weights beside them are not part of it."""
+    lines = [*checkpoint.findings, *checkpoint.notes]
+    if checkpoint.beside:
+        lines.append(f"not part of it: {', '.join(file.name for file in checkpoint.beside)}")
+    return [escape(line) for line in lines]
+
+
 def to_json(checkpoint: Checkpoint, table: Sequence[Row], stats: dict[str, Stats]) -> dict[str, Any]:
     """Return everything as plain objects."""
     infos = [row.info for row in table if row.info is not None]
     return {
         "files": [str(file) for file in checkpoint.files],
+        "beside": [str(file) for file in checkpoint.beside],
+        "findings": checkpoint.findings,
+        "notes": checkpoint.notes,
         "tensors": [_row_json(row, stats) for row in table],
         "totals": {
             "tensors": len(table),

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from ..checkpoint import Checkpoint
 from ..errors import CheckpointError, LayoutError
 from ..format import BLOCK_SIZE
 from ..layouts.table import LAYOUTS, METADATA
-from ..storage.discover import PathLike
-from .plan import RECORD, json_bytes
+from ..storage.discover import PathLike, is_hidden
+from ..storage.tensorfile import open_regular
+from .plan import METADATA as PT_METADATA
+from .plan import RECORD, Copied, Item, json_bytes
 
 Source = PathLike | Sequence[PathLike] | None
 
@@ -21,7 +24,7 @@ QUANTIZATION_KEYS: Final = ("quantization_config", "quantization")
 """Keys of a config.json that say how weights are quantised; the second one is mlx's."""
 
 WEIGHTS: Final = (".safetensors", ".uqff", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx")
-"""Suffixes of files that hold weights, which are not copied."""
+"""Endings of files that hold weights, which are not copied."""
 
 STALE: Final = frozenset(
     {"dtypes.json"} | {says.source for layout in LAYOUTS for says in layout.evidence} - {METADATA, "config.json"}
@@ -86,43 +89,83 @@ def _quantization(layout: str, plain: Sequence[str]) -> dict[str, Any]:
     return {}
 
 
+def kept_metadata(checkpoint: Checkpoint, items: Iterable[Item]) -> dict[str, str]:
+    """Return the metadata of the shards: that of the source, without what it says of tensors that are not copied."""
+    copied = {item.name for item in items if isinstance(item, Copied)}
+    gone = checkpoint.keys() - copied
+    kept = {} if "GGUF.version" in checkpoint.metadata else {**checkpoint.metadata}
+    if "tensor_names" in kept and gone & kept.keys():  # torchao's list of the tensors that its metadata describes
+        try:
+            names = [name for name in json.loads(kept.pop("tensor_names")) if name not in gone]
+        except (ValueError, TypeError, RecursionError):
+            names = []
+        kept |= {"tensor_names": json.dumps(names)} if names else {}
+    return {key: text for key, text in kept.items() if key not in gone} | PT_METADATA
+
+
+class SmallFiles(NamedTuple):
+    """The files beside rewritten weights, by their names in the folder."""
+
+    written: dict[str, bytes]
+    copied: dict[str, Path]
+    left_out: list[str]
+    """Other weights, and folders that hold some, which do not go along."""
+
+
 def small_files(
     checkpoint: Checkpoint, source: Source, target: Path, change: Callable[[dict[str, Any]], dict[str, Any]]
-) -> tuple[dict[str, bytes], dict[str, Path]]:
-    """Return the files that go with rewritten weights: those to be written, and those to be copied, by their names.
+) -> SmallFiles:
+    """Return the files that go with rewritten weights.
 
     There are none if the checkpoint was opened by the names of its weights: ``source`` is what it was opened by.
     ``change`` returns the config.json of the target, given that of the source.
     """
-    by_folder = isinstance(source, str | os.PathLike) and (checkpoint.index is not None or Path(source).is_dir())
-    copies = _files_beside(checkpoint.folder, target) if by_folder else {}
+    if not isinstance(source, str | os.PathLike) or (checkpoint.index is None and not Path(source).is_dir()):
+        return SmallFiles({}, {}, [])
+    copies, left_out = _files_beside(checkpoint.folder, target.resolve(), checkpoint)
+    for path in copies.values():
+        open_regular(path).close()  # refuses pointers of Git LFS
     if not copies.pop("config.json", None):
-        return {}, copies
+        return SmallFiles({}, copies, left_out)
     try:
-        return {"config.json": json_bytes(change(checkpoint.config))}, copies
+        return SmallFiles({"config.json": json_bytes(change(checkpoint.config))}, copies, left_out)
     except (RecursionError, UnicodeEncodeError) as error:
         raise CheckpointError(f"{checkpoint.folder / 'config.json'}: cannot be written again: {error}") from error
 
 
-def _files_beside(folder: Path, target: Path) -> dict[str, Path]:
-    """Return the files that go with weights, for instance tokenizers, without folders that hold other weights."""
+def _files_beside(folder: Path, target: Path, checkpoint: Checkpoint) -> tuple[dict[str, Path], list[str]]:
+    """Return the files that go with weights, for instance tokenizers, and the names of other weights.
+
+    A folder that holds weights is named as a whole.
+    """
     found: dict[str, Path] = {}
+    left_out: list[str] = []
     for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or path.name in STALE:
+        if is_hidden(path) or path.name in STALE:
             continue
         if path.is_dir():
-            if not path.is_symlink() and not _is_other(path.resolve(), target.resolve()):
-                found.update((f"{path.name}/{name}", inner) for name, inner in _files_beside(path, target).items())
-        elif not _is_weights(path) and stat.S_ISREG(path.stat().st_mode):  # a link to nothing is an error
+            if path.resolve() == target:
+                continue
+            if path.is_symlink() or _is_other(path.resolve(), target):
+                if not any(file.is_relative_to(path) for file in checkpoint.files):
+                    left_out.append(f"{path.name}/")
+            else:
+                inside, others = _files_beside(path, target, checkpoint)
+                found.update((f"{path.name}/{name}", inner) for name, inner in inside.items())
+                left_out += [f"{path.name}/{name}" for name in others]
+        elif _is_weights(path):
+            if path not in (*checkpoint.files, checkpoint.index):
+                left_out.append(path.name)
+        elif stat.S_ISREG(path.stat().st_mode):  # a link to nothing is an error
             found[path.name] = path
-    return found
+    return found, left_out
 
 
 def _is_other(folder: Path, target: Path) -> bool:
-    """Tell whether a folder is the target, or holds another checkpoint or one that is being written."""
+    """Tell whether a folder holds another checkpoint, or one that is being written, besides the target."""
     inside = (path for path in folder.rglob("*") if not path.is_relative_to(target))
-    return folder == target or any(_is_weights(path) or path.name == RECORD for path in inside)
+    return any(_is_weights(path) or path.name == RECORD for path in inside)
 
 
 def _is_weights(path: Path) -> bool:
-    return path.suffix in WEIGHTS or path.name.endswith(".index.json")
+    return path.name.lower().endswith((*WEIGHTS, ".index.json")) and not is_hidden(path)

@@ -23,9 +23,9 @@ from ..shapes import swapped
 from ..storage.discover import PathLike
 from ..storage.tensorfile import DTYPES, SAFETENSORS_DTYPES
 from ..text import count, escape, patterns, select
-from .config import Source, decoded_config, small_files
+from .config import Source, decoded_config, kept_metadata, small_files
 from .plan import MAX_SHARD_SIZE, Chunks, Copied, Item, Output, Plan, make_shards
-from .run import Run, run_plan, tasks_of
+from .run import Run, refuse_incomplete, run_plan, tasks_of
 from .verify import Verification, compare, count_overflow
 from .workers import Progress
 
@@ -105,7 +105,8 @@ def plan_conversion(
     orders = {known.order for known in LAYOUTS if known.name in layouts}
     transposes = {item.transpose for item in items if isinstance(item, Decoded)}
     warm_up = partial(_warm_up, wanted, checkpoint.device, orders, transposes)
-    return Plan(folder, make_shards(items, max_shard_size), *files, options, checkpoint, warm_up)
+    shards = make_shards(items, max_shard_size, kept_metadata(checkpoint, items))
+    return Plan(folder, shards, files.written, files.copied, options, checkpoint, warm_up, files.left_out)
 
 
 def untouched(items: Iterable[Item]) -> list[str]:
@@ -144,6 +145,7 @@ class Conversion(Run):
 
     def warnings(self) -> Iterator[str]:
         """Yield what a person should know even if nothing else is shown."""
+        yield from super().warnings()
         if not self.packed:
             yield "no tensor of the source is packed: all of them are copied"
         if self.untouched:
@@ -194,7 +196,7 @@ def convert(
     ----------
     source : path, or sequence of paths
         As for `Checkpoint`. Of a folder or an index, the small files beside the weights are copied as well, and
-        config.json no longer says that the weights are packed.
+        config.json no longer says that the weights are packed. A folder that lacks parts is refused.
     target : path
         A new or empty folder that does not contain the source.
     dtype : str, type or numpy.dtype
@@ -259,6 +261,7 @@ def convert(
     'BF16'
     """
     with Checkpoint(source, device, io=io, layout=layout) as checkpoint:
+        refuse_incomplete(checkpoint)
         target = Path(target).absolute()
         plan = plan_conversion(checkpoint, target, source, dtype, transpose, max_shard_size, include, exclude)
         run = run_plan(plan, task, workers, progress, resume=resume, force=force, dry_run=dry_run)

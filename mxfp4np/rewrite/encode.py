@@ -24,9 +24,9 @@ from ..shapes import place_in_whole, swapped
 from ..storage.discover import PathLike
 from ..storage.tensorfile import DTYPES, element
 from ..text import count, escape, patterns, select
-from .config import Source, encoded_config, small_files
+from .config import Source, encoded_config, kept_metadata, small_files
 from .plan import MAX_SHARD_SIZE, Chunks, Copied, Item, Output, Plan, make_shards
-from .run import Run, run_plan
+from .run import Run, refuse_incomplete, run_plan
 from .workers import Progress
 
 CHUNK_BYTES: Final = 8 << 20
@@ -176,7 +176,8 @@ def plan_encoding(
     files = small_files(checkpoint, source, folder, lambda config: encoded_config(config, layout, plain))
     options = {"rule": rule, "layout": layout, "transpose": transpose, "include": include, "exclude": exclude}
     warm_up = partial(_warm_up, rule, {element(infos[name].dtype)[1] for name in chosen})
-    return Plan(folder, make_shards(items, max_shard_size), *files, options, checkpoint, warm_up)
+    shards = make_shards(items, max_shard_size, kept_metadata(checkpoint, items))
+    return Plan(folder, shards, files.written, files.copied, options, checkpoint, warm_up, files.left_out)
 
 
 def _obstacle(info: TensorInfo, layout: str, transpose: str) -> str | None:
@@ -243,6 +244,7 @@ class Encoding(Run):
 
     def warnings(self) -> Iterator[str]:
         """Yield what a person should know even if nothing else is shown."""
+        yield from super().warnings()
         broken = {name: errors.nan_blocks for name, errors in sorted(self.errors.items()) if errors.nan_blocks}
         if broken:
             yield (
@@ -335,6 +337,7 @@ def encode_checkpoint(
     (2, 3, 64)
     """
     with Checkpoint(source, io=io) as checkpoint:
+        refuse_incomplete(checkpoint)
         target = Path(target).absolute()
         plan = plan_encoding(checkpoint, target, source, rule, layout, transpose, max_shard_size, include, exclude)
         run = run_plan(plan, task, workers, progress, resume=resume, force=force, dry_run=dry_run)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -29,7 +29,7 @@ RECORD: Final = ".mxfp4np.json"
 """Name of the record: it says which plan the folder belongs to, so that no other plan resumes it."""
 
 METADATA: Final = {"format": "pt"}
-"""The metadata of each shard, which transformers requires."""
+"""What transformers requires in the metadata of each shard."""
 
 MAX_SHARD_SIZE: Final = 5_000_000_000
 """Bytes of a shard by default, as in huggingface_hub."""
@@ -92,6 +92,7 @@ class Shard:
 
     file: str
     items: tuple[Item, ...]
+    metadata: Mapping[str, str] = field(default_factory=lambda: METADATA)
 
     @property
     def outputs(self) -> list[Output]:
@@ -102,7 +103,7 @@ class Shard:
     @property
     def header(self) -> bytes:
         """The first bytes of the file."""
-        return header_bytes({name: (dtype, shape) for name, dtype, shape in self.outputs}, METADATA)
+        return header_bytes({name: (dtype, shape) for name, dtype, shape in self.outputs}, self.metadata)
 
     @property
     def nbytes(self) -> int:
@@ -146,7 +147,9 @@ def split_into_shards(sizes: Sequence[int], max_shard_size: int) -> list[list[in
     return [*shards, current] if current else shards
 
 
-def make_shards(items: Sequence[Item], max_shard_size: int | str) -> tuple[Shard, ...]:
+def make_shards(
+    items: Sequence[Item], max_shard_size: int | str, metadata: Mapping[str, str] = METADATA
+) -> tuple[Shard, ...]:
     """Divide items among shards, and name these as transformers expects."""
     max_shard_size = parse_bytes(max_shard_size)
     if max_shard_size < 1:
@@ -154,9 +157,9 @@ def make_shards(items: Sequence[Item], max_shard_size: int | str) -> tuple[Shard
     sizes = [sum(output.nbytes for output in item.outputs) for item in items]
     groups = split_into_shards(sizes, max_shard_size)
     if len(groups) == 1:
-        return (Shard("model.safetensors", tuple(items)),)
+        return (Shard("model.safetensors", tuple(items), metadata),)
     return tuple(
-        Shard(f"model-{number:05}-of-{len(groups):05}.safetensors", tuple(items[i] for i in group))
+        Shard(f"model-{number:05}-of-{len(groups):05}.safetensors", tuple(items[i] for i in group), metadata)
         for number, group in enumerate(groups, 1)
     )
 
@@ -177,6 +180,8 @@ class Plan:
     source: Checkpoint
     warm_up: Callable[[], object] | None = None
     """Imports and compiles what the items need. Called before threads start; see `Workers`."""
+    left_out: Sequence[str] = ()
+    """Files and folders of weights beside the source that are not part of the plan."""
 
     @property
     def items(self) -> list[Item]:

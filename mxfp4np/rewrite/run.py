@@ -20,7 +20,8 @@ from typing import Any, BinaryIO, Final
 
 from ..checkpoint import Checkpoint
 from ..errors import CheckpointError
-from ..storage.discover import read_json
+from ..storage.discover import is_hidden
+from ..storage.index import read_json
 from ..storage.safetensors import atomic_file, bytes_of
 from ..text import count, escape, format_bytes
 from .plan import INDEX, RECORD, Plan, Shard
@@ -78,6 +79,15 @@ class Task:
         _create(self.path, write)
         _remove_leftovers(self.folder, [self.shard.file])
         return reports
+
+
+def refuse_incomplete(source: Checkpoint) -> None:
+    """Raise an error if a checkpoint that is to be rewritten lacks parts of a numbered set."""
+    if source.incomplete:
+        raise CheckpointError(
+            f"{'; '.join(source.findings)}: download them, or give the files that are there by their names, in Python "
+            "as a list"
+        )
 
 
 def tasks_of(plan: Plan, part: tuple[int, int] | None = None) -> list[Task]:
@@ -170,7 +180,8 @@ def _files_of_earlier_run(plan: Plan, found: Sequence[Path]) -> list[Path]:
     The index comes first: without it the folder is no longer complete. Weights that no run wrote are refused.
     """
     record = plan.folder / RECORD
-    weights = [path for path in found if path.name.endswith((".safetensors", ".index.json"))]
+    endings = (".safetensors", ".index.json")
+    weights = [path for path in found if path.name.lower().endswith(endings) and not is_hidden(path)]
     for path in weights:
         if record not in found or not (path.name == INDEX or _SHARD.fullmatch(path.name)):
             raise FileExistsError(f"{path}: was written by no earlier run: remove it, or choose another folder")
@@ -227,6 +238,10 @@ class Run:
     """Shards that other tasks have yet to write."""
     reports: Mapping[str, Any]
     """What the items that this run wrote reported, by tensor."""
+    notes: list[str]
+    """What is doubtful about the files of the source, or was decided about them."""
+    left_out: list[str]
+    """Files and folders of weights beside the source that are not part of the result."""
 
     @property
     def nbytes(self) -> int:
@@ -247,7 +262,17 @@ class Run:
             "written": self.written,
             "seconds": self.seconds,
             "complete": self.complete,
+            "notes": self.notes,
+            "left_out": self.left_out,
         }
+
+    def warnings(self) -> Iterator[str]:
+        """Yield what a person should know even if nothing else is shown."""
+        yield from map(escape, self.notes)
+
+    def _left_out_lines(self) -> Iterator[str]:
+        if self.left_out:
+            yield f"left out, not part of the checkpoint: {escape(', '.join(self.left_out))}"
 
     def plan_lines(self) -> Iterator[str]:
         """Yield what is going to be written, for a person."""
@@ -255,6 +280,7 @@ class Run:
             yield f"{file}  {format_bytes(nbytes)}"
         shards = count(len(self.shards), "shard")
         yield f"{shards}, {format_bytes(self.nbytes)} of tensor data, to {escape(str(self.folder))}"
+        yield from self._left_out_lines()
 
     def lines(self) -> Iterator[str]:
         """Yield a report for a person."""
@@ -264,6 +290,7 @@ class Run:
             f"wrote {format_bytes(self.written)}{rate} to {escape(str(self.folder))}: "
             f"{count(len(self.shards), 'shard')}, {format_bytes(self.nbytes)}, {done}"
         )
+        yield from self._left_out_lines()
 
 
 def run_tasks(
@@ -304,7 +331,8 @@ def run_plan(
         reports = run_tasks(tasks, workers, progress)
         missing = finish(plan)
     shards = {shard.file: shard.nbytes for shard in plan.shards}
-    return Run(plan.folder, shards, written, time.perf_counter() - begin, missing, reports)
+    notes, left_out = [*plan.source.findings, *plan.source.notes], list(plan.left_out)
+    return Run(plan.folder, shards, written, time.perf_counter() - begin, missing, reports, notes, left_out)
 
 
 def _refuse_source(plan: Plan) -> None:

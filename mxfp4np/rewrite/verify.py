@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 from ..array import MXFP4Array
 from ..backends import get_backend
 from ..checkpoint import Checkpoint
-from ..errors import CheckpointError, LayoutError, TensorNotFoundError
+from ..errors import CheckpointError, CheckpointWarning, LayoutError, TensorNotFoundError
 from ..format import DTYPES as DECODED
 from ..format import SCALE_BIAS, SCALE_NAN, decoded_dtype
 from ..layouts.packed import TensorInfo
 from ..layouts.table import TRANSPOSE, wants_transpose
 from ..shapes import place_in_whole, swapped
-from ..storage.discover import PathLike, weight_map_of
+from ..storage.discover import PathLike, repository_hint
+from ..storage.index import weight_map_of
 from ..storage.tensorfile import DTYPES, element
 from ..text import count, escape, format_bytes, select
 from .run import read_record
@@ -33,9 +34,6 @@ CHUNK_BYTES: Final = 4 << 20
 
 PLAUSIBLE: Final = range(SCALE_BIAS - 64, SCALE_BIAS + 33)
 """Scales of weights. A median outside comes from scale bytes that were converted instead of viewed."""
-
-_NUMBERED: Final = re.compile(r"(.+)-(\d+)-of-(\d+)\.(?:safetensors|uqff|gguf)")
-"""Names of files that contain the number of files."""
 
 
 @dataclass
@@ -120,15 +118,15 @@ def verify(
     """
     if target is None:
         if isinstance(source, str | os.PathLike) and not Path(source).exists():
-            raise FileNotFoundError(f"{source}: no such file or folder")
+            raise FileNotFoundError(f"{source}: no such file or folder{repository_hint(source)}")
         try:
-            checkpoint = Checkpoint(source, layout=layout)
+            checkpoint = _open(source, layout)
         except (CheckpointError, LayoutError, FileNotFoundError) as error:
             return Verification(findings=[str(error)])
         with checkpoint:
             return _health(checkpoint, select(checkpoint, include or (), exclude or ()), workers, progress)
     options = read_record(Path(target))
-    with Checkpoint(source, layout=layout) as ours, Checkpoint(target) as theirs:
+    with _open(source, layout) as ours, _open(target) as theirs:
         names = select(
             ours,
             options.get("include", ()) if include is None else include,
@@ -139,6 +137,12 @@ def verify(
         extra = sorted(set(theirs) - set(ours))
         result.findings += [f"tensor {name!r}: in {theirs.folder}, but not in {ours.folder}" for name in extra]
         return result
+
+
+def _open(path: PathLike | Sequence[PathLike], layout: str | None = None) -> Checkpoint:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CheckpointWarning)  # these are findings
+        return Checkpoint(path, layout=layout)
 
 
 def compare(
@@ -231,7 +235,7 @@ def _health(
     checkpoint: Checkpoint, names: Iterable[str], workers: int | None, progress: Callable[[Progress], object]
 ) -> Verification:
     """Look for broken pairs, missing shards, an index that does not match, and implausible scales."""
-    result = Verification(findings=[*_missing_shards(checkpoint), *_not_in_index(checkpoint)])
+    result = Verification(findings=[*checkpoint.findings, *_not_in_index(checkpoint)])
     packed: list[TensorInfo] = []
     for name in names:
         result.tensors += 1
@@ -266,18 +270,6 @@ def _not_in_index(checkpoint: Checkpoint) -> Iterator[str]:
         for name in checkpoint.stored:
             if name not in listed:
                 yield f"{checkpoint.index}: tensor {name!r} is in a file, but not in the index"
-
-
-def _missing_shards(checkpoint: Checkpoint) -> Iterator[str]:
-    """Compare the files with the numbers in their names."""
-    there: dict[tuple[str, int], set[int]] = {}
-    for path in checkpoint.files:
-        if match := _NUMBERED.fullmatch(path.name):
-            there.setdefault((match[1], int(match[3])), set()).add(int(match[2]))
-    for (stem, number), found in there.items():
-        if missing := sorted(set(range(1, number + 1)) - found):
-            files = f"{len(missing):,} of {number:,} files {stem}-*"
-            yield f"{checkpoint.folder}: {files} are missing, number {missing[0]} is the first"
 
 
 def _implausible(counts: NDArray[np.int64]) -> Iterator[str]:

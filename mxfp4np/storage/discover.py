@@ -1,105 +1,245 @@
 """Which files form one checkpoint: a file, a list of files, an index and the shards it names, or those of a folder.
 
-An index decides over everything else. This module opens the files and checks them against the index; it knows nothing
-of what their tensors mean.
+An index decides over everything else. This module chooses the files and the reader of each; it knows nothing of
+what their tensors mean.
 """
 
 from __future__ import annotations
 
-import json
+import errno
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path, PurePosixPath
-from typing import Any
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Final
 
 from ..errors import CheckpointError
-from .gguf import GGUFFile
-from .safetensors import HEADER_LIMIT, SafetensorsFile
-from .tensorfile import StoredTensor, TensorFile, open_regular
+from .gguf import GGUF_MAGIC, GGUFFile
+from .index import weight_map_of
+from .safetensors import SafetensorsFile
+from .tensorfile import TensorFile, open_regular
 
 PathLike = str | os.PathLike[str]
 
+ENDINGS: Final = (".safetensors", ".uqff", ".gguf")
+"""Of files of weights, in lower case. In a folder, files of the first ending that any has are opened."""
 
-def find_files(path: PathLike | Sequence[PathLike]) -> tuple[list[Path], Path | None]:
-    """Return the files of a checkpoint, and the index that names them if there is one; raise if a file is missing."""
+SINGLE: Final = "model.safetensors"
+"""Name of the file that transformers loads, whatever is beside it."""
+
+_INDEX: Final = ".safetensors.index.json"
+_NUMBERED: Final = re.compile(r"(.+)-(\d+)-of-(\d+)(\.\w+)")
+"""Names of the parts of a numbered set: stem, number, number of parts, ending."""
+
+_EXTRA: Final = ("adapter", "mmproj")
+"""Beginnings of the names of adapters and projectors, which are opened only if there is no model."""
+
+_REPOSITORY: Final = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class FileSet:
+    """The files of one checkpoint, and what a user should know of the choice."""
+
+    files: list[Path]
+    index: Path | None = None
+    """The index that names the files."""
+    beside: list[Path] = field(default_factory=list)
+    """Files of weights in the same folder that are not part of it."""
+    missing: list[str] = field(default_factory=list)
+    """Numbered sets that lack parts, a sentence each."""
+    doubts: list[str] = field(default_factory=list)
+    """What else is doubtful about the choice, a sentence each."""
+    notes: list[str] = field(default_factory=list)
+    """How the files differ from what the caller named, a sentence each."""
+    named: bool = False
+    """Whether the caller named each of the files, so that missing parts are no mistake."""
+
+    @property
+    def findings(self) -> list[str]:
+        """What is doubtful or missing, a sentence each."""
+        return [*self.doubts, *self.missing]
+
+
+def find_files(path: PathLike | Sequence[PathLike]) -> FileSet:
+    """Return the files of a checkpoint; raise if a file is missing, or if there are several checkpoints."""
     if not isinstance(path, str | os.PathLike):
         if not isinstance(path, Iterable) or isinstance(path, bytes):
             raise TypeError(f"expected the path of a folder or file, or a list of paths, found {path!r}")
         files = [Path(file).absolute() for file in path]
         if not files:
             raise FileNotFoundError("an empty list of files is no checkpoint")
-        return files, None
-    path = Path(path).absolute()
+        return FileSet(files, missing=list(_missing_parts(files)), named=True)
+    hint, path = repository_hint(path), Path(path).absolute()
+    if hint:
+        raise FileNotFoundError(errno.ENOENT, f"{os.strerror(errno.ENOENT)}{hint}", str(path))
     if path.is_dir():
-        index = _find_index(path)
-        if index is None:
-            for ending in (".safetensors", ".uqff", ".gguf"):
-                files = sorted(path.glob(f"*{ending}"))
-                if files:
-                    return files, None
-            raise FileNotFoundError(f"{path}: no .safetensors files in this folder, nor .uqff or .gguf ones")
-        path = index
-    if path.suffix == ".json":
-        return _shards_of(path), path
-    return [path], None
+        return _find_in_folder(path)
+    if path.suffix.lower() == ".json":
+        return _of_index(path)
+    match = _NUMBERED.fullmatch(path.name)
+    if match and match[4].lower() == ".gguf" and int(match[2]) == 1:
+        # As llama.cpp, which opens a split file by the name of its first part.
+        files = _sets(_weights_in(path.parent)).get(_set_of(path), [path])
+        note = f"{path} is the first part of a split file: {len(files)} parts are opened, up to {files[-1].name}"
+        return FileSet(files, missing=list(_missing_parts(files)), notes=[note])
+    return FileSet([path], missing=list(_missing_parts([path])), named=True)
+
+
+def repository_hint(path: PathLike) -> str:
+    """Return how to download what is no folder but named like a repository of the Hub, to be added to a message."""
+    name = os.fspath(path)
+    owner, _, repository = name.partition("/")
+    if not _REPOSITORY.fullmatch(name) or Path(owner).exists() or name.lower().endswith((*ENDINGS, ".json")):
+        return ""
+    return f"; to download a repository of this name: hf download {name} --local-dir {repository}"
+
+
+def is_hidden(path: Path) -> bool:
+    """Tell whether the name begins with a dot, as macOS's sidecars ``._NAME`` do: such files are never weights."""
+    return path.name.startswith(".")
 
 
 def open_file(path: Path, io: str) -> TensorFile:
-    """Open a file by the reader of its format."""
-    return (GGUFFile if path.suffix == ".gguf" else SafetensorsFile)(path, io)
+    """Open a file by the reader of its format: its ending decides or, if that is none of `ENDINGS`, its first bytes."""
+    is_gguf = path.suffix.lower() == ".gguf"
+    if path.suffix.lower() not in ENDINGS:
+        with open_regular(path) as file:
+            is_gguf = file.read(len(GGUF_MAGIC)) == GGUF_MAGIC
+    return (GGUFFile if is_gguf else SafetensorsFile)(path, io)
 
 
-def _find_index(folder: Path) -> Path | None:
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
-    preferred = folder / "model.safetensors.index.json"
-    if len(indexes) > 1 and preferred not in indexes:
-        raise CheckpointError(f"{folder}: several indexes, open one of them: {', '.join(i.name for i in indexes)}")
-    return preferred if preferred in indexes else next(iter(indexes), None)
+# Folders
 
 
-def weight_map_of(index: Path) -> dict[str, str]:
-    """Return the file that an index names for each tensor; refuse files outside its folder."""
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+def _find_in_folder(folder: Path) -> FileSet:
+    weights = _weights_in(folder)
+    if not weights and (folder / "snapshots").is_dir():
+        return _find_in_folder(_snapshot_of(folder))
+    found, doubts = _find_index(folder, weights)
+    if found is None:
+        files = _choose(folder, weights)
+        found = FileSet(files, missing=list(_missing_parts(files)))
+    beside = [file for file in weights if file not in found.files]
+    return replace(found, beside=beside, doubts=[*doubts, *found.doubts])
+
+
+def _weights_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS and not is_hidden(path))
+
+
+def _snapshot_of(folder: Path) -> Path:
+    """Return the snapshot that ``refs/main`` names in a repository's folder of the Hub's cache, or the only one."""
+    there = sorted(path for path in (folder / "snapshots").iterdir() if path.is_dir() and not is_hidden(path))
+    ref = folder / "refs" / "main"
+    wanted = ref.read_text(errors="replace").strip() if ref.is_file() else None
+    for path in there:
+        if path.name == wanted or (wanted is None and len(there) == 1):
+            return path
+    listed = ", ".join(f"snapshots/{path.name}" for path in there) or "no folder in snapshots/"
+    raise FileNotFoundError(f"{folder}: expected refs/main to name a snapshot, found {wanted!r}: open one of {listed}")
+
+
+def _find_index(folder: Path, weights: Sequence[Path]) -> tuple[FileSet | None, list[str]]:
+    """Return the files of the index that decides in a folder, if one does, and what is doubtful about it."""
+    indexes = {
+        path.name.lower(): path
+        for path in sorted(folder.iterdir())
+        if path.name.lower().endswith(_INDEX) and not is_hidden(path)
+    }
+    single = next((file for file in weights if file.name.lower() == SINGLE and file.exists()), None)
+    index = indexes.get("model" + _INDEX)
+    if index is None:  # one of another name decides unless there are weights as transformers names them
+        models = {file for file in weights if file.name.lower().startswith("model")}
+        if not indexes or models - {file for other in indexes.values() for file in _files_of(other)}:
+            return None, []
+        if len(indexes) > 1:
+            listed = ", ".join(path.name for path in indexes.values())
+            raise CheckpointError(f"{folder}: several indexes, open one of them: {listed}")
+        return _of_index(*indexes.values()), []
+    if single is None or single in (files := _files_of(index)):
+        return _of_index(index), []
+    if not any(file.exists() for file in files):
+        return FileSet([single]), [f"{index}: none of its {len(files)} files is there: {single.name} is opened instead"]
+    newer = ", which is newer" if single.stat().st_mtime_ns > index.stat().st_mtime_ns else ""
+    doubt = (
+        f"{index}: does not name {single.name}{newer}: the files of the index are opened, and transformers would load "
+        f"{single.name}: remove one of them, or open {single.name} by its own name"
+    )
+    return _of_index(index), [doubt]
+
+
+def _choose(folder: Path, weights: Sequence[Path]) -> list[Path]:
+    """Return the files of a folder without an index that are one model, as transformers chooses."""
+    if not weights:
+        below = [path for path in sorted(folder.iterdir()) if path.is_dir() and not is_hidden(path)]
+        listed = ", ".join(path.name for path in below if _weights_in(path))
+        hint = f"; there are some in {listed}" if listed else ""
+        raise FileNotFoundError(f"{folder}: no {ENDINGS[0]} files in this folder, nor .uqff or .gguf ones{hint}")
+    models = [file for file in weights if not file.name.lower().startswith(_EXTRA)] or weights
+    ending = next(ending for ending in ENDINGS if any(file.suffix.lower() == ending for file in models))
+    models = [file for file in models if file.suffix.lower() == ending]
+    if single := [file for file in models if file.name.lower() == SINGLE]:
+        return single
+    named = [file for file in models if file.name.lower().startswith("model")] if ending != ".gguf" else []
+    models = named or models
+    sets = _sets(models)
+    numbered = sum(_NUMBERED.fullmatch(file.name) is not None for file, *_ in sets.values())
+    consolidated = any(file.name.lower().startswith("consolidated") for file in models)
+    if len(sets) > 1 and (numbered > bool(named) or consolidated or ending == ".gguf"):
+        listed = ", ".join(first.name + (" ..." if others else "") for first, *others in sets.values())
         raise CheckpointError(
-            f"{index}: expected an object 'weight_map' of tensor names and files, found {weight_map!r}"
+            f"{folder}: expected one model, found {len(sets)}: {listed}: open one of them by its own name or as a list "
+            "of its files, or move the others to another folder"
         )
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or not file or PurePosixPath(file).is_absolute() or ".." in Path(file).parts:
-            raise CheckpointError(f"{index}: tensor {name!r}: expected a file below this folder, found {file!r}")
-    return weight_map
+    return models
 
 
-def _shards_of(index: Path) -> list[Path]:
-    names = sorted(set(weight_map_of(index).values()))
-    files = [index.parent / name for name in names]
-    missing = [name for name, file in zip(names, files, strict=True) if not file.exists()]
+def _set_of(file: Path) -> tuple[str, ...]:
+    match = _NUMBERED.fullmatch(file.name)
+    return (match[1], str(int(match[3])), match[4].lower()) if match else (file.name,)
+
+
+def _sets(files: Iterable[Path]) -> dict[tuple[str, ...], list[Path]]:
+    """Group files by the numbered set that their names belong to; others are sets of one."""
+    sets: dict[tuple[str, ...], list[Path]] = {}
+    for file in files:
+        sets.setdefault(_set_of(file), []).append(file)
+    return sets
+
+
+def _missing_parts(files: Sequence[Path]) -> Iterator[str]:
+    """Yield a sentence for each numbered set that lacks parts."""
+    for parts in _sets(files).values():
+        match = _NUMBERED.fullmatch(parts[0].name)
+        if match is None:
+            continue
+        there = {int(other[2]) for part in parts if (other := _NUMBERED.fullmatch(part.name))}
+        total, start = int(match[3]), min(1, *there)
+        expected = range(start, start + total)
+        if lacking := total - len(there.intersection(expected)):
+            first = list(islice((number for number in expected if number not in there), 3))
+            names = ", ".join(f"{match[1]}-{n:0{len(match[2])}}-of-{match[3]}{match[4]}" for n in first)
+            more = ", ..." if lacking > len(first) else ""
+            yield (
+                f"{parts[0].parent}: no {names}{more}: {lacking:,} of {total:,} files {match[1]}-* are missing, number "
+                f"{first[0]} is the first"
+            )
+
+
+def _files_of(index: Path) -> list[Path]:
+    return [index.parent / name for name in sorted(set(weight_map_of(index).values()))]
+
+
+def _of_index(index: Path) -> FileSet:
+    files = _files_of(index)
+    missing = [file.relative_to(index.parent).as_posix() for file in files if not file.exists()]
     if missing:
         listed = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
-        raise FileNotFoundError(f"{index}: {len(missing)} of the {len(files)} files it names are missing: {listed}")
-    return files
-
-
-def check_index(index: Path, stored: Mapping[str, StoredTensor]) -> None:
-    """Raise `CheckpointError` if a tensor is not in the file that the index names."""
-    for name, file in weight_map_of(index).items():
-        if name not in stored:
-            raise CheckpointError(f"{index}: tensor {name!r}: expected in {file!r}, found in none of the files")
-        found = stored[name].file.path
-        if found != index.parent / file:
-            raise CheckpointError(f"{index}: tensor {name!r}: expected in {file!r}, found in {found.name!r}")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; refuse anything else, and files larger than `HEADER_LIMIT`."""
-    with open_regular(path) as file:
-        if os.fstat(file.fileno()).st_size > HEADER_LIMIT:
-            raise CheckpointError(f"{path}: expected a JSON file of at most {HEADER_LIMIT:,} bytes, found a larger one")
-        text = file.read()
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
+        hint = f"; {SINGLE} is there, open it by its own name" if (index.parent / SINGLE).exists() else ""
+        raise FileNotFoundError(
+            f"{index}: {len(missing)} of the {len(files)} files it names are missing, download them: {listed}{hint}"
+        )
+    return FileSet(files, index, doubts=list(_missing_parts(files)))

@@ -5,10 +5,13 @@ The package is imported only when such a file is opened.
 
 from __future__ import annotations
 
-from typing import BinaryIO
+from typing import BinaryIO, Final
 
 from ..errors import BackendUnavailableError, CheckpointError
 from .tensorfile import DTYPES, StoredTensor, TensorFile
+
+GGUF_MAGIC: Final = b"GGUF"
+"""The first bytes of such a file."""
 
 
 class GGUFFile(TensorFile):
@@ -26,6 +29,7 @@ class GGUFFile(TensorFile):
             reader = GGUFReader(self.path)
             scalars = {key: field for key, field in reader.fields.items() if len(field.types) == 1}
             self.metadata = {key: str(field.contents()) for key, field in scalars.items()}
+            self.parts = int(self.metadata.get("split.count", 1))
         except (ValueError, LookupError, TypeError, OverflowError) as error:
             raise CheckpointError(f"{self.path}: not a valid GGUF file: {error}") from error
         if reader.byte_order == "S":

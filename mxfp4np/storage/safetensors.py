@@ -34,7 +34,6 @@ MAX_AXES: Final = 64
 MAX_ELEMENTS: Final = 1 << 56
 """What NumPy can hold, decoded sizes included; files can claim more if an axis is empty."""
 
-_LFS_POINTER: Final = b"version https://git-lfs"
 _DISK_FULL: Final = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 Spec = tuple[str, tuple[int, ...]]
@@ -87,12 +86,10 @@ def _what_is_wrong(file: BinaryIO) -> str | None:
     """Return why a file that cannot be parsed has the wrong size, or what else it is; None if neither is known."""
     size = os.fstat(file.fileno()).st_size
     file.seek(0)
-    beginning = file.read(len(_LFS_POINTER))
-    if beginning == _LFS_POINTER:
-        return "it is a pointer of Git LFS: get the file itself with git lfs pull"
-    expected = 8 + int.from_bytes(beginning[:8], "little")
+    beginning = file.read(8)
+    expected = 8 + int.from_bytes(beginning, "little")
     if expected > 8 + HEADER_LIMIT:
-        return f"it begins with {beginning[:8]!r}, which is not the length of a header: it is a file of another kind"
+        return f"it begins with {beginning!r}, which is not the length of a header: it is a file of another kind"
     if expected <= size:
         file.seek(8)
         try:

@@ -52,6 +52,8 @@ DTYPES: Final = {
 NumPy has no type for elements below a byte: their packed bytes are viewed as uint8.
 """
 
+_LFS_POINTER: Final = b"version https://git-lfs"
+
 SAFETENSORS_DTYPES: Final = {numpy: name for name, (bits, numpy) in DTYPES.items() if bits >= 8}
 """The name in safetensors of each NumPy or ml_dtypes type."""
 
@@ -149,6 +151,8 @@ class TensorFile:
     tensors : dict of str to StoredTensor
         In the order of their bytes.
     metadata : dict of str to str
+    parts : int
+        Number of files that the checkpoint is split into, if the header says so.
     stamp : tuple of int
         Size in bytes, and time of the last change in nanoseconds.
     """
@@ -157,6 +161,7 @@ class TensorFile:
         self.path, self.io = path, io
         self.tensors: dict[str, StoredTensor] = {}
         self.metadata: dict[str, str] = {}
+        self.parts = 1
         self._map: NDArray[np.uint8] | None = None
         self._file: BinaryIO | None = None
         self._closed = False
@@ -267,13 +272,18 @@ def _reserved(nbytes: int) -> NDArray[np.uint8]:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file to read, unbuffered; refuse pipes and devices."""
+    """Open a file to read, unbuffered; refuse pipes and devices, and pointers of Git LFS that stand for a file."""
     # Without O_NONBLOCK, opening a pipe that nobody writes to would wait for ever.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise CheckpointError(f"{path}: not a regular file")
-    return os.fdopen(descriptor, "rb", buffering=0)
+    file = os.fdopen(descriptor, "rb", buffering=0)
+    if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+        file.close()
+        raise CheckpointError(f"{path}: it is a pointer of Git LFS: get the file itself with git lfs pull")
+    file.seek(0)
+    return file
 
 
 def _stamp(file: BinaryIO) -> tuple[int, int]:

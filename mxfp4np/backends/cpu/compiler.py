@@ -1,16 +1,18 @@
-"""Build what is made once per process: compiled functions, and tables they look values up in.
+"""Build what is made once per process: compiled functions, and the tables that they read.
 
-Numba is imported here, on first use. What is built is built whole or not at all: a signal handler may raise anywhere in
-the main thread, in the middle of an import or of Numba's compiler too, and leave them broken for the whole process. So
-each thing is built in a thread of its own, which no signal interrupts, while the caller waits and can be interrupted.
+Numba is imported here, on first use. A signal handler may raise anywhere in the main thread, even in the middle of an
+import or of Numba's compiler, and leave them broken for the whole process. So each thing is built in a thread of its
+own, which no signal interrupts. The caller waits, and can be interrupted.
 """
 
 from __future__ import annotations
 
+import _imp
 import contextlib
 import ctypes
 import functools
 import hashlib
+import logging  # noqa: F401 - before the fork handler below
 import os
 import threading
 from collections.abc import Callable, Hashable
@@ -23,17 +25,29 @@ from ... import __version__
 from ...errors import BackendUnavailableError
 
 _built: dict[Hashable, Any] = {}
-_building = threading.RLock()  # of the thread that builds, or of one that forks
+_building = threading.RLock()  # held by the thread that builds, and by a thread that forks
+
+
+def _wait_for_builder() -> None:
+    """Acquire the lock before a fork, whatever interrupts: an exception of a fork handler would not stop the fork."""
+    if _building._is_owned():  # type: ignore[attr-defined]  # noqa: SLF001 - the builder itself forks
+        _building.acquire()
+    while not _building._is_owned():  # type: ignore[attr-defined]  # noqa: SLF001
+        with contextlib.suppress(BaseException):
+            _building.acquire()
+
 
 if hasattr(os, "register_at_fork"):
-    # A child has no thread that would finish what is half built, nor release Numba's own locks: fork before or after.
-    os.register_at_fork(before=_building.acquire, after_in_parent=_building.release, after_in_child=_building.release)
+    # A child has no thread that would finish building, nor release Numba's own locks: so a fork waits for the builder.
+    # Handlers run in reverse order. The one of `logging` must come after this one, since Numba needs its lock: so it is
+    # imported here.
+    os.register_at_fork(before=_wait_for_builder, after_in_parent=_building.release, after_in_child=_building.release)
 
 
 def build_once(key: Hashable, make: Callable[[], Any]) -> Any:
-    """Return what ``make`` made when this was first called with this key, or raise what it raised.
+    """Return what ``make`` returned in the first successful call with this key, or raise what it raises.
 
-    ``make`` must not call this function.
+    ``make`` must not call this function: it would wait for itself.
     """
     try:
         return _built[key]
@@ -55,21 +69,34 @@ def build_once(key: Hashable, make: Callable[[], Any]) -> Any:
     except RuntimeError:  # the interpreter is shutting down, or there can be no more threads
         build()
     else:
-        builder.join()
+        while builder.is_alive():
+            builder.join(timeout=1)
+            _release_import_lock()
     if errors:
         raise errors[0]
     return _built[key]
 
 
+def _release_import_lock() -> None:
+    """Release Python's import lock if this thread holds it, for the builder to import.
+
+    CPython keeps it for ever where a signal handler raises in an import, right after it was acquired; the thread itself
+    can import then, but no other one can. Nobody holds it on purpose for longer than a few instructions.
+    """
+    with contextlib.suppress(RuntimeError):  # another thread holds it
+        while _imp.lock_held():
+            _imp.release_lock()
+
+
 class CompiledFunction:
-    """A function of machine code, of integers of 64 bits, to an integer or nothing.
+    """A compiled function that takes 64-bit integers and returns one or nothing.
 
     Attributes
     ----------
     address : int
-        Where other compiled code can call it.
+        Address by which other compiled code calls it.
     call : callable
-        Call it from Python; it does not hold the GIL.
+        Calls it from Python, without the GIL.
     """
 
     def __init__(self, compiled: Any, signature: Any) -> None:
@@ -90,7 +117,7 @@ def compile_function(function: Callable[..., Any], signature: Any) -> CompiledFu
     named.__qualname__ = f"{function.__qualname__}_{_digest()}"
     try:
         return CompiledFunction(numba.cfunc(signature, cache=True)(named), signature)
-    except Exception:  # noqa: BLE001 - no place for a cache, or a broken one, is no reason to fail; other errors recur
+    except Exception:  # noqa: BLE001 - retry without a cache, which may be broken or have no place; other errors recur
         return CompiledFunction(numba.cfunc(signature)(named), signature)
 
 
@@ -122,10 +149,10 @@ def check_numba() -> None:
 
 
 def compiled_kernel(module: str, name: str, *constants: int) -> CompiledFunction | None:
-    """Return a kernel: what the function ``name`` of a module of this package makes of some constants, compiled.
+    """Return the compiled kernel that the function ``name`` of a module of this package returns for some constants.
 
-    A kernel takes the address of a job, a record of the module's dtype ``RECORD``, and does its units ``start`` to
-    ``stop - 1``.
+    A kernel takes the address of a job, a record of the module's dtype ``RECORD``, and processes its units ``start`` to
+    ``stop - 1``. Returns None where Numba's compiler is switched off.
     """
 
     def make() -> CompiledFunction | None:

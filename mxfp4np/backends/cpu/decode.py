@@ -1,12 +1,12 @@
-"""Kernels that decode: rows to rows, and rows to columns.
+"""Kernels that decode: to rows, and to columns (transposed values).
 
-What they compute: value = E2M1[code] * 2**(scale - 127), rounded to the output's dtype. There are 16 codes and 256
-scales, so a table has all values. It has a line of 64 bytes for each scale: the 16 values as words of 16 bits, then
-their low bytes, then their high bytes. Looking 16 entries up is one byte shuffle on most processors. Words are bfloat16
-or float16; a float32 is the bfloat16 and 16 zero bits, since two bits of mantissa need no more.
+They compute value = E2M1[code] * 2**(scale - 127), rounded to the output's dtype. There are 16 codes and 256 scales:
+a table holds all values. It has a line of 64 bytes for each scale: the 16 values as words of 16 bits, then their low
+bytes, then their high bytes. On most processors, one byte shuffle looks up 16 or more bytes in 16 entries. Words are
+bfloat16 or float16. A float32 is the bfloat16 with 16 zero bits below: values have two significant bits.
 
-`mxfp4np.backends.cpu.geometry` says how the arrays lie. A kernel is made by a function whose arguments are constants in
-the compiled code; it does units ``start`` to ``stop - 1`` of a job. The driver has checked everything.
+`mxfp4np.backends.cpu.geometry` describes jobs and units. A kernel is made by a function whose arguments are constants
+in the compiled code. It processes units ``start`` to ``stop - 1`` of a job. The driver has checked everything.
 """
 
 # Numba infers the types of these functions, and has none for mypy.
@@ -52,11 +52,11 @@ RECORD = JOB
 """The record that kernels of this file read."""
 
 
-# One block: its 32 codes, a byte each, are looked up in the line of the table for its scale
+# One block: each of its 32 codes is looked up in the table's line for its scale
 
 
 def lookup_avx512(builder, codes, line):
-    """Look 32 words up with one permutation of words."""
+    """Look up 32 words with one permutation of words."""
     table = load(builder, line, vector(I16, 16), TABLE_LINE)
     table = shuffle(builder, table, table, [i % 16 for i in range(32)])
     indices = builder.zext(codes, vector(I16, 32))
@@ -64,7 +64,7 @@ def lookup_avx512(builder, codes, line):
 
 
 def lookup_by_bytes(target):
-    """Return how to look 32 words up with shuffles of bytes: low bytes and high bytes, which are then interleaved."""
+    """Return a function that looks up the low and high bytes of 32 words by byte shuffles, and interleaves them."""
 
     def lookup(builder, codes, line):
         tables = [load(builder, offset(builder, line, at), vector(I8, 16), 16) for at in (LOW_BYTES, HIGH_BYTES)]
@@ -75,7 +75,7 @@ def lookup_by_bytes(target):
 
 
 def lookup_portable(builder, codes, line):
-    """Look 32 words up one by one."""
+    """Look up 32 words one by one."""
     words = ir.Constant(vector(I16, 32), ir.Undefined)
     for i in range(32):
         code = builder.zext(builder.extract_element(codes, I32(i)), I64)
@@ -94,7 +94,7 @@ LOOKUP = {
 
 
 def codes_of_block(builder, block, *, halves):
-    """Return the 32 codes of the block of 16 bytes at an address, a byte each."""
+    """Return the 32 codes of the block at an address, one code per byte."""
     both = load(builder, block, vector(I8, 16))
     low, high = builder.and_(both, repeated(15, both)), builder.lshr(both, repeated(4, both))
     return shuffle(builder, low, high, range(32) if halves else [i // 2 + i % 2 * 16 for i in range(32)])
@@ -110,7 +110,7 @@ def store_words(builder, words, address, itemsize, *, streaming):
 
 @intrinsic(prefer_literal=True)
 def decode_block(typingctx, block, line, values, itemsize, halves, streaming):
-    """Decode the block at an address by a line of the table to 32 elements; a streaming store needs them aligned."""
+    """Decode a block to 32 elements by a line of the table. Streaming stores need elements aligned to a cache line."""
 
     def codegen(context, builder, signature, args):
         codes = codes_of_block(builder, args[0], halves=halves.literal_value)
@@ -121,12 +121,12 @@ def decode_block(typingctx, block, line, values, itemsize, halves, streaming):
     return types.void(types.int64, types.int64, types.int64, itemsize, halves, streaming), codegen
 
 
-# Rows to rows of whole blocks
+# To rows of whole blocks
 
 
 @inner
 def row_addresses(job, row):
-    """Return where the codes, the scales and the values of a row are, counted over all matrices."""
+    """Return the addresses of the codes, scales and values of a row; rows are numbered over all matrices."""
     matrix = row // job.rows
     row -= matrix * job.rows
     return (
@@ -137,14 +137,14 @@ def row_addresses(job, row):
 
 
 def decode_rows(itemsize, halves, streaming):
-    """Return the kernel to rows of whole blocks whose elements are contiguous. Its units are blocks, row by row.
+    """Return the kernel that decodes to rows of whole blocks with contiguous elements. A unit is one block.
 
     Streaming needs rows that are aligned to cache lines.
     """
 
     def kernel(pointer, start, stop):
         job = carray(pointer, 1)[0]
-        table, ahead, codes_step, scales_step = job.table, job.prefetch, job.codes_step, job.scales_step
+        table, distance, codes_step, scales_step = job.table, job.prefetch_distance, job.codes_step, job.scales_step
         unit = start
         while unit < stop:
             row, begin = divmod(unit, job.blocks_per_row)
@@ -154,7 +154,7 @@ def decode_rows(itemsize, halves, streaming):
             value = values + 32 * begin * itemsize
             for g in range(begin, end):
                 if g % 4 == 0:
-                    prefetch(block + ahead)
+                    prefetch(block + distance)
                 decode_block(block, table + TABLE_LINE * load_uint8(scale), value, itemsize, halves, streaming)
                 block += codes_step
                 scale += scales_step
@@ -166,7 +166,7 @@ def decode_rows(itemsize, halves, streaming):
     return kernel
 
 
-# Rows to rows of any kind: blocks are decoded to a buffer, and the wanted elements are copied from there
+# To rows of any kind: blocks are decoded to a buffer, and those elements that the output has are copied from there
 
 BATCH = 64
 """Blocks in the buffer."""
@@ -174,14 +174,14 @@ BATCH = 64
 
 @inner
 def scatter(job, buffer, begin, end, values, streaming):
-    """Copy the elements of blocks ``begin`` to ``end - 1`` of a row, as far as they are wanted, from a buffer."""
-    first, last = max(0, 32 * begin - job.start), min(job.length, 32 * end - job.start)
-    source, size = buffer + (job.start + first - 32 * begin) * job.itemsize, job.itemsize
+    """Copy from a buffer those elements of blocks ``begin`` to ``end - 1`` of a row that the output has."""
+    first, last = max(0, 32 * begin - job.skip), min(job.length, 32 * end - job.skip)
+    source, size = buffer + (job.skip + first - 32 * begin) * job.itemsize, job.itemsize
     if job.values_step == size:
         copy_run(source, values + first * size, (last - first) * size, streaming)
     else:
         for i in range(first, last):
-            if size == 2:
+            if size == 2:  # `copy_bytes` takes its size as a literal
                 copy_bytes(source, values + i * job.values_step, 2, False)
             else:
                 copy_bytes(source, values + i * job.values_step, 4, False)
@@ -189,7 +189,7 @@ def scatter(job, buffer, begin, end, values, streaming):
 
 
 def decode_any_rows(itemsize, halves, streaming):
-    """Return the kernel to rows that begin or end inside a block, or have any strides. Its units are blocks."""
+    """Return the kernel for rows that begin or end inside a block, or have any strides. A unit is one block."""
     block_bytes, buffer_bytes = 32 * itemsize, BATCH * 32 * itemsize
 
     def kernel(pointer, start, stop):
@@ -203,7 +203,7 @@ def decode_any_rows(itemsize, halves, streaming):
             for g in range(begin, end):
                 block = codes + g * job.codes_step
                 line = job.table + TABLE_LINE * load_uint8(scales + g * job.scales_step)
-                prefetch(block + job.prefetch)
+                prefetch(block + job.prefetch_distance)
                 decode_block(block, line, buffer + (g - begin) * block_bytes, itemsize, halves, False)
             scatter(job, buffer, begin, end, values, streaming)
             unit += end - begin
@@ -213,9 +213,9 @@ def decode_any_rows(itemsize, halves, streaming):
     return kernel
 
 
-# Rows to columns: the codes of 32 rows are transposed, so that a vector has one code of each row. Rows differ in their
-# scales: values are looked up for scale 127, and the difference of the scale is added to their exponents. Where that
-# would not give normal numbers, and at the edges, blocks are decoded one by one.
+# To columns: the bytes of 32 rows are transposed, so that a vector has one byte of each row's block. Rows differ in
+# their scales: values are looked up for scale 127, and scale - 127 is added to their exponents. Where that would not
+# give normal numbers, and at the edges, blocks are decoded one by one.
 
 
 @intrinsic
@@ -238,9 +238,9 @@ def transpose_codes(typingctx, block, row_stride, target):
 
 @intrinsic(prefer_literal=True)
 def decode_two_columns(typingctx, codes, exponents, line, low, high, itemsize, streaming):
-    """Decode the low four bits of 32 bytes to one address and the high ones to another, by a line of the table.
+    """Decode the low nibbles of 32 bytes to one address and the high nibbles to another, by a line of the table.
 
-    The exponents of values that are not zero are increased by 32 words.
+    ``exponents`` is the address of 32 words, one for each byte. Each is added to the values of its byte that are not 0.
     """
 
     def codegen(context, builder, signature, args):
@@ -261,7 +261,7 @@ def decode_two_columns(typingctx, codes, exponents, line, low, high, itemsize, s
 
 @intrinsic
 def scale_exponents(typingctx, scales, least, most, mantissa_bits, target):
-    """Write what to add to words of scale 127 for 32 scales; return whether all of them are in a range."""
+    """Write what 32 scales add to words of scale 127; return whether all scales are from ``least`` to ``most``."""
 
     def codegen(context, builder, signature, args):
         words = builder.zext(load(builder, args[0], vector(I8, 32), 32), vector(I16, 32))
@@ -274,11 +274,12 @@ def scale_exponents(typingctx, scales, least, most, mantissa_bits, target):
 
 
 def decode_columns(itemsize, halves, streaming):
-    """Return the kernel to transposed values: ``values_row`` is ``itemsize``.
+    """Return the kernel that decodes to transposed values, whose ``values_row`` is ``itemsize``.
 
-    Its units are blocks of `GROUP_ROWS` rows. Streaming needs columns that are aligned to cache lines.
+    A unit is one block of each row in a group of `GROUP_ROWS` rows. Streaming needs columns that are aligned to cache
+    lines.
     """
-    between_bytes, between_nibbles = (1, 16) if halves else (2, 1)  # of columns
+    between_bytes, between_nibbles = (1, 16) if halves else (2, 1)  # in columns
     codes_bytes, scales_bytes, exponents_bytes, block_bytes = 16 * GROUP_ROWS, GROUP_ROWS, 2 * GROUP_ROWS, 32 * itemsize
 
     def kernel(pointer, start, stop):
@@ -293,29 +294,30 @@ def decode_columns(itemsize, halves, streaming):
             block += g * job.codes_step
             scale += g * job.scales_step
             rows = min(GROUP_ROWS, job.rows - GROUP_ROWS * group)
-            is_whole = job.start <= 32 * g and 32 * (g + 1) <= job.start + job.length
-            done = rows // 32 * 32 if is_whole else 0
-            for row in range(done):
+            is_whole = job.skip <= 32 * g and 32 * (g + 1) <= job.skip + job.length
+            tiled = rows // 32 * 32 if is_whole else 0  # rows that are decoded 32 at a time; the others, one by one
+            for row in range(tiled):
                 store_uint8(load_uint8(scale + row * job.scales_row), row_scales + row)
-            for top in range(0, done, 32):
+            for top in range(0, tiled, 32):
                 source, target = row_scales + top, exponents + 2 * top
                 if not scale_exponents(source, job.least_scale, job.most_scale, job.mantissa_bits, target):
-                    done = 0
-            for top in range(0, done, 32):
+                    tiled = 0
+            for top in range(0, tiled, 32):
                 transpose_codes(block + top * job.codes_row, job.codes_row, transposed + top)
-            for row in range(g % 4, rows, 4):  # a row's next four blocks are one cache line
+            # Four blocks are one cache line: each block prefetches the next line of every fourth row.
+            for row in range(g % 4, rows, 4):
                 prefetch(block + row * job.codes_row + SIZE_OF_CACHE_LINE)
-            column = values + (32 * g - job.start) * job.values_step
+            column = values + (32 * g - job.skip) * job.values_step
             line = job.table + TABLE_LINE * 127
-            for byte in range(16 if done else 0):
+            for byte in range(16 if tiled else 0):
                 low = column + byte * between_bytes * job.values_step
                 high = low + between_nibbles * job.values_step
-                for top in range(0, done, 32):
+                for top in range(0, tiled, 32):
                     source = transposed + byte * GROUP_ROWS + top
                     decode_two_columns(source, exponents + 2 * top, line, low, high, itemsize, streaming)
                     low += 32 * itemsize
                     high += 32 * itemsize
-            for row in range(done, rows):
+            for row in range(tiled, rows):
                 own_line = job.table + TABLE_LINE * load_uint8(scale + row * job.scales_row)
                 decode_block(block + row * job.codes_row, own_line, decoded, itemsize, halves, False)
                 scatter(job, decoded, g, g + 1, values + row * itemsize, False)
@@ -325,7 +327,7 @@ def decode_columns(itemsize, halves, streaming):
     return kernel
 
 
-# The limit of decoding: the loop of `decode_rows`, which moves the same bytes and looks nothing up
+# The limit of decoding: the loop of `decode_rows`, moving the same bytes without looking anything up
 
 
 @intrinsic(prefer_literal=True)
@@ -343,7 +345,7 @@ def move_block(typingctx, block, scale, values, itemsize):
 
 
 def move_blocks(itemsize):
-    """Return the kernel that streams meaningless bytes to one row. Its units are blocks."""
+    """Return the kernel that streams meaningless bytes to one contiguous row. A unit is one block."""
 
     def kernel(pointer, start, stop):
         job = carray(pointer, 1)[0]
@@ -351,7 +353,7 @@ def move_blocks(itemsize):
         value = job.values + start * 32 * itemsize
         for g in range(start, stop):
             if g % 4 == 0:
-                prefetch(block + job.prefetch)
+                prefetch(block + job.prefetch_distance)
             move_block(block, scale, value, itemsize)
             block += 16
             scale += 1

@@ -1,12 +1,11 @@
-"""The CPU backend: describe arrays to kernels, and run kernels in one or several threads.
+"""The CPU backend: describe arrays as jobs, and run kernels over them in one or several threads.
 
-All policy is here: how arrays of any strides become jobs, which kernel suits them, when stores are streaming, and how
-work is split. Kernels and Numba are imported when something is first decoded or encoded.
+All policy is here: how arrays of any strides become jobs, which kernel runs, when stores are streaming, and how work is
+split. Kernels and Numba are imported when something is first decoded or encoded.
 """
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -25,10 +24,10 @@ if TYPE_CHECKING:
     from .pool import Pool
 
 ALONE_BLOCKS: Final = 1 << 15
-"""Jobs of at most this many blocks, 2 MiB of bfloat16, have one thread: waking others would take as long."""
+"""Jobs of at most this many blocks, 2 MiB of bfloat16, run in the calling thread: waking others would take as long."""
 
 THREAD_BLOCKS: Final = 1 << 13
-"""Larger jobs have at most one thread for this many blocks, 0.5 MiB of bfloat16."""
+"""Larger jobs have at most one thread for each this many blocks, 0.5 MiB of bfloat16."""
 
 CHUNK_BLOCKS: Final = 1 << 11, 1 << 18
 """Fewest and most blocks that a thread claims at a time, 0.125 to 16 MiB of bfloat16."""
@@ -36,15 +35,15 @@ CHUNK_BLOCKS: Final = 1 << 11, 1 << 18
 STREAMING_BYTES: Final = 8 << 20
 """Outputs from this size on are written with streaming stores, since they do not fit into the cache.
 
-Rows in new memory are not: the system has just cleared its pages, which are in the cache then. With one thread that is
-1.4 times as fast (Emerald Rapids), with 16 threads 0.9 times; columns are streamed, which is 1.5 times as fast.
+Rows in new memory are written by ordinary stores: the system has just cleared its pages, which are then in the cache.
+That is 1.4 times as fast with one thread (Emerald Rapids), 0.9 times with 16. Columns are streamed: 1.5 times as fast.
 """
 
 PREFETCH_BYTES: Final = 8192
-"""The prefetch distance of codes without gaps."""
+"""The prefetch distance where rows of codes have no gaps."""
 
 PREFETCH_ROWS, PREFETCH_BLOCKS = 4, 128
-"""The prefetch distance in rows where rows have gaps, or enough short rows for this many blocks."""
+"""The prefetch distance where rows have gaps: this many rows, or as many short rows as hold this many blocks."""
 
 
 class CPUBackend(HostBackend):
@@ -74,9 +73,10 @@ class CPUBackend(HostBackend):
                 self.decode(*part, start=start, order=order, fresh=fresh, num_threads=num_threads)
             return
         streaming = out.nbytes >= STREAMING_BYTES and (columns or not fresh)
-        name = _decoder(job, streaming=streaming)
         if columns:
             name, streaming = "decode_columns", streaming and _is_aligned(job, "values_step")
+        else:
+            name = _decoder(job, streaming=streaming)
         kernel = compiled_kernel("decode", name, out.itemsize, order == "halves", streaming)
         if kernel is None:
             return ReferenceBackend().decode(blocks, scales, out, start=start, order=order)
@@ -150,20 +150,14 @@ def instruction_set() -> str:
 
 
 def worker_pool() -> Pool:
-    """Return the pool of worker threads of this process; a forked child has none of its parent's."""
-
-    def compile_functions() -> dict[str, CompiledFunction]:
-        from .pool import compile_functions
-
-        return compile_functions()
+    """Return the worker pool of this process."""
 
     def make() -> Pool:
         from .pool import Pool
 
-        return Pool(functions)
+        return Pool()
 
-    functions = build_once("pool", compile_functions)
-    pool: Pool = build_once(("pool", os.getpid()), make)
+    pool: Pool = build_once("pool", make)
     return pool
 
 
@@ -180,15 +174,15 @@ def _describe(
     Returns
     -------
     dict of str to int
-        The fields of a job but those of the table. With ``columns``, the last axis but one of the values is a
-        matrix's axis of rows; otherwise rows are merged where strides allow, up to a single one.
+        The fields of a job, except those of the table. With ``columns``, the last axis but one of the values is the
+        matrix's axis of rows. Otherwise axes are merged where strides allow, even to a single row.
     """
     per_row, length = scales.shape[-1], values.shape[-1]
     whole = start == 0 and length == BLOCK_SIZE * per_row
     axes: list[tuple[int, ...]] = []
     if whole and codes.flags.c_contiguous and scales.flags.c_contiguous and values.flags.c_contiguous:
         per_row, length = scales.size, values.size
-        steps = BYTES_PER_BLOCK, 1, values.itemsize  # strides of single blocks mean nothing
+        steps = BYTES_PER_BLOCK, 1, values.itemsize  # NumPy's stride of an axis of length 1 may be anything
     else:
         steps = codes.strides[-2], scales.strides[-1], values.strides[-1] if length > 1 else values.itemsize
         lead = scales.ndim - 1 - columns
@@ -200,18 +194,18 @@ def _describe(
             length = BLOCK_SIZE * per_row
     if len(axes) > 2:
         return None
-    ahead = PREFETCH_BYTES
+    distance = PREFETCH_BYTES
     if axes and axes[-1][1] != per_row * steps[0]:
-        ahead = max(PREFETCH_ROWS, PREFETCH_BLOCKS // per_row) * axes[-1][1]
+        distance = max(PREFETCH_ROWS, PREFETCH_BLOCKS // per_row) * axes[-1][1]
     job = {
         "codes": address_of(codes),
         "scales": address_of(scales),
         "values": address_of(values),
         "blocks_per_row": per_row,
-        "start": start,
+        "skip": start,
         "length": length,
         "itemsize": values.itemsize,
-        "prefetch": ahead,
+        "prefetch_distance": distance,
     }
     axes = [(1, 0, 0, 0)] * (2 - len(axes)) + axes
     job["matrices"], job["codes_matrix"], job["scales_matrix"], job["values_matrix"] = axes[0]
@@ -221,19 +215,19 @@ def _describe(
 
 
 def _decoder(job: dict[str, int], *, streaming: bool) -> str:
-    """Return which kernel decodes to rows."""
-    is_whole = job["start"] == 0 and job["length"] == BLOCK_SIZE * job["blocks_per_row"]
+    """Return the name of the kernel that decodes a job to rows."""
+    is_whole = job["skip"] == 0 and job["length"] == BLOCK_SIZE * job["blocks_per_row"]
     is_direct = is_whole and job["values_step"] == job["itemsize"]
     return "decode_rows" if is_direct and (not streaming or _is_aligned(job, "values_row")) else "decode_any_rows"
 
 
 def _is_aligned(job: dict[str, int], stride: str) -> bool:
-    """Tell whether rows, or columns, begin with a cache line."""
+    """Tell whether all rows, or columns, begin on a cache line. ``stride`` is the name of their stride's field."""
     return (job["values"] | job[stride] | job["values_matrix"]) % ALIGNMENT == 0
 
 
 def _table(name: str, rule: str | None = None) -> dict[str, int]:
-    """Return the fields of a job that belong to the table to decode to words, or to encode words by a rule."""
+    """Return the fields of a job that describe its table: for decoding, or for encoding by a rule."""
 
     def make() -> tuple[NDArray[np.uint8], dict[str, int]]:
         table = decode_table(name) if rule is None else encode_table(name, rule)
@@ -246,7 +240,7 @@ def _table(name: str, rule: str | None = None) -> dict[str, int]:
 
 
 def _run(kernel: CompiledFunction, fields: dict[str, int], num_threads: int | None, *, columns: bool = False) -> None:
-    """Run a kernel over all units of a job: blocks, or with ``columns`` blocks of a group of rows."""
+    """Run a kernel over all units of a job. With ``columns``, a unit is one block of each row in a group of rows."""
     job = make_job(fields)
     address, _ = job.buffer_info()
     rows, unit_blocks = fields["rows"], 1

@@ -1,24 +1,26 @@
-"""Kernels that encode: from rows, and from columns.
+"""Kernels that encode: from rows, and from columns (transposed values).
 
-What they compute: the scale of a block follows from the largest magnitude in it, by the caller's rule; the code of a
-value is that of the E2M1 number nearest to value / 2**(scale - 127), ties to even.
+They compute the scale of a block from the largest magnitude in it, by the caller's rule. The code of a value is that of
+the E2M1 number nearest to value / 2**(scale - 127), ties to even.
 
-Values are compared by their bits as integers, which have the same order. Of a float32 the first 16 bits count, a
-bfloat16, and whether any other bit is set: if so, the last of the 16 is set. No value reaches or crosses a bound by
-that, since the bounds of scales and codes have three bits of mantissa at most. So a block is 32 words of 16 bits.
+Magnitudes are compared by their bits, as integers, which have the same order. A float32 is narrowed to its upper 16
+bits, a bfloat16, whose last bit is set if any of the lower 16 bits is (a sticky bit). This moves no value onto or
+across a bound, since bounds of scales and codes have at most three significant bits. So a block is 32 words of 16 bits.
 
-The table of a dtype and a rule begins with a byte for each magnitude that can be the largest of a block, by its 15
-bits: the scale. A line of 16 bytes follows for each scale: the largest words with the codes 0 to 6, and the base.
+The table for a dtype and a rule begins with the scale for each largest magnitude: 2**15 bytes, indexed by its lower 15
+bits. Then follows a line of 16 bytes for each scale: for each code from 0 to 6 the largest word that has it, and the
+base.
 
-With a base, codes take few instructions. Between powers of two, the bounds of codes are quarters of a binade. With M
-bits of mantissa and `tie` the bit M - 1, which is set half way to an even code, these are counted by
-d = max(0, 2 * word + tie - base) >> (M - 1), where base is 0.25 * 2**(scale - 127) less one quarter:
+With a base, codes take few instructions. All bounds of codes lie at quarters of a binade, and d counts quarters from
+the smallest bound. M is the number of mantissa bits; `tie` is bit M - 1 of the word, set at those bounds that round up:
+
+    d = max(0, 2 * word + tie - base) >> (M - 1),   base = 2 * (word of 0.25 * 2**(scale - 127)) - 2**(M - 1) + 1
 
     d                           0     1 to 6   7 to 9   10, 11   12, 13   14, 15   16, 17   18 to 20
     value / 2**(scale - 127)    0     0.25     0.75     1.25     1.75     2.5      3.5      5           and more
     code                        0     1        2        3        4        5        6        7
 
-The base is 0 where a bound is subnormal: then words are compared with all seven bounds.
+The base is 0 where a bound is subnormal: words are then compared with all seven bounds.
 """
 
 # Numba infers the types of these functions, and has none for mypy.
@@ -60,10 +62,10 @@ from .simd import (
 RECORD = JOB
 """The record that kernels of this file read."""
 
-SCALES, LINE, BASE = 1 << 15, 16, 14  # bytes of the table: all scales, a line, and where the base is in it
+SCALES, LINE, BASE = 1 << 15, 16, 14  # sizes of the scales and of a line in bytes; offset of the base in a line
 
 CODES_FROM_5 = 1, 1, 2, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 7
-"""The codes of d = 5, 6 and so on."""
+"""The codes of d = 5 to 20. The code of d = 1 to 4 is that of 5."""
 
 
 def load_words(builder, address, itemsize):
@@ -116,12 +118,12 @@ def encode_by_base(typingctx, words, base, block, mantissa_bits):
         words = load(builder, words, vector(I16, 32))
         shift = broadcast(builder, builder.sub(builder.trunc(mantissa_bits, I16), I16(1)), 32)
         tie = builder.and_(builder.lshr(words, shift), repeated(1, words))
-        doubled = builder.or_(builder.add(words, words), tie)  # which drops the sign
+        doubled = builder.or_(builder.add(words, words), tie)  # doubling shifts the sign out
         steps = call(builder, "llvm.usub.sat.v32i16", words.type, doubled, broadcast(builder, base, 32))
         steps = builder.trunc(builder.lshr(steps, shift), vector(I8, 32))
         codes = call(builder, "llvm.usub.sat.v32i8", steps.type, steps, repeated(5, steps))
         codes = byte_lookup(builder, target_of(context), constants(I8, CODES_FROM_5), codes)
-        codes = call(builder, "llvm.umin.v32i8", codes.type, codes, steps)  # 0 for 0, and no change else
+        codes = call(builder, "llvm.umin.v32i8", codes.type, codes, steps)  # 0 for d = 0; no change otherwise
         bytes_ = builder.bitcast(words, vector(I8, 64))
         signs = shuffle(builder, bytes_, bytes_, range(1, 64, 2))
         is_negative = builder.icmp_signed("<", signs, repeated(0, signs))
@@ -150,18 +152,19 @@ def encode_by_bounds(typingctx, words, line, block):
 
 
 BATCH = 64
-"""Blocks that are narrowed to words, or gathered, together."""
+"""Blocks that are gathered, or narrowed to words, at a time."""
 
 LAG = 8
-"""How many blocks codes are behind scales: a code waits for its scale, which waits for the whole block."""
+"""Blocks between the one that gets its scale and the one that gets its codes, which need the scale and would wait."""
 
 
 @inner
 def encode_words(job, words, count, codes, codes_step, scales, scales_step, following):
-    """Encode blocks of words that follow each other to codes and scales that lie a step apart.
+    """Encode ``count`` contiguous blocks of words. Codes and scales of successive blocks lie a step apart.
 
-    ``following`` is the address of the values that are encoded next. Half of those of a float32 are prefetched: on
-    Intel (Emerald Rapids) that makes encoding 1.4 times as fast, on AMD (Zen 4) all of them would make it 0.6 times.
+    ``following`` is the address of the values that are encoded next. 64 bytes are prefetched for each block, which is
+    half of a float32 block: on Intel (Emerald Rapids) encoding becomes 1.4 times as fast; on AMD (Zen 4) prefetching
+    whole blocks would make it 0.6 times as fast.
     """
     table, mantissa_bits = job.table, job.mantissa_bits
     for i in range(count + LAG):
@@ -179,7 +182,7 @@ def encode_words(job, words, count, codes, codes_step, scales, scales_step, foll
 
 
 def encode_rows(itemsize):
-    """Return the kernel that encodes rows. Its units are blocks, row by row."""
+    """Return the kernel that encodes rows. A unit is one block."""
     block_bytes = 32 * itemsize
     values_bytes, words_bytes = BATCH * block_bytes, BATCH * 64
 
@@ -191,18 +194,18 @@ def encode_rows(itemsize):
             row, g = divmod(unit, job.blocks_per_row)
             codes, scales, values = row_addresses(job, row)
             count = min(BATCH, stop - unit, job.blocks_per_row - g)
-            words = values + 32 * g * job.values_step
+            source = values + 32 * g * job.values_step
             if job.values_step != itemsize:
                 for i in range(32 * count):
-                    copy_bytes(words + i * job.values_step, gathered + i * itemsize, itemsize, False)
-                words = gathered
+                    copy_bytes(source + i * job.values_step, gathered + i * itemsize, itemsize, False)
+                source = gathered
             if itemsize == 4:
                 for i in range(count):
-                    narrow_block(words + i * block_bytes, narrowed + i * 64, itemsize)
-                words = narrowed
+                    narrow_block(source + i * block_bytes, narrowed + i * 64, itemsize)
+                source = narrowed
             encode_words(
                 job,
-                words,
+                source,
                 count,
                 codes + g * job.codes_step,
                 job.codes_step,
@@ -217,7 +220,7 @@ def encode_rows(itemsize):
 
 @intrinsic
 def transpose_words(typingctx, words, stride, target):
-    """Write 32 runs of 32 words as 32 blocks, each of which has one word of every run."""
+    """Transpose a matrix of 32 by 32 words, whose rows lie ``stride`` bytes apart."""
 
     def codegen(context, builder, signature, args):
         words, stride, target = args
@@ -240,7 +243,7 @@ def transpose_words(typingctx, words, stride, target):
 def encode_columns(itemsize):
     """Return the kernel that encodes transposed values, whose ``values_row`` is ``itemsize``, of 32 rows or more.
 
-    Its units are blocks of `GROUP_ROWS` rows.
+    A unit is one block of each row in a group of `GROUP_ROWS` rows.
     """
     tile_bytes, words_bytes = 32 * itemsize, 32 * 64
 
@@ -266,6 +269,7 @@ def encode_columns(itemsize):
                     transpose_words(values, job.values_step, words)
                 codes += g * job.codes_step
                 scales += g * job.scales_step
+                # Values are prefetched above: what is passed as following is in the cache already.
                 encode_words(job, words, 32, codes, job.codes_row, scales, job.scales_row, words)
 
     return kernel

@@ -1,4 +1,4 @@
-"""The kernel that gathers bytes: from runs that lie a stride apart to memory that a device copies from."""
+"""The kernel that gathers bytes from runs, which begin a stride apart, to contiguous memory."""
 
 # Numba infers the types of these functions, and has none for mypy.
 # mypy: ignore-errors
@@ -10,25 +10,25 @@ from typing import Final
 import numpy as np
 from numba import carray
 
-from .simd import copy_run, store_fence
+from .simd import copy_run
 
 GATHER: Final = np.dtype(
     [
         (name, np.int64)
         for name in (
-            *("source", "run_bytes", "run_stride"),  # the first run, how long runs are, and how far apart
-            "skip",  # bytes of the runs to leave out
-            "target",  # where the others follow each other
+            *("source", "run_bytes", "run_stride"),  # address of the first run; length and stride of runs
+            "skip",  # bytes to leave out at the start of the runs
+            "target",  # address that the bytes after them are copied to
         )
     ]
 )
 
 RECORD = GATHER
-"""What the kernel reads."""
+"""The record that the kernel of this file reads."""
 
 
 def gather():
-    """Return the kernel. Its units are bytes of the target."""
+    """Return the kernel. A unit is one byte of the target."""
 
     def kernel(pointer, start, stop):
         job = carray(pointer, 1)[0]
@@ -37,6 +37,5 @@ def gather():
             count = min(stop - start, job.run_bytes - offset)
             copy_run(job.source + run * job.run_stride + offset, job.target + start, count, False)
             start += count
-        store_fence()
 
     return kernel

@@ -24,11 +24,11 @@ inner = njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 """Compile a function that only compiled code calls, in a tenth of the time."""
 
 
-# Which instructions there are
+# Instruction sets
 
 
 def instruction_set(triple: str, features: str) -> str:
-    """Return the widest instruction set that has a form here, by LLVM's target triple and list of features."""
+    """Return the widest instruction set that kernels have code for, by LLVM's target triple and list of features."""
     enabled = features.split(",")
     if "+avx512bw" in enabled:
         return "avx512"
@@ -81,9 +81,10 @@ def shuffle(builder, first, second, order):
 
 
 def transpose(builder, vectors):
-    """Transpose n vectors in each part of n lanes: where parts have 16 bytes, a step is one instruction."""
-    # Interleaving two vectors moves the highest bit of a vector's number behind the bits of a lane's number, and the
-    # highest bit of a lane's number behind the bits of a vector's.
+    """Transpose n vectors, each part of n lanes on its own. With parts of 16 bytes, a shuffle is one instruction."""
+    # Number vectors and lanes in binary. A round of interleaving moves the first bit of a vector's number to the end of
+    # the lane's number, and the first bit of a lane's number to the end of the vector's. After log2(n) rounds, the two
+    # numbers have changed places.
     n, lanes = len(vectors), vectors[0].type.count
     low = [n * part + i // 2 + lanes * (i % 2) for part in range(lanes // n) for i in range(n)]
     high = [i + n // 2 for i in low]
@@ -94,8 +95,8 @@ def transpose(builder, vectors):
 
 
 def byte_lookup(builder, target, table, indices):
-    """Return the byte of a vector of 16 that each of 32 bytes, 0 to 15, is the index of."""
-    if target in ("avx512", "avx2"):  # whose shuffle works on halves of a register
+    """Look up 32 bytes in a table of 16 bytes; indices are 0 to 15."""
+    if target in ("avx512", "avx2"):  # their byte shuffles look up within each 16 bytes of a register
         table = shuffle(builder, table, table, [i % 16 for i in range(32)])
         return call(builder, "llvm.x86.avx2.pshuf.b", indices.type, table, indices)
     if target in ("ssse3", "neon"):
@@ -126,7 +127,7 @@ def load(builder, address, type_, align=1):
 
 
 def store(builder, value, address, align=1, *, streaming=False):
-    """Store a value to an address; ``streaming`` stores go past the cache and need an alignment of their size."""
+    """Store a value to an address. ``streaming`` stores bypass the cache and need to be aligned to their size."""
     instruction = builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=align)
     if streaming:
         instruction.set_metadata("nontemporal", builder.module.add_metadata([I32(1)]))
@@ -176,7 +177,7 @@ def store_uint8(typingctx, value, address):
 
 @intrinsic(prefer_literal=True)
 def copy_bytes(typingctx, source, target, count, streaming):
-    """Copy ``count`` bytes, a literal, from one address to another; streaming if ``target`` is aligned to a line."""
+    """Copy ``count`` bytes. ``count`` and ``streaming`` are literals; streaming needs a target on a cache line."""
 
     def codegen(context, builder, signature, args):
         value = load(builder, args[0], vector(I8, count.literal_value))
@@ -190,7 +191,7 @@ def copy_bytes(typingctx, source, target, count, streaming):
 
 @inner
 def copy_run(source, target, count, streaming):
-    """Copy bytes; streaming, a cache line of the target at a time."""
+    """Copy any number of bytes. With ``streaming``, whole cache lines of the target are written by streaming stores."""
     end = target + count
     if streaming and count >= SIZE_OF_CACHE_LINE:
         while target % SIZE_OF_CACHE_LINE:
@@ -212,7 +213,7 @@ def copy_run(source, target, count, streaming):
 
 @intrinsic
 def prefetch(typingctx, address):
-    """Prefetch the cache line at an address, which need not be mapped."""
+    """Prefetch the cache line at an address. It is no error if the address is not mapped."""
 
     def codegen(context, builder, signature, args):
         pointer = builder.inttoptr(args[0], I8.as_pointer())
@@ -226,7 +227,7 @@ def prefetch(typingctx, address):
 
 @intrinsic
 def store_fence(typingctx):
-    """Order streaming stores before whatever tells another thread that they are done."""
+    """Order streaming stores before any later store, such as one that tells another thread that they are done."""
 
     def codegen(context, builder, signature, args):
         if _is_x86(context):
@@ -236,12 +237,12 @@ def store_fence(typingctx):
     return types.void(), codegen
 
 
-# Intrinsics for numbers that several threads change
+# Atomic operations
 
 
 @intrinsic
 def atomic_load(typingctx, address):
-    """Read the int64 at an address as the last thread left it."""
+    """Read the int64 at an address atomically."""
 
     def codegen(context, builder, signature, args):
         return builder.load_atomic(builder.inttoptr(args[0], I64.as_pointer()), "seq_cst", 8)
@@ -251,7 +252,7 @@ def atomic_load(typingctx, address):
 
 @intrinsic
 def atomic_add(typingctx, address, value):
-    """Add to the int64 at an address, and return what it was."""
+    """Add to the int64 at an address atomically, and return its old value."""
 
     def codegen(context, builder, signature, args):
         return builder.atomic_rmw("add", builder.inttoptr(args[0], I64.as_pointer()), args[1], "seq_cst")
@@ -261,7 +262,7 @@ def atomic_add(typingctx, address, value):
 
 @intrinsic
 def atomic_replace(typingctx, address, old, new):
-    """Replace the int64 at an address if it is ``old``; return whether it was."""
+    """Replace the int64 at an address by ``new`` if it is ``old``, atomically; return whether it was."""
 
     def codegen(context, builder, signature, args):
         pointer = builder.inttoptr(args[0], I64.as_pointer())
@@ -272,7 +273,7 @@ def atomic_replace(typingctx, address, old, new):
 
 @intrinsic
 def pause(typingctx):
-    """Tell the processor that this is a loop that waits."""
+    """Tell the processor that this is a spin-wait loop."""
 
     def codegen(context, builder, signature, args):
         if _is_x86(context):

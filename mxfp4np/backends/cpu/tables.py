@@ -1,4 +1,4 @@
-"""The tables that kernels look values up in, made by the reference backend, whose bits all forms of kernels give."""
+"""The tables that kernels read. The reference backend computes them, so that kernels give the same bits as it does."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NORMAL_SCALES: Final = {"bfloat16": (2, 252), "float16": (114, 140)}
 
 
 def word_name(dtype: np.dtype[Any]) -> str:
-    """Return the dtype of the words that tables hold for a dtype: of a float32, these are its first 16 bits."""
+    """Return the dtype of the words that tables hold for a dtype: of a float32, these are its upper 16 bits."""
     return "float16" if dtype == np.float16 else "bfloat16"
 
 
@@ -48,14 +48,14 @@ def encode_table(name: str, rule: str) -> NDArray[np.uint8]:
     exponents = np.arange(256) - SCALE_BIAS
     bounds = np.ldexp(FP4_BOUNDS, exponents[:, None])
     lines = np.empty((256, 8), np.uint16)
-    lines[:, 0:7:2] = np.searchsorted(finite, bounds[:, 0::2], side="right") - 1  # half way is still the even code
-    lines[:, 1:7:2] = np.searchsorted(finite, bounds[:, 1::2], side="left") - 1
+    lines[:, 0:7:2] = np.searchsorted(finite, bounds[:, 0::2], side="right") - 1  # these bounds round down
+    lines[:, 1:7:2] = np.searchsorted(finite, bounds[:, 1::2], side="left") - 1  # and these up, to an even code
 
     bits = MANTISSA_BITS[name]
     smallest = (exponents - 2 + EXPONENT_BIAS[name]) << bits  # the word of the smallest bound, if it is normal
     bases = 2 * smallest - (1 << (bits - 1)) + 1
     lines[:, 7] = np.where((smallest > 0) & (bases < 1 << 16), bases, 0)
-    lines[SCALE_NAN] = [0x7FFF] * 7 + [0xFFFF]  # all codes are 0
+    lines[SCALE_NAN] = [0x7FFF] * 7 + [0xFFFF]  # all magnitudes get code 0
 
     table = aligned_empty((scales.size + lines.nbytes,), np.dtype(np.uint8))
     table[: scales.size] = scales[:, 0]

@@ -1,8 +1,8 @@
 """Copy arrays of the host to a device, through pinned memory.
 
-The worker pool gathers bytes in one of two pinned buffers while the other is copied. Copies are asynchronous and have a
-stream of their own; kernels that use them are queued on the caller's stream, and wait for them by events. So gathering,
-copying and decoding overlap. This module does not know what the bytes are.
+The worker pool gathers bytes in one of two pinned buffers while the other is copied. Copies are asynchronous, on a
+stream of their own. Kernels that use the copies are queued on the caller's stream, and wait for them by events. So
+gathering, copying and decoding overlap. This module does not know what the bytes are.
 """
 
 from __future__ import annotations
@@ -27,39 +27,43 @@ from ..memory import address_of, merged_axes
 from .cupy import first_line
 
 BUFFER_BYTES: Final = 32 << 20
-"""Size of a pinned buffer, at most. Between two copies, the bus and the pool are idle for some microseconds."""
+"""Largest size of a pinned buffer. Between two copies, the bus and the pool are idle for some microseconds."""
 
 MIN_COPY_BYTES: Final = 8 << 20
-"""Bytes from twice which on a part is split into several copies: for less, the pool would be woken too often."""
+"""A part of at least twice this size is split into two copies or more. Smaller copies would wake the pool too often."""
 
 CHUNK_BYTES: Final = 64 << 10
 """Bytes that a worker claims at a time."""
 
 PINNED_VARIABLE: Final = "MXFP4NP_PINNED_BYTES"
 PINNED_BYTES: Final = 256 << 20
-"""Bound of the pinned memory of a process, if the environment variable is not set. Two chunks are always granted."""
+"""Bound of the pinned memory of a process, if the environment variable is not set. One pair of buffers is always
+granted, with buffers of at least `CHUNK_BYTES`."""
 
 POLL: Final = 2e-5
 """Seconds to sleep between polls. Unlike a wait inside CUDA, a sleep can be interrupted."""
 
 SPINS: Final = 1000
-"""Polls without sleeping, for about as long as a copy takes: the shortest sleep takes 70 microseconds."""
+"""Polls before the first sleep, for about as long as a copy takes: the shortest sleep takes 70 microseconds."""
 
 HOST_TO_DEVICE: Final = 1  # cudaMemcpyHostToDevice
 NOT_READY: Final = 600  # cudaErrorNotReady
 
 
 class Part(NamedTuple):
-    """Arrays that are copied to consecutive bytes of a device. Every other part may use the same memory there."""
+    """Arrays that are copied to consecutive bytes of a device.
+
+    Parts may alternate between two areas of the device: each may reuse the memory of the part before the previous one.
+    """
 
     address: int
     sources: list[NDArray[Any]]
     then: Callable[[], object] = lambda: None
-    """Called when all copies are queued; queues what uses them on the caller's stream."""
+    """Called when all copies of the part are queued, to queue the work that uses them on the caller's stream."""
 
 
 def parts_of(source: NDArray[Any], target: Any) -> Iterator[Part]:
-    """Split an array that is copied to a contiguous one of any dtype, so that little is converted at a time."""
+    """Split the copy of an array to a contiguous one of any dtype, so that little is converted at a time."""
     address = target.data.ptr
     for index in split(source.shape, target.itemsize, BUFFER_BYTES):
         array = np.asarray(source[index])
@@ -80,7 +84,7 @@ def transfer(parts: Iterable[Part], num_threads: int) -> None:
     stream, copy_stream = cupy.cuda.get_current_stream(), _copy_stream(cupy.cuda.Device().id)
     pair = pinned.take()
     try:
-        # A part may use the memory of the part before the previous one, once the caller's stream has used that.
+        # A part may reuse the memory of the part before the previous one, once the caller's stream is done with that.
         before_previous = previous = _record(stream)
         for part in parts:
             copy_stream.wait_event(before_previous)
@@ -110,12 +114,12 @@ class _Runs(NamedTuple):
     """An array as runs of contiguous bytes, which begin a stride apart."""
 
     source: NDArray[Any]
-    nbytes: int
-    stride: int
+    run_bytes: int
+    run_stride: int
 
     @classmethod
     def of(cls, source: NDArray[Any]) -> Self:
-        """Describe an array, or a contiguous copy of it if it has other strides."""
+        """Describe an array, or a contiguous copy of it if its strides need more axes."""
         axes = merged_axes(source.shape, source.strides)
         if len(axes) > 2 or (axes and axes[-1][1] != source.itemsize):
             source = np.ascontiguousarray(source)
@@ -133,7 +137,7 @@ def _gather(
     for runs in sources:
         here = min(count, runs.source.nbytes - skip)
         if here > 0:
-            job = np.array((address_of(runs.source), runs.nbytes, runs.stride, skip, target), GATHER)
+            job = np.array((address_of(runs.source), runs.run_bytes, runs.run_stride, skip, target), GATHER)
             worker_pool().run(kernel.address, address_of(job), here, (CHUNK_BYTES, CHUNK_BYTES), num_threads)
             target, count = target + here, count - here
         skip = max(0, skip - runs.source.nbytes)
@@ -160,7 +164,7 @@ class _Buffer:
         while cupy.cuda.runtime.eventQuery(self.copied.ptr) == NOT_READY:
             time.sleep(POLL if polls > SPINS else 0)
             polls += 1
-        self.copied.synchronize()  # raises what a query only returns
+        self.copied.synchronize()  # raises an error, which a query only returns
 
 
 class _Pair:
@@ -175,7 +179,7 @@ class _Pair:
 class _Pinned:
     """The pinned memory of this process: pairs of buffers, which are kept from one transfer to the next.
 
-    A transfer that does not give its pair back, because it is interrupted, frees it. So `_all` does not own pairs.
+    An interrupted transfer may not give its pair back, which is then freed: `_all` holds weak references only.
     """
 
     def __init__(self) -> None:
@@ -240,7 +244,7 @@ def _record(stream: Any) -> Any:
 
 @functools.cache
 def _copy_stream(device: int) -> Any:
-    """Return the stream on which a device copies from the host."""
+    """Return the stream of a device on which all copies from the host run."""
     import cupy
 
     with cupy.cuda.Device(device):
