@@ -69,9 +69,10 @@ def build_once(key: Hashable, make: Callable[[], Any]) -> Any:
     except RuntimeError:  # the interpreter is shutting down, or there can be no more threads
         build()
     else:
+        builder.join(timeout=1)
         while builder.is_alive():
-            builder.join(timeout=1)
             _release_import_lock()
+            builder.join(timeout=1)
     if errors:
         raise errors[0]
     return _built[key]
