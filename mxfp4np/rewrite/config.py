@@ -5,56 +5,53 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from ..checkpoint import Checkpoint
 from ..errors import CheckpointError, LayoutError
 from ..format import BLOCK_SIZE
-from ..layouts.table import LAYOUTS, METADATA
 from ..storage.discover import PathLike, is_hidden
+from ..storage.index import read_json
 from ..storage.tensorfile import open_regular
 from .plan import METADATA as PT_METADATA
 from .plan import RECORD, Copied, Item, json_bytes
+from .quantization import KEYS, Modules, after_decoding, change_config, hf_quant_config, quant_model_description
 
 Source = PathLike | Sequence[PathLike] | None
-
-QUANTIZATION_KEYS: Final = ("quantization_config", "quantization")
-"""Keys of a config.json that say how weights are quantised; the second one is mlx's."""
 
 WEIGHTS: Final = (".safetensors", ".uqff", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx")
 """Endings of files that hold weights, which are not copied."""
 
-STALE: Final = frozenset(
-    {"dtypes.json"} | {says.source for layout in LAYOUTS for says in layout.evidence} - {METADATA, "config.json"}
-)
-"""Files that describe packed tensors, which are not copied."""
+QUANTIZERS_FILES: Final = {
+    "hf_quant_config.json": hf_quant_config,
+    "quant_model_description.json": quant_model_description,
+    "dtypes.json": lambda document, modules: document if modules.has("MXFP4") else None,
+}
+"""Files that describe quantised tensors, and what becomes of them when some were decoded."""
+
+Change = Callable[[dict[str, Any]], dict[str, Any] | None]
+"""Returns a JSON object of the target, given that of the source; None if it goes."""
 
 
-def decoded_config(config: dict[str, Any], dtype: str, *, keep: bool) -> dict[str, Any]:
-    """Return the config.json of the source changed for weights that are decoded to ``dtype``.
-
-    ``keep`` what it says of quantisation where tensors stay quantised in another way.
-    """
-    plain: dict[str, Any] = _without(config, ("expert_dtype", *(() if keep else QUANTIZATION_KEYS)))
+def decoded_config(config: dict[str, Any], dtype: str, modules: Modules) -> dict[str, Any]:
+    """Return the config.json of the source changed for weights of which some were decoded to ``dtype``."""
+    plain = change_config(config, lambda quantization: after_decoding(quantization, modules))
     for part in (plain, plain.get("text_config")):
         if isinstance(part, dict):
-            part.update({key: dtype for key in ("dtype", "torch_dtype") if key in part})
-    if "model_type" in plain and "torch_dtype" not in plain:
+            if not modules.quantized or (part.get("expert_dtype") == "fp4" and not modules.has("MXFP4")):
+                part.pop("expert_dtype", None)
+            if modules.decoded:
+                part.update({key: dtype for key in ("dtype", "torch_dtype") if key in part})
+    if modules.decoded and "model_type" in plain and "torch_dtype" not in plain:
         plain["dtype"] = dtype
     return plain
 
 
-def _without(value: Any, keys: tuple[str, ...]) -> Any:
-    if not isinstance(value, dict):
-        return value
-    return {name: _without(inner, keys) for name, inner in value.items() if name not in keys}
-
-
 def encoded_config(config: dict[str, Any], layout: str, plain: Sequence[str]) -> dict[str, Any]:
     """Return the config.json of the source changed for encoded weights; ``plain`` names the matrices not encoded."""
-    for key in QUANTIZATION_KEYS:
+    for key in KEYS:
         if key in config:
             raise LayoutError(f"config.json has {key!r}: the weights are quantised already, convert them first")
     return {**config, **_quantization(layout, plain)}
@@ -112,25 +109,25 @@ class SmallFiles(NamedTuple):
     """Other weights, and folders that hold some, which do not go along."""
 
 
-def small_files(
-    checkpoint: Checkpoint, source: Source, target: Path, change: Callable[[dict[str, Any]], dict[str, Any]]
-) -> SmallFiles:
-    """Return the files that go with rewritten weights.
+def small_files(checkpoint: Checkpoint, source: Source, target: Path, changes: Mapping[str, Change]) -> SmallFiles:
+    """Return the files that go with rewritten weights; ``changes`` are those of JSON files, by their names.
 
     There are none if the checkpoint was opened by the names of its weights: ``source`` is what it was opened by.
-    ``change`` returns the config.json of the target, given that of the source.
     """
     if not isinstance(source, str | os.PathLike) or (checkpoint.index is None and not Path(source).is_dir()):
         return SmallFiles({}, {}, [])
     copies, left_out = _files_beside(checkpoint.folder, target.resolve(), checkpoint)
     for path in copies.values():
         open_regular(path).close()  # refuses pointers of Git LFS
-    if not copies.pop("config.json", None):
-        return SmallFiles({}, copies, left_out)
-    try:
-        return SmallFiles({"config.json": json_bytes(change(checkpoint.config))}, copies, left_out)
-    except (RecursionError, UnicodeEncodeError) as error:
-        raise CheckpointError(f"{checkpoint.folder / 'config.json'}: cannot be written again: {error}") from error
+    written: dict[str, bytes] = {}
+    for name, change in changes.items():
+        if path := copies.pop(name, None):
+            try:
+                document = change(read_json(path))
+                written |= {} if document is None else {name: json_bytes(document)}
+            except (RecursionError, UnicodeEncodeError) as error:
+                raise CheckpointError(f"{path}: cannot be written again: {error}") from error
+    return SmallFiles(written, copies, left_out)
 
 
 def _files_beside(folder: Path, target: Path, checkpoint: Checkpoint) -> tuple[dict[str, Path], list[str]]:
@@ -141,7 +138,7 @@ def _files_beside(folder: Path, target: Path, checkpoint: Checkpoint) -> tuple[d
     found: dict[str, Path] = {}
     left_out: list[str] = []
     for path in sorted(folder.iterdir()):
-        if is_hidden(path) or path.name in STALE:
+        if is_hidden(path):
             continue
         if path.is_dir():
             if path.resolve() == target:

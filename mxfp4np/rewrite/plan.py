@@ -19,9 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoint import Checkpoint
+from ..errors import LayoutError
 from ..layouts.packed import TensorInfo
+from ..shapes import split
 from ..storage.safetensors import header_bytes
-from ..storage.tensorfile import DTYPES, nbytes_of
+from ..storage.tensorfile import DTYPES, element, nbytes_of
 from ..text import parse_bytes
 
 INDEX: Final = "model.safetensors.index.json"
@@ -73,17 +75,30 @@ class Item:
 
 @dataclass(frozen=True)
 class Copied(Item):
-    """A tensor that is copied as it is."""
+    """A tensor that is copied as it is stored; of a packed one codes and scales."""
 
     def chunks(self, checkpoint: Checkpoint, reports: dict[str, Any]) -> Chunks:  # noqa: ARG002
-        """Yield the bytes of the tensor."""
-        for _, chunk in checkpoint.pieces(self.name, COPY_BYTES):
-            yield 0, np.ascontiguousarray(chunk)
+        """Yield the bytes of the stored tensors."""
+        for which, tensor in enumerate(checkpoint.info(self.name).stored):
+            for index in split(tensor.array_shape, max(1, element(tensor.dtype)[0] // 8), COPY_BYTES):
+                yield which, np.ascontiguousarray(tensor.array(index))
 
     @classmethod
     def of(cls, info: TensorInfo) -> Copied:
-        """Return the item for a tensor; a dtype that safetensors lacks, as in GGUF, becomes bytes."""
-        return cls(info.name, (Output(info.name, info.dtype if info.dtype in DTYPES else "U8", info.shape),))
+        """Return the item for a tensor.
+
+        Raises
+        ------
+        LayoutError
+            If safetensors has no name for its type, as for the packed types of GGUF.
+        """
+        for tensor in info.stored:
+            if tensor.dtype not in DTYPES:
+                raise LayoutError(
+                    f"{tensor.file.path}: tensor {info.name!r} is {tensor.dtype}, which safetensors has no name for: "
+                    "it cannot be copied"
+                )
+        return cls(info.name, tuple(Output(tensor.name, tensor.dtype, tensor.shape) for tensor in info.stored))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,247 @@
+"""What a quantiser's own configuration says after some modules were decoded, in the schema of each quantiser.
+
+Loaders choose how to load a module by its name, and know it by another name than the files where a model has several
+parts or was renamed: lists of modules then have all of its names. This module knows no file and no tensor.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Final
+
+from ..format import BLOCK_SIZE
+
+Config = dict[str, Any]
+
+KEYS: Final = ("quantization_config", "quantization")
+"""Keys of a config.json that say how weights are quantised; the second one is mlx's."""
+
+MAX_LISTED: Final = 1000
+"""Experts that are listed one by one. Above, a complete list of them is named as a whole."""
+
+_EXPERTS: Final = re.compile(r"(.*experts)\.\d+\..+")
+
+_PARTS: Final = re.compile(r"^((model|language_model|text_model|llm|thinker)\.)+")
+"""Beginnings of names that loaders add and remove."""
+
+_PREFIXES: Final = ("", "model.", "model.language_model.", "language_model.model.")
+
+_RENAMED: Final = (
+    (r"^embed$", "embed_tokens"),
+    (r"^head$", "lm_head"),
+    (r"\.attn(?=\.|$)", ".self_attn"),
+    (r"\.ffn(?=\.|$)", ".mlp"),
+    (r"\.indexer\.compressor(?=\.|$)", ".compressor.indexer"),
+    (r"\.indexer\.weights_proj$", ".compressor.indexer.scorer.weights_proj"),
+    (r"(?<!compressor)\.indexer\.wq_b$", ".compressor.indexer.q_b_proj"),
+    (r"\.w(q_a|q_b|kv|o_a|o_b)$", r".\1_proj"),
+    (r"\.wgate$", ".gate_proj"),
+    (r"\.shared_experts\.w1$", ".shared_experts.gate_proj"),
+    (r"\.shared_experts\.w2$", ".shared_experts.down_proj"),
+    (r"\.shared_experts\.w3$", ".shared_experts.up_proj"),
+)
+"""Names of modules in DeepSeek's own files, and in transformers; from transformers' table for deepseek_v4."""
+
+
+@dataclass(frozen=True)
+class Modules:
+    """The modules of a checkpoint that were quantised; see `module_of`."""
+
+    decoded: frozenset[str]
+    """Those that are plain now."""
+    quantized: Mapping[str, str]
+    """Those that still are quantised, and the names of their formats."""
+    several_parts: bool = False
+    """Whether the model has other parts beside the language model, such as a vision tower."""
+
+    @property
+    def mixed(self) -> list[str]:
+        """Modules of which one tensor was decoded and another is still quantised."""
+        return sorted(self.decoded & self.quantized.keys())
+
+    def has(self, format: str) -> bool:
+        """Tell whether any module is quantised in a format."""
+        return format in self.quantized.values()
+
+    def names(self) -> tuple[list[str], list[str]]:
+        """Return the names of decoded modules, and of whole lists of experts that were decoded."""
+        above = {parent for module in self.quantized for parent in _parents(module)}
+        experts = {module: match[1] for module in sorted(self.decoded) if (match := _EXPERTS.fullmatch(module))}
+        whole = dict.fromkeys(parent for parent in experts.values() if parent not in above)
+        single = sorted(self.decoded - {module for module, parent in experts.items() if parent in whole})
+        if len(self.decoded) <= MAX_LISTED:
+            single = sorted(self.decoded)
+        return self._spelled(single), self._spelled(whole)
+
+    def _spelled(self, modules: Iterable[str]) -> list[str]:
+        return [name for module in modules for name in spellings(module, several_parts=self.several_parts)]
+
+
+def _parents(module: str) -> list[str]:
+    parts = module.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+
+
+def module_of(name: str) -> str:
+    """Return the module that a weight belongs to.
+
+    Examples
+    --------
+    >>> module_of("model.layers.0.self_attn.q_proj.weight_packed"), module_of("layers.0.mlp.experts.down_proj")
+    ('model.layers.0.self_attn.q_proj', 'layers.0.mlp.experts')
+    """
+    return name.rpartition(".")[0]
+
+
+def spellings(module: str, *, several_parts: bool = False) -> list[str]:
+    """Return the names by which files and loaders know a module.
+
+    Examples
+    --------
+    >>> spellings("model.layers.0.mlp.up_proj")
+    ['model.layers.0.mlp.up_proj']
+    >>> spellings("head")
+    ['head', 'lm_head', 'model.lm_head']
+    """
+    renamed = module
+    for pattern, replacement in _RENAMED if not module.startswith("model.") else ():
+        renamed = re.sub(pattern, replacement, renamed)
+    names = [module]
+    if renamed != module:
+        names += [renamed, f"model.{renamed}"]
+    if several_parts:
+        names += [prefix + _PARTS.sub("", renamed) for prefix in _PREFIXES]
+    return list(dict.fromkeys(names))
+
+
+def change_config(config: Config, change: Callable[[Config], Config | None]) -> Config:
+    """Return a config.json with all that it says of quantisation changed, also of the parts of a model.
+
+    ``change`` returns the new object, or None if it goes.
+    """
+    changed: Config = {}
+    for key, value in config.items():
+        if key in KEYS and isinstance(value, dict):
+            new = change(value)
+            changed |= {} if new is None else {key: new}
+        else:
+            changed[key] = change_config(value, change) if isinstance(value, dict) else value
+    return changed
+
+
+def after_decoding(quantization: Config, modules: Modules) -> Config | None:
+    """Return what a quantization config says once modules were decoded, None if nothing is quantised any more."""
+    if not modules.quantized:
+        return None
+    if not modules.decoded:
+        return quantization
+    method = quantization.get("quant_method")
+    change = _CHANGES.get(method if isinstance(method, str) else "", _mlx if "bits" in quantization else None)
+    return quantization if change is None else change(_without_fp4_experts(quantization, modules), modules)
+
+
+def _without_fp4_experts(quantization: Config, modules: Modules) -> Config:
+    gone = quantization.get("expert_dtype") == "fp4" and not modules.has("MXFP4")
+    return {key: value for key, value in quantization.items() if not (gone and key == "expert_dtype")}
+
+
+def _added(quantization: Config, key: str, names: Iterable[str]) -> Config:
+    """Return the object with names added to one of its lists."""
+    return {**quantization, key: list(dict.fromkeys([*(quantization.get(key) or []), *names]))}
+
+
+def _compressed_tensors(quantization: Config, modules: Modules) -> Config:
+    single, whole = modules.names()
+    changed = _shrink_groups(quantization, modules)
+    return _added(changed, "ignore", [*single, *(f"re:{re.escape(name)}\\..*" for name in whole)])
+
+
+def _shrink_groups(quantization: Config, modules: Modules) -> Config:
+    """Remove groups of MXFP4 if no module has it any more, and decoded modules from the targets of the others."""
+    if not isinstance(quantization.get("config_groups"), dict):
+        return quantization
+    groups: Config = {}
+    for name, group in quantization["config_groups"].items():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        if isinstance(weights, dict) and isinstance(group.get("targets"), list):
+            is_mxfp4 = [weights.get(key) for key in ("num_bits", "type", "group_size")] == [4, "float", BLOCK_SIZE]
+            targets = [target for target in group["targets"] if target not in modules.decoded]
+            if (is_mxfp4 and not modules.has("MXFP4")) or (group["targets"] and not targets):
+                continue
+            group = {**group, "targets": targets}
+        groups[name] = group
+    return {**quantization, "config_groups": groups}
+
+
+def _wildcards(modules: Modules) -> list[str]:
+    single, whole = modules.names()
+    return [*single, *whole, *(f"{name}.*" for name in whole)]
+
+
+def _quark(quantization: Config, modules: Modules) -> Config:
+    changed = _added(quantization, "exclude", _wildcards(modules))
+    layers = quantization.get("layer_quant_config")
+    if isinstance(layers, dict):
+        changed["layer_quant_config"] = {key: value for key, value in layers.items() if not _only_decoded(key, modules)}
+    return changed
+
+
+def _only_decoded(pattern: str, modules: Modules) -> bool:
+    """Tell whether a pattern matches decoded modules, and none that are quantised."""
+    if not re.search(r"[*?\[]", pattern):
+        return pattern in modules.decoded and pattern not in modules.quantized
+    decoded = any(fnmatchcase(module, pattern) for module in modules.decoded)
+    return decoded and not any(fnmatchcase(module, pattern) for module in modules.quantized)
+
+
+def _modelopt(quantization: Config, modules: Modules) -> Config:
+    """Change the object in config.json, or the one in hf_quant_config.json, whose list has another name."""
+    key = "exclude_modules" if "exclude_modules" in quantization else "ignore"
+    changed = _added(_shrink_groups(quantization, modules), key, _wildcards(modules))
+    layers = quantization.get("quantized_layers")
+    if isinstance(layers, dict):
+        changed["quantized_layers"] = {key: value for key, value in layers.items() if not _only_decoded(key, modules)}
+    return changed
+
+
+def _transformers(quantization: Config, modules: Modules) -> Config:
+    single, whole = modules.names()
+    return _added(quantization, "modules_to_not_convert", [*single, *whole])
+
+
+def _mlx(quantization: Config, modules: Modules) -> Config:
+    return {**quantization, **dict.fromkeys(sorted(modules.decoded), False)}
+
+
+_CHANGES: Final[Mapping[str, Callable[[Config, Modules], Config]]] = {
+    "compressed-tensors": _compressed_tensors,
+    "quark": _quark,
+    "modelopt": _modelopt,
+    "fp8": _transformers,
+    "mxfp8": _transformers,
+    "mxfp4": _transformers,
+    "torchao": _transformers,
+}
+"""What to do with each ``quant_method`` when a part of its modules was decoded; others stay as they are."""
+
+
+def hf_quant_config(document: Config, modules: Modules) -> Config | None:
+    """Return ModelOpt's hf_quant_config.json after decoding, None if it goes."""
+    if not modules.quantized or not isinstance(document.get("quantization"), dict):
+        return None
+    quantization = {"exclude_modules": [], **document["quantization"]}
+    return {**document, "quantization": _modelopt(quantization, modules)}
+
+
+def quant_model_description(document: Config, modules: Modules) -> Config | None:
+    """Return ModelSlim's quant_model_description.json after decoding, None if it goes."""
+    if not modules.quantized:
+        return None
+    return {
+        name: "FLOAT" if module_of(name) in modules.decoded else kind
+        for name, kind in document.items()
+        if module_of(name) not in modules.decoded or name.endswith(".weight")
+    }
