@@ -21,6 +21,7 @@ from .errors import CheckpointWarning, LayoutError, TensorNotFoundError
 from .format import BLOCK_SIZE, as_dtype, decoded_dtype
 from .layouts.find import Documents, split_gate_up, stored_of
 from .layouts.names import Names, as_names, find_named
+from .layouts.others import Others
 from .layouts.packed import PackedReader, PackedTensor, TensorInfo
 from .layouts.resolve import Resolver
 from .layouts.table import LAYOUTS
@@ -141,7 +142,8 @@ class Checkpoint(Mapping[str, Any]):
         self.metadata = {key: text for file in reversed(self._files) for key, text in file.metadata.items()}
         documents = Documents(self.metadata, self._read_beside)
         names = as_names({} if names is None else names, self._stored)
-        self._tensors = find_named(self._stored, documents, names)
+        self._others = Others(self._stored, documents)
+        self._tensors = find_named(self._stored, documents, names, self._others)
         self._reopen = partial(Checkpoint, self.index or self.files, self.device, io=io, layout=layout, names=names)
         self._resolver = Resolver(self._stored, documents, layout)
         self._resolved: dict[str, PackedTensor | StoredTensor] = {}
@@ -229,8 +231,8 @@ class Checkpoint(Mapping[str, Any]):
             axis = -2 if isinstance(tensor, PackedTensor) else -1
             shape[axis] = len(range(shape[axis])[rows])
         if isinstance(tensor, PackedTensor):
-            return TensorInfo(name, tuple(shape), "MXFP4", tensor.layout.name, tensor.stored, tensor.reason)
-        return TensorInfo(name, tuple(shape), tensor.dtype, None, (tensor,))
+            return TensorInfo(name, tuple(shape), "MXFP4", tensor.layout.name, tensor.stored, tensor.reason, "MXFP4")
+        return TensorInfo(name, tuple(shape), tensor.dtype, None, (tensor,), format=self._others.format_of(tensor))
 
     # Arrays
 
@@ -327,7 +329,8 @@ class Checkpoint(Mapping[str, Any]):
         """
         tensor, rows = self._find(name)
         if isinstance(tensor, StoredTensor):
-            raise LayoutError(f"{tensor.file.path}: tensor {name!r} is plain {tensor.dtype}, not MXFP4: use get()")
+            found = self._others.format_of(tensor) or f"plain {tensor.dtype}"
+            raise LayoutError(f"{tensor.file.path}: tensor {name!r} is {found}, not MXFP4: use get()")
         reader = PackedReader(tensor, rows)
         return reader.load(reader.array)
 

@@ -219,22 +219,15 @@ NVFP4 = {
 
 @pytest.mark.parametrize("case", NVFP4)
 @pytest.mark.parametrize("layout", [None, "quark"])
-def test_nvfp4_is_refused_by_name(tmp_path, case, layout):
+def test_nvfp4_is_named(tmp_path, case, layout):
     path = write_tensors(tmp_path / "m.safetensors", NVFP4[case])
-    message = problem(path, "a.weight", layout=layout)
-    assert message.startswith(f"{path}: tensor 'a.")
-    assert "is NVFP4, not MXFP4: expected" in message
-    assert "found" in message
-    with mxfp4np.Checkpoint(path) as ckpt:
-        assert all(ckpt.stored[name].nbytes for name in NVFP4[case])
-
-
-def test_mxfp8_in_bytes_is_refused_by_name(tmp_path):
-    words = RNG.integers(0, 256, (6, 128), np.uint8)
-    path = write_tensors(
-        tmp_path / "m.safetensors", pair_of("a.weight", "a.scales", "U32", codes=words.view(np.uint32))
-    )
-    assert "is MXFP8, not MXFP4: expected a scale for 16 bytes, found one for 32" in problem(path, "a.weight")
+    codes, *others = NVFP4[case]
+    with mxfp4np.Checkpoint(path, layout=layout) as ckpt:
+        assert (ckpt.info(codes).format, ckpt.info(codes).layout) == ("NVFP4", None)
+        assert [ckpt.info(name).format for name in others] == [None] * len(others)
+        with pytest.raises(LayoutError, match=f"{codes}' is NVFP4, not MXFP4"):
+            ckpt.packed(codes)
+        assert {name: ckpt[name].nbytes for name in ckpt} == {name: ckpt.stored[name].nbytes for name in NVFP4[case]}
 
 
 BYTES = RNG.integers(0, 120, (6, 128), np.uint8)
@@ -266,7 +259,7 @@ def test_what_is_not_packed_is_plain(tmp_path, case):
             info = ckpt.info(name)
             assert (info.dtype, info.layout, info.reason) == (dtype, None, None)
             assert np.array_equal(ckpt[name].view(np.uint8), array.view(np.uint8))
-            with pytest.raises(LayoutError, match=f"is plain {dtype}, not MXFP4"):
+            with pytest.raises(LayoutError, match=f"is {info.format or 'plain ' + dtype}, not MXFP4"):
                 ckpt.packed(name)
 
 

@@ -7,7 +7,7 @@ between them when the tensor is asked for, by the documents that say which tool 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, Final, NamedTuple
@@ -118,8 +118,12 @@ _SCALES: Final = {
 }
 
 
-def find_tensors(stored: Mapping[str, StoredTensor], documents: Documents) -> dict[str, StoredTensor | list[Candidate]]:
+def find_tensors(
+    stored: Mapping[str, StoredTensor], documents: Documents, others: Container[str] = ()
+) -> dict[str, StoredTensor | list[Candidate]]:
     """Return the logical tensors, in stored order: the candidates of those that seem packed, all others as they are.
+
+    ``others`` are the names of stored tensors that are not MXFP4.
 
     Raises
     ------
@@ -130,7 +134,7 @@ def find_tensors(stored: Mapping[str, StoredTensor], documents: Documents) -> di
     packed: dict[str, list[Candidate]] = {}
     for layouts, interpret in ((_CODES, _as_codes), (_SCALES, partial(_as_scales, documents=documents))):
         for tensor in stored.values():
-            if tensor.dtype in layouts and tensor.name not in names:
+            if tensor.dtype in layouts and tensor.name not in names and tensor.name not in others:
                 for name, candidate in interpret(tensor, stored):
                     candidates = packed.setdefault(name, [])
                     if candidates and not any(part in x.stored for x in candidates for part in candidate.stored):

@@ -5,7 +5,7 @@ A pair is checked as that of any layout; what is not named is found by the table
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -32,7 +32,7 @@ def as_names(names: Names | Callable[[str], str], stored: Mapping[str, StoredTen
 
 
 def find_named(
-    stored: Mapping[str, StoredTensor], documents: Documents, names: Names
+    stored: Mapping[str, StoredTensor], documents: Documents, names: Names, others: Container[str] = ()
 ) -> dict[str, StoredTensor | list[Candidate]]:
     """Return the logical tensors, as `find_tensors`. Names of which nothing is stored are left out."""
     pairs: dict[str, StoredTensor | list[Candidate]] = {}
@@ -50,13 +50,13 @@ def find_named(
             layout = replace(_PAIR, blocks_axis=len(codes.shape) > len(scales.shape))
             pairs[name] = [Candidate(layout, codes, scales)]
     taken = {half.name for pair in pairs.values() if isinstance(pair, list) for half in pair[0].stored}
-    others = find_tensors({name: tensor for name, tensor in stored.items() if name not in taken}, documents)
-    found = [(renamed.get(name, name), tensor) for name, tensor in others.items()]
-    for half in (renamed.keys() & stored.keys()) - others.keys():
+    rest = find_tensors({name: tensor for name, tensor in stored.items() if name not in taken}, documents, others)
+    found = [(renamed.get(name, name), tensor) for name, tensor in rest.items()]
+    for half in (renamed.keys() & stored.keys()) - rest.keys():
         raise LayoutError(f"names: {renamed[half]!r}: {half!r} is half of a pair: name both, codes and scales")
     result = pairs | dict(found)
     if len(result) < len(pairs) + len(found):
         raise LayoutError("names: two tensors would have the same name")
-    if names and not pairs and not renamed.keys() & others.keys():
+    if names and not pairs and not renamed.keys() & rest.keys():
         raise LayoutError(f"names: expected names of stored tensors, found no {next(iter(names.values()))!r}")
     return result

@@ -33,6 +33,9 @@ class TensorInfo(NamedTuple):
     """The tensors in the files that hold it."""
     reason: str | None = None
     """Why a packed tensor has this layout."""
+    format: str | None = None
+    """How values are quantised: ``"MXFP4"``, or for codes that are not decoded another name, such as ``"FP8"``. None for
+    plain numbers, and for the scales of such codes."""
 
     @property
     def nbytes(self) -> int:

@@ -1,0 +1,169 @@
+"""Name the format of tensors that are quantised, but not as MXFP4: FP8, NVFP4, GPTQ and others.
+
+Headers decide: names, dtypes, and how many codes share a scale. Documents are read where headers do not tell. Nothing
+here is decoded: the tensors stay as they are stored, under their own names.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Final, NamedTuple
+
+from ..format import BYTES_PER_BLOCK
+from ..storage.tensorfile import DTYPES, StoredTensor
+from .find import Documents
+
+_FLOAT8: Final = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+_FLOAT6: Final = ("F6_E2M3", "F6_E3M2")
+_PACKED: Final = ("U8", "I8", "U32", "I32", "F4", *_FLOAT6, *_FLOAT8)
+"""Dtypes of codes that have scales."""
+
+_EXPONENTS: Final = ("U8", "F8_E8M0")
+_FLOATS: Final = ("F64", "F32", "F16", "BF16")
+
+_SCALES: Final = {
+    ".weight": (
+        ".weight_scale_inv",
+        ".weight_scale",
+        ".scale",
+        ".scales",
+        ".qscale_weight",
+        ".scale_weight",
+        ".SCB",
+    ),
+    ".weight_packed": (".weight_scale",),
+    "._weight_qdata": ("._weight_scale", "._weight_scale_and_zero"),
+    "": ("_scale_inv", "_weight_scale_inv", "_weight_scale", "_scale"),
+}
+"""Suffixes of codes, and of what may be their scales; the last is for weights without a suffix, as fused experts."""
+
+_SECOND_SCALES: Final = ("_scale_2", "_global_scale", "_per_tensor_scale")
+"""Suffixes of NVFP4's second scale, after the name of the weight; other formats have none."""
+
+_FORMATS_OF_BYTES: Final = {8: "NVFP4", 24: "MXFP6", 32: "MXFP8"}
+"""By the bytes of codes that share a one-byte scale."""
+
+
+class Signature(NamedTuple):
+    """A format that names alone identify: the suffix of codes, of any dtype, and of a tensor that is beside them."""
+
+    format: str
+    codes: str
+    beside: str
+
+
+SIGNATURES: Final = (
+    Signature("MLX affine", ".weight", ".biases"),
+    Signature("GPTQ", ".qweight", ".g_idx"),
+    Signature("AWQ", ".qweight", ".qzeros"),
+    Signature("bitsandbytes", ".weight", ".weight.absmax"),
+    Signature("HQQ", ".W_q", ".zero"),
+    Signature("EXL2", ".q_weight", ".q_groups"),
+    Signature("EXL3", ".trellis", ".suh"),
+    Signature("AQLM", ".codes", ".codebooks"),
+)
+
+
+class Others:
+    """The tensors of a checkpoint that are quantised in other ways.
+
+    Attributes
+    ----------
+    scales : set of str
+        Stored names of the scales that belong to the codes.
+    """
+
+    def __init__(self, stored: Mapping[str, StoredTensor], documents: Documents) -> None:
+        self._stored, self._documents = stored, documents
+        self.scales: set[str] = set()
+        self._formats: dict[str, str] = {}
+        for tensor in stored.values():
+            found = self._signature(tensor) or (self._scaled(tensor) if tensor.dtype in _PACKED else None)
+            if found:
+                self._formats[tensor.name] = found
+
+    def __contains__(self, name: object) -> bool:
+        """Return whether a stored tensor is known by headers to be no part of an MXFP4 tensor."""
+        return name in self._formats or name in self.scales
+
+    def format_of(self, tensor: StoredTensor) -> str | None:
+        """Return the name of the format of codes; None for plain tensors, and for all else that belongs to codes."""
+        if tensor.name in self._formats or tensor.name in self.scales:
+            return self._formats.get(tensor.name)
+        if tensor.dtype not in DTYPES:  # of GGUF
+            return tensor.dtype
+        if tensor.dtype in ("F4", *_FLOAT6):
+            return f"FP{tensor.dtype[1]}"
+        if len(tensor.shape) > 1 and tensor.dtype in _FLOAT8:
+            return "FP8" if self._says_quantised() else None
+        if len(tensor.shape) > 1 and tensor.dtype == "U8" and tensor.name.endswith(".weight"):
+            elements = self._documents.values("config.json", tensor.name, "mx_element_dtype")
+            return next((f"MX{element[:3].upper()}" for element in sorted(elements) if element[:2] == "fp"), None)
+        return None
+
+    def _signature(self, tensor: StoredTensor) -> str | None:
+        for known in SIGNATURES:
+            if tensor.name.endswith(known.codes):
+                stem = tensor.name.removesuffix(known.codes)
+                if (beside := stem + known.beside) in self._stored:
+                    scales = self._stored.get(f"{stem}.scales")
+                    if known.format == "AWQ" and scales and scales.shape[-1:] == tensor.shape[-1:]:
+                        return "GPTQ"  # packed along the input axis; AWQ packs along the output axis
+                    self.scales |= {beside, f"{stem}.scales"} & self._stored.keys()
+                    return known.format
+        return None
+
+    def _scaled(self, codes: StoredTensor) -> str | None:
+        """Return the format of codes that have scales beside them, which say what it is."""
+        for scales in self._scales_of(codes):
+            found = self._format_of_pair(codes, scales)
+            if found:
+                self.scales.add(scales.name)
+                return found
+        return None
+
+    def _scales_of(self, codes: StoredTensor) -> Iterator[StoredTensor]:
+        for suffix, names in _SCALES.items():
+            if codes.name.endswith(suffix):
+                stem = codes.name.removesuffix(suffix)
+                yield from (self._stored[stem + name] for name in names if stem + name in self._stored)
+                if suffix == ".weight" and codes.dtype in _FLOAT8:  # one scale for several tensors
+                    parent = stem.rpartition(".")[0]
+                    shared = self._stored.get(f"{parent}.weight_scale")
+                    if shared is not None and math.prod(shared.shape) == 1:
+                        yield shared
+
+    def _format_of_pair(self, codes: StoredTensor, scales: StoredTensor) -> str | None:
+        *rows, length = codes.byte_shape
+        fitting = {size: (*rows, length // size) for size in (BYTES_PER_BLOCK, *_FORMATS_OF_BYTES) if not length % size}
+        if codes.dtype in _FLOAT8:
+            blocks = scales.dtype in _EXPONENTS and 32 * math.prod(scales.shape) >= math.prod(codes.shape)
+            return "MXFP8" if blocks else "FP8" if scales.dtype in (*_FLOATS, *_EXPONENTS) else None
+        if codes.dtype in _FLOAT6:
+            return "MXFP6"
+        if scales.dtype == "F8_E4M3" or self._has_second_scale(codes):
+            return "NVFP4"
+        if scales.dtype in _EXPONENTS:
+            return next((name for size, name in _FORMATS_OF_BYTES.items() if fitting.get(size) == scales.shape), None)
+        if scales.dtype not in _FLOATS or codes.dtype not in ("U8", "I8", "I32") or len(codes.shape) < 2:
+            return None
+        if codes.dtype != "I32" and fitting.get(BYTES_PER_BLOCK) == scales.shape:
+            return None  # MXFP4, of which scales were converted
+        return "INT8" if codes.dtype == "I8" else f"INT{self._bits()}"
+
+    def _has_second_scale(self, codes: StoredTensor) -> bool:
+        stem = codes.name.removesuffix("_packed").removesuffix("_qdata")
+        return any(stem + suffix in self._stored for suffix in _SECOND_SCALES)
+
+    def _bits(self) -> str:
+        """Return the bits of packed integers, by config.json; 4 unless it says otherwise."""
+        found = self._documents.values("config.json", "", "num_bits")
+        return "4" if not found or "4" in found else min(found)
+
+    def _says_quantised(self) -> bool:
+        """Return whether a document says that weights have scales, which FP8 weights without any may lack."""
+        return bool(
+            self._documents.values("config.json", "", "quant_method")
+            or self._documents.values("hf_quant_config.json", "", "quant_algo")
+        )

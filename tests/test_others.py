@@ -1,0 +1,137 @@
+"""What is quantised, but not as MXFP4: each producer's names, dtypes and shapes, and the format that they are given."""
+
+import json
+
+import numpy as np
+import pytest
+
+import mxfp4np
+from mxfp4np.storage.safetensors import write_safetensors
+from mxfp4np.storage.tensorfile import nbytes_of
+
+
+def checkpoint(folder, tensors, config=None, metadata=None):
+    """Write tensors of zeros, given as text: name, dtype, shape."""
+    specs = {}
+    for line in tensors:
+        name, dtype, *shape = line.split()
+        specs[name] = (dtype, tuple(map(int, shape)))
+    data = [np.zeros(nbytes_of(*spec), np.uint8) for spec in specs.values()]
+    write_safetensors(folder / "model.safetensors", specs, data, metadata)
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+PRODUCERS = {  # format, codes, what lies beside them; E8M0 and U8 scales are named, all others are numbers
+    "HF fp8, blocks": ("FP8", "a.weight F8_E4M3 256 256", "a.weight_scale_inv F32 2 2"),
+    "HF fp8, per tensor": ("FP8", "a.weight F8_E4M3 64 64", "a.weight_scale_inv BF16", "a.activation_scale BF16"),
+    "HF fp8, fused experts": ("FP8", "e.gate_up_proj F8_E4M3 2 256 64", "e.gate_up_proj_scale_inv F32 2 2 1"),
+    "DeepSeek-V4": ("FP8", "a.weight F8_E4M3 256 256", "a.scale F8_E8M0 2 2"),
+    "shared scale": ("FP8", "n.shard_0.weight F8_E4M3 24 32", "n.weight_scale BF16 1"),
+    "FP8 tensor": ("FP8", "a.weight F8_E4M3 64 64", "a.weight_scale BF16 1"),
+    "FP8 channel": ("FP8", "a.weight F8_E4M3 64 64", "a.weight_scale F32 64 1", "a.input_scale F32"),
+    "ModelOpt blocks": ("FP8", "a.weight F8_E4M3 256 256", "a.weight_scale F32 2 1 2 1"),
+    "Quark, blocks of 32": ("FP8", "a.weight F8_E4M3 64 128", "a.weight_scale U8 2 4"),
+    "Quark E5M2": ("FP8", "a.weight F8_E5M2 64 64", "a.weight_scale BF16"),
+    "torchao Float8Tensor": ("FP8", "a._weight_qdata F8_E4M3 3 24 64", "a._weight_scale F32 3 24 1"),
+    "Mistral": ("FP8", "a.weight F8_E4M3 64 64", "a.qscale_weight F32", "a.qscale_act F32"),
+    "ComfyUI, old": ("FP8", "a.weight F8_E4M3 64 64", "a.scale_weight F32", "a.scale_input F32"),
+    "compressed-tensors MXFP8": ("MXFP8", "a.weight F8_E4M3 64 64", "a.weight_scale U8 64 2"),
+    "MiniMax-M3": ("MXFP8", "a.weight F8_E4M3 64 64", "a.weight_scale_inv U8 64 2"),
+    "Inkling 2": ("MXFP8", "e.w13_weight F8_E4M3 2 64 64", "e.w13_weight_scale U8 2 64 2"),
+    "torchao MXTensor": ("MXFP8", "a._weight_qdata F8_E5M2 24 96", "a._weight_scale F8_E8M0 24 3"),
+    "torchao MXTensor, swizzled": ("MXFP8", "a._weight_qdata F8_E4M3 160 32", "a._weight_scale F8_E8M0 64 16"),
+    "MLX mxfp8": ("MXFP8", "a.weight U32 64 16", "a.scales U8 64 2"),
+    "ComfyUI mxfp8": ("MXFP8", "a.weight F8_E4M3 64 96", "a.weight_scale F8_E8M0 128 4", "a.comfy_quant U8 19"),
+    "compressed-tensors NVFP4": (
+        "NVFP4",
+        "a.weight_packed U8 64 32",
+        "a.weight_scale F8_E4M3 64 4",
+        "a.weight_global_scale F32 1",
+    ),
+    "ModelOpt NVFP4": ("NVFP4", "a.weight U8 64 32", "a.weight_scale F8_E4M3 64 4", "a.weight_scale_2 F32"),
+    "ModelOpt NVFP4, fused": (
+        "NVFP4",
+        "e.down_proj U8 2 16 64",
+        "e.down_proj_weight_scale F8_E4M3 2 2 64",
+        "e.down_proj_weight_scale_2 F32",
+    ),
+    "torchao NVFP4Tensor": ("NVFP4", "a._weight_qdata U8 160 16", "a._weight_scale F8_E4M3 64 16"),
+    "MLX nvfp4": ("NVFP4", "a.weight U32 64 8", "a.scales U8 64 4"),
+    "ComfyUI nvfp4": ("NVFP4", "a.weight U8 48 48", "a.weight_scale F8_E4M3 128 8", "a.weight_scale_2 F32"),
+    "F4 and E4M3": ("NVFP4", "a.weight F4 64 64", "a.weight_scale F8_E4M3 64 4"),
+    "Quark fp6": ("MXFP6", "a.weight U8 64 96", "a.weight_scale U8 64 4"),
+    "F6": ("MXFP6", "a.weight F6_E2M3 64 64", "a.weight_scale F8_E8M0 64 2"),
+    "F6 alone": ("FP6", "a F6_E3M2 64 64"),
+    "F4 alone": ("FP4", "a F4 64 64"),
+    "compressed-tensors int4": ("INT4", "a.weight_packed I32 64 8", "a.weight_scale BF16 64 2", "a.weight_shape I32 2"),
+    "compressed-tensors int8": ("INT8", "a.weight I8 64 64", "a.weight_scale BF16 64 1"),
+    "ModelOpt int4": ("INT4", "a.weight U8 32 128", "a.weight_scale F32 64 1", "a.pre_quant_scale F32 128"),
+    "Quark int4": ("INT4", "a.weight I32 64 8", "a.weight_scale F32 64 2", "a.weight_zero_point I32 64 1"),
+    "torchao int8": ("INT8", "a._weight_qdata I8 64 64", "a._weight_scale F32 64 1"),
+    "GPTQ": ("GPTQ", "a.qweight I32 8 64", "a.qzeros I32 2 8", "a.scales F16 2 64", "a.g_idx I32 64"),
+    "GPTQ without g_idx": ("GPTQ", "a.qweight I32 8 64", "a.qzeros I32 2 8", "a.scales F16 2 64"),
+    "AWQ": ("AWQ", "a.qweight I32 64 8", "a.qzeros I32 2 8", "a.scales F16 2 64"),
+    "MLX affine": ("MLX affine", "a.weight U32 64 8", "a.scales BF16 64 1", "a.biases BF16 64 1"),
+    "bitsandbytes 4-bit": (
+        "bitsandbytes",
+        "a.weight U8 2048 1",
+        "a.weight.absmax F32 64",
+        "a.weight.quant_map F32 16",
+        "a.weight.quant_state.bitsandbytes__nf4 U8 90",
+    ),
+    "bitsandbytes in bfloat16": ("bitsandbytes", "a.weight BF16 1024 1", "a.weight.absmax F32 64"),
+    "bitsandbytes int8": ("INT8", "a.weight I8 64 64", "a.SCB F32 64", "a.weight_format U8"),
+    "HQQ": ("HQQ", "a.W_q U8 32 64", "a.scale F16 64 1", "a.zero F16 64 1"),
+    "EXL2": ("EXL2", "a.q_weight I32 8 64", "a.q_groups I16 4", "a.q_scale I32 2 8"),
+    "EXL3": ("EXL3", "a.trellis I16 4 4 64", "a.suh F16 64", "a.svh F16 64"),
+}
+
+
+@pytest.mark.parametrize("producer", PRODUCERS)
+def test_format_of_each_producer(tmp_path, producer):
+    expected, *tensors = PRODUCERS[producer]
+    with mxfp4np.Checkpoint(checkpoint(tmp_path, [*tensors, "norm.weight BF16 64"])) as ckpt:
+        assert [ckpt.info(line.split()[0]).format for line in tensors] == [expected, *[None] * (len(tensors) - 1)]
+        for line in (*tensors, "norm.weight BF16 64"):
+            name, dtype, *_ = line.split()
+            assert (ckpt.info(name).dtype, ckpt.info(name).layout) == (dtype, None)
+            assert ckpt[name].nbytes == ckpt.stored[name].nbytes
+
+
+PLAIN = [
+    ["hc_attn_base BF16 24", "hc_attn_fn BF16 24 64", "hc_attn_scale BF16 3"],
+    ["q_norm.weight BF16 64", "q_norm.scale F32 64"],
+    ["logit_scale F32", "router.weight BF16 8 64", "router.scale F32 8"],
+    ["a.weight BF16 64 64", "a.weight_scale_inv F32 1 1"],
+    ["a.weight BF16 64 64", "a.scales F32 64 2"],
+    ["a.weight U8 64 64", "mask BOOL 64 64", "buffer I8 64 64", "words U32 4 4"],
+    ["position_ids I64 1 64", "a.weight_shape I64 2", "table.weight I32 8 8"],
+    ["a.weight F8_E4M3 64 64", "b.weight F8_E5M2 64"],
+    ["steps I8 64", "steps_scale F32"],
+]
+
+
+@pytest.mark.parametrize("tensors", PLAIN, ids=lambda tensors: tensors[-1])
+def test_plain_tensors_have_no_format(tmp_path, tensors):
+    with mxfp4np.Checkpoint(checkpoint(tmp_path, tensors, {"model_type": "x"})) as ckpt:
+        assert {name: ckpt.info(name).format for name in ckpt} == {line.split()[0]: None for line in tensors}
+
+
+@pytest.mark.parametrize(
+    ("expected", "tensor", "config"),
+    [
+        ("FP8", "e.0.weight F8_E4M3 64 64", {"quantization_config": {"quant_method": "fp8"}}),
+        ("MXFP6", "a.weight U8 64 50", {"quant_method": "quark", "dtype": "mx", "mx_element_dtype": "fp6_e3m2"}),
+    ],
+)
+def test_documents_say_what_headers_do_not(tmp_path, expected, tensor, config):
+    with mxfp4np.Checkpoint(checkpoint(tmp_path, [tensor], config)) as ckpt:
+        assert ckpt.info(tensor.split()[0]).format == expected
+
+
+def test_bits_of_words_are_those_of_the_config(tmp_path):
+    tensors = PRODUCERS["compressed-tensors int4"][1:]
+    with mxfp4np.Checkpoint(checkpoint(tmp_path, tensors, {"weights": {"num_bits": 8}})) as ckpt:
+        assert ckpt.info("a.weight_packed").format == "INT8"
