@@ -154,9 +154,9 @@ LAYOUTS: Final = (
 )
 
 
-def wants_transpose(layout: str, shape: Shape, transpose: str) -> bool:
-    """Return whether a packed tensor of this layout and shape is to be transposed, by one of `TRANSPOSE`."""
+def wants_transpose(layout: str | None, shape: Shape, transpose: str) -> bool:
+    """Return whether a tensor of this layout, None if it is plain, and shape is to be transposed, by `TRANSPOSE`."""
     if transpose not in TRANSPOSE:
         raise ValueError(f"transpose must be 'auto', 'yes' or 'no', found {transpose!r}")
     wanted = transpose == "yes" or (transpose == "auto" and any(x.transposed for x in LAYOUTS if x.name == layout))
-    return wanted and len(shape) > 1
+    return wanted and layout is not None and len(shape) > 1

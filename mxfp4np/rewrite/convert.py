@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -22,9 +22,11 @@ from ..layouts.table import LAYOUTS, wants_transpose
 from ..shapes import swapped
 from ..storage.discover import PathLike
 from ..storage.tensorfile import DTYPES, SAFETENSORS_DTYPES
-from ..text import count, escape, patterns, select
-from .config import Source, decoded_config, kept_metadata, small_files
+from ..text import count, escape, patterns
+from .config import QUANTIZERS_FILES, Change, Source, decoded_config, kept_metadata, small_files
+from .contents import Contents, choose
 from .plan import MAX_SHARD_SIZE, Chunks, Copied, Item, Output, Plan, make_shards
+from .quantization import loads_quantized, transforms
 from .run import Run, refuse_incomplete, run_plan, tasks_of
 from .verify import Verification, compare, count_overflow
 from .workers import Progress
@@ -64,6 +66,13 @@ def _warm_up(dtype: str, device: str, orders: Iterable[str], transposes: Iterabl
         as_numpy(block.decode(dtype, transpose=transpose, device=device, num_threads=1))
 
 
+@dataclass(frozen=True)
+class ConversionPlan(Plan):
+    """A plan, and what becomes of each tensor of the source."""
+
+    contents: Contents = field(kw_only=True)
+
+
 def plan_conversion(
     checkpoint: Checkpoint,
     folder: Path,
@@ -73,60 +82,62 @@ def plan_conversion(
     max_shard_size: int | str = MAX_SHARD_SIZE,
     include: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
-) -> Plan:
+    drop: str | Iterable[str] = (),
+) -> ConversionPlan:
     """Return what `convert` is going to write to ``folder``, from headers alone.
 
     The arguments are those of `convert`; without ``source`` no small files are copied.
     """
     wanted = decoded_dtype(dtype).name
-    include, exclude = patterns(include), patterns(exclude)
+    include, exclude, drop = patterns(include), patterns(exclude), patterns(drop)
+    contents = choose(checkpoint, include, exclude, drop)
     items: list[Item] = []
-    layouts: set[str] = set()
-    for name in select(checkpoint, include, exclude):
-        info = checkpoint.info(name)
-        if info.layout is None:
-            items.append(Copied.of(info))
-        else:
-            layouts.add(info.layout)
+    for name in checkpoint:
+        if info := contents.decoded.get(name):
             transposed = wants_transpose(info.layout, info.shape, transpose)
             shape = swapped(info.shape) if transposed else info.shape
             items.append(Decoded(name, (Output(name, SAFETENSORS_DTYPES[wanted], shape),), transposed))
+        elif info := contents.copied.get(name):
+            items.append(Copied.of(info))
     if not items:
-        raise ValueError(f"{checkpoint.folder}: no tensor is left to convert: see --include and --exclude")
-    keep = bool(untouched(items))
-    files = small_files(checkpoint, source, folder, lambda config: decoded_config(config, wanted, keep=keep))
+        raise ValueError(f"{checkpoint.folder}: no tensor is left to convert: see --drop")
+    changes: dict[str, Change] = {"config.json": lambda config: decoded_config(config, wanted, contents.modules)}
+    changes |= {name: partial(change, modules=contents.modules) for name, change in QUANTIZERS_FILES.items()}
+    files = small_files(checkpoint, source, folder, changes)
+    layouts = {info.layout for info in contents.decoded.values()}
     options = {
         "dtype": wanted,
         "transpose": transpose,
         "include": include,
         "exclude": exclude,
+        "drop": drop,
         "layouts": sorted(layouts),  # a forced one changes values without changing a header
     }
     orders = {known.order for known in LAYOUTS if known.name in layouts}
     transposes = {item.transpose for item in items if isinstance(item, Decoded)}
     warm_up = partial(_warm_up, wanted, checkpoint.device, orders, transposes)
     shards = make_shards(items, max_shard_size, kept_metadata(checkpoint, items))
-    return Plan(folder, shards, files.written, files.copied, options, checkpoint, warm_up, files.left_out)
-
-
-def untouched(items: Iterable[Item]) -> list[str]:
-    """Return the names of copied tensors that are quantised in another way."""
-    dtypes = [dtype for dtype in DTYPES if dtype.startswith(("F8", "F6", "F4")) or dtype in ("U8", "I8", "U32")]
-    outputs = [item.outputs[0] for item in items if isinstance(item, Copied)]
-    return [output.name for output in outputs if len(output.shape) > 1 and output.dtype in dtypes]
+    return ConversionPlan(
+        folder, shards, files.written, files.copied, options, checkpoint, warm_up, files.left_out, contents=contents
+    )
 
 
 @dataclass(frozen=True)
 class Conversion(Run):
     """What `convert` did, or is going to do."""
 
-    packed: int
-    """Number of tensors that are decoded."""
-    untouched: list[str]
-    """Names of copied tensors that are quantised in another way."""
+    contents: Contents
+    """What became of each tensor."""
     loader: str
     """Python code that loads the result."""
+    problem: str | None
+    """Why no known loader takes the result for a whole model, None if one does."""
     verification: Verification | None
+
+    @property
+    def packed(self) -> int:
+        """Number of tensors that are decoded."""
+        return len(self.contents.decoded)
 
     @property
     def overflow(self) -> Mapping[str, int]:
@@ -139,20 +150,33 @@ class Conversion(Run):
             **super().to_json(),
             "packed": self.packed,
             "overflow": dict(self.overflow),
-            "untouched": self.untouched,
+            "quantized": self.contents.quantized,
+            "dropped": self.contents.dropped,
+            "unneeded": self.contents.unneeded,
+            "loader": self.loader,
+            "problem": self.problem,
             "verification": None if self.verification is None else self.verification.to_json(),
         }
 
     def warnings(self) -> Iterator[str]:
         """Yield what a person should know even if nothing else is shown."""
         yield from super().warnings()
+        contents = self.contents
         if not self.packed:
-            yield "no tensor of the source is packed: all of them are copied"
-        if self.untouched:
+            yield "no tensor of the source is decoded: all of them are copied"
+        if contents.quantized:
+            first = contents.copied[contents.quantized[0]]
             yield (
-                "quantised in another way, and left so with what config.json says of it: "
-                f"{count(len(self.untouched), 'tensor')}, {escape(self.untouched[0])} first"
+                f"still quantised, as config.json says if it did before: {count(len(contents.quantized), 'tensor')}, "
+                f"{escape(first.name)} first, which is {first.format}"
             )
+        if contents.unneeded:
+            yield (
+                "left out with the quantisation that they belonged to: "
+                f"{count(len(contents.unneeded), 'scale')}, {escape(contents.unneeded[0])} first"
+            )
+        if self.problem is not None:
+            yield f"no known loader takes the result for a whole model: {escape(self.problem)}"
         if self.overflow:
             yield (
                 f"too large for the dtype, and infinite now: {count(sum(self.overflow.values()), 'value')} in "
@@ -179,6 +203,7 @@ def convert(
     max_shard_size: int | str = MAX_SHARD_SIZE,
     include: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
+    drop: str | Iterable[str] = (),
     layout: str | None = None,
     io: str = "mmap",
     device: str = "cpu",
@@ -192,11 +217,13 @@ def convert(
 ) -> Conversion:
     """Write a checkpoint with its packed tensors decoded, in bounded memory; a killed run can be resumed.
 
+    What a quantiser wrote beside the weights, config.json above all, then says what is true of the result. Scales of
+    activations and caches are left out with the quantisation that they belong to.
+
     Parameters
     ----------
     source : path, or sequence of paths
-        As for `Checkpoint`. Of a folder or an index, the small files beside the weights are copied as well, and
-        config.json no longer says that the weights are packed. A folder that lacks parts is refused.
+        As for `Checkpoint`. Of a folder or an index, the small files beside the weights are copied as well. A folder that lacks parts is refused.
     target : path
         A new or empty folder that does not contain the source.
     dtype : str, type or numpy.dtype
@@ -207,7 +234,10 @@ def convert(
     max_shard_size : int or str
         Bytes of a file, as huggingface_hub counts them; or text, ``"5GB"`` or ``"5GiB"``.
     include, exclude : str or iterable of str
-        Shell-style patterns of logical names: those to write, all by default, and those to leave out.
+        Shell-style patterns of logical names: the tensors to decode, all packed ones by default, and those to copy as
+        they are stored.
+    drop : str or iterable of str
+        Patterns of names of tensors to leave out. The result is then no whole model.
     layout, io : str, optional
         See `Checkpoint`.
     device : str
@@ -263,27 +293,61 @@ def convert(
     with Checkpoint(source, device, io=io, layout=layout) as checkpoint:
         refuse_incomplete(checkpoint)
         target = Path(target).absolute()
-        plan = plan_conversion(checkpoint, target, source, dtype, transpose, max_shard_size, include, exclude)
+        plan = plan_conversion(checkpoint, target, source, dtype, transpose, max_shard_size, include, exclude, drop)
         run = run_plan(plan, task, workers, progress, resume=resume, force=force, dry_run=dry_run)
         verification = Verification() if verify and not dry_run else None
         tasks = tasks_of(plan, task)
         if verification is not None and tasks:
-            names = [output.name for task in tasks for item in task.shard.items for output in item.outputs]
+            names = [item.name for task in tasks for item in task.shard.items]
             with Checkpoint([task.path for task in tasks]) as written:
-                verification = compare(checkpoint, written, names, transpose, workers, progress)
+                verification = compare(
+                    checkpoint, written, names, plan.contents.copied, transpose, num_threads, progress
+                )
+        problem = _problem(plan, checkpoint.config)
     return Conversion(
         **vars(run),
-        packed=sum(isinstance(item, Decoded) for item in plan.items),
-        untouched=untouched(plan.items),
-        loader=_loader(plan),
+        contents=plan.contents,
+        loader=_loader(plan, problem),
+        problem=problem,
         verification=verification,
     )
 
 
-def _loader(plan: Plan) -> str:
+def _config_of(plan: Plan) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads(plan.documents.get("config.json", b"{}"))
+    return config
+
+
+def _problem(plan: ConversionPlan, before: Mapping[str, Any]) -> str | None:
+    """Return why no known loader takes the result for a whole model, given config.json as it was, or None."""
+    contents, transpose = plan.contents, plan.options["transpose"]
+    if contents.dropped:
+        return f"{count(len(contents.dropped), 'tensor')} dropped, {contents.dropped[0]} first"
+    if contents.changing:
+        return f"{contents.changing[0]} changes what the weights mean, and is not applied to them"
+    if contents.decoded and transforms(before):
+        return "config.json had a transform_config: the weights are rotated, and still are"
+    if contents.modules.mixed:
+        return f"one part of {contents.modules.mixed[0]} is decoded and another is not"
+    for info in contents.decoded.values():
+        if wants_transpose(info.layout, info.shape, transpose) != wants_transpose(info.layout, info.shape, "auto"):
+            return f"with transpose {transpose!r}, {info.name} is not as the model expects it"
+    config = _config_of(plan)
+    if contents.quantized and "model_type" in config and not loads_quantized(config):
+        return f"transformers does not load {contents.quantized[0]} as config.json describes it"
+    return None
+
+
+def _loader(plan: ConversionPlan, problem: str | None) -> str:
     """Return Python code that loads the result."""
-    config = json.loads(plan.documents.get("config.json", b"{}"))
-    if "architectures" in config and "model_type" in config:
-        arguments = f"{str(plan.folder)!r}, dtype={plan.options['dtype']!r}"
-        return f"transformers.AutoModelForCausalLM.from_pretrained({arguments})"
-    return f"mxfp4np.Checkpoint({str(plan.folder)!r})"
+    config, folder, dtype = _config_of(plan), repr(str(plan.folder)), repr(plan.options["dtype"])
+    found, model_type = config.get("architectures"), config.get("model_type")
+    name = found[0] if isinstance(found, list) and found else None
+    if problem is not None or not isinstance(name, str) or not name.isidentifier() or model_type is None:
+        return f"mxfp4np.Checkpoint({folder})"
+    if any(info.layout == "mlx" for info in plan.contents.decoded.values()):
+        return f"mlx_lm.load({folder})"
+    if "auto_map" in config:
+        return f"transformers.AutoModelForCausalLM.from_pretrained({folder}, dtype={dtype}, trust_remote_code=True)"
+    model = "AutoModelForCausalLM" if name.endswith("ForCausalLM") else name
+    return f"transformers.{model}.from_pretrained({folder}, dtype={dtype})"

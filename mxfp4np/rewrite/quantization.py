@@ -96,6 +96,30 @@ def module_of(name: str) -> str:
     return name.rpartition(".")[0]
 
 
+_OF_ACTIVATIONS: Final = ("input_scale", "input_global_scale", "activation_scale", "scale_input", "output_scale")
+_OF_CACHE: Final = ("k_scale", "v_scale", "q_scale")
+_CHANGING: Final = ("pre_quant_scale", "svdquant_lora_a", "svdquant_lora_b", "weight_zero_point")
+"""Ends of names: of scales of activations and caches, and of tensors without which weights mean something else."""
+
+
+def unneeded_scales(shapes: Mapping[str, tuple[int, ...]], modules: Modules) -> list[str]:
+    """Return the names of scales of activations and caches whose quantisation is gone, given all names and shapes."""
+    gone = modules.decoded - modules.quantized.keys()
+    cache = bool(gone) and not modules.quantized
+    found: list[str] = []
+    for name, shape in shapes.items():
+        module, _, ending = name.rpartition(".")
+        if len(shape) < 2 and ((ending in _OF_ACTIVATIONS and module in gone) or (ending in _OF_CACHE and cache)):
+            found.append(name)
+    return found
+
+
+def changing_tensors(names: Iterable[str], modules: Modules) -> list[str]:
+    """Return the names of tensors that change what decoded weights mean, which no loader applies to plain weights."""
+    pairs = ((name, name.rpartition(".")) for name in names)
+    return [name for name, (module, _, ending) in pairs if ending in _CHANGING and module in modules.decoded]
+
+
 def spellings(module: str, *, several_parts: bool = False) -> list[str]:
     """Return the names by which files and loaders know a module.
 
@@ -226,6 +250,21 @@ _CHANGES: Final[Mapping[str, Callable[[Config, Modules], Config]]] = {
     "torchao": _transformers,
 }
 """What to do with each ``quant_method`` when a part of its modules was decoded; others stay as they are."""
+
+
+def loads_quantized(config: Config) -> bool:
+    """Tell whether transformers, or mlx_lm, loads what is quantised as a config.json describes it.
+
+    transformers loads ModelOpt's weights without their scales, and knows no quantiser that config.json does not name.
+    """
+    found = [part[key] for part in (config, config.get("text_config")) if isinstance(part, dict) for key in KEYS if key in part]
+    return any(isinstance(x, dict) and x.get("quant_method", "mlx") != "modelopt" for x in found)
+
+
+def transforms(config: Mapping[str, Any]) -> bool:
+    """Tell whether a config.json says that weights were rotated, and activations are to be while the model runs."""
+    quantization = config.get("quantization_config")
+    return isinstance(quantization, dict) and bool(quantization.get("transform_config"))
 
 
 def hf_quant_config(document: Config, modules: Modules) -> Config | None:
