@@ -7,7 +7,6 @@ tensor name.
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from .backends import Backend, as_array, backend_for, device_of
+from .backends.threads import check_num_threads
 from .errors import LayoutError
 from .format import BLOCK_SIZE, BYTES_PER_BLOCK, DTYPES, ORDERS, as_dtype, blocks_in, decoded_dtype
 from .shapes import full_index, split, swapped
@@ -312,9 +312,3 @@ class MXFP4Array:
         """
         for index in split(self.shape, decoded_dtype(dtype).itemsize, max_bytes, (BLOCK_SIZE,)):
             yield index, self[index]
-
-
-def check_num_threads(num_threads: int | None) -> None:
-    """Refuse a number of threads below 1."""
-    if num_threads is not None and operator.index(num_threads) < 1:
-        raise ValueError(f"num_threads must be at least 1, found {num_threads}")

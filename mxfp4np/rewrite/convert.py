@@ -182,7 +182,7 @@ def convert(
     layout: str | None = None,
     io: str = "mmap",
     device: str = "cpu",
-    workers: int | None = None,
+    num_threads: int | None = None,
     task: tuple[int, int] | None = None,
     resume: bool = False,
     force: bool = False,
@@ -212,8 +212,8 @@ def convert(
         See `Checkpoint`.
     device : str
         Where to decode. Decoded values come back over the bus to be written, so that ``"cpu"`` is rarely slower.
-    workers : int, optional
-        Threads, each of which writes a shard at a time. By default as many as decoding uses.
+    num_threads : int, optional
+        At most this many threads, each of which writes a shard at a time. By default as many as decoding uses.
     task : (int, int), optional
         ``(i, n)`` writes the i-th of n parts, counted from 1: for several processes or machines that share the target,
         in any order and any number of times. The last one to finish writes the index.
@@ -247,7 +247,7 @@ def convert(
     Notes
     -----
     A file that has its final name is complete and on disk; ``model.safetensors.index.json`` is written last. The same
-    arguments give the same bytes, for any number of workers.
+    arguments give the same bytes, for any number of threads.
 
     Examples
     --------
@@ -264,13 +264,13 @@ def convert(
         refuse_incomplete(checkpoint)
         target = Path(target).absolute()
         plan = plan_conversion(checkpoint, target, source, dtype, transpose, max_shard_size, include, exclude)
-        run = run_plan(plan, task, workers, progress, resume=resume, force=force, dry_run=dry_run)
+        run = run_plan(plan, task, num_threads, progress, resume=resume, force=force, dry_run=dry_run)
         verification = Verification() if verify and not dry_run else None
         tasks = tasks_of(plan, task)
         if verification is not None and tasks:
             names = [output.name for task in tasks for item in task.shard.items for output in item.outputs]
             with Checkpoint([task.path for task in tasks]) as written:
-                verification = compare(checkpoint, written, names, transpose, workers, progress)
+                verification = compare(checkpoint, written, names, transpose, num_threads, progress)
     return Conversion(
         **vars(run),
         packed=sum(isinstance(item, Decoded) for item in plan.items),

@@ -274,7 +274,7 @@ def encode_checkpoint(
     include: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
     io: str = "mmap",
-    workers: int | None = None,
+    num_threads: int | None = None,
     task: tuple[int, int] | None = None,
     resume: bool = False,
     force: bool = False,
@@ -301,7 +301,7 @@ def encode_checkpoint(
         Shell-style patterns of names: those to pack, and those to copy. By default, the experts of gpt-oss are packed;
         in the other layouts all matrices called ``weight`` with a multiple of 32 inputs, except embeddings,
         ``lm_head``, norms and routers.
-    max_shard_size, io, workers, task, resume, force, dry_run, progress
+    max_shard_size, io, num_threads, task, resume, force, dry_run, progress
         As for `convert`.
 
     Returns
@@ -340,5 +340,5 @@ def encode_checkpoint(
         refuse_incomplete(checkpoint)
         target = Path(target).absolute()
         plan = plan_encoding(checkpoint, target, source, rule, layout, transpose, max_shard_size, include, exclude)
-        run = run_plan(plan, task, workers, progress, resume=resume, force=force, dry_run=dry_run)
+        run = run_plan(plan, task, num_threads, progress, resume=resume, force=force, dry_run=dry_run)
     return Encoding(**vars(run), packed=[item.name for item in plan.items if isinstance(item, Encoded)])

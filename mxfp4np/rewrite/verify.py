@@ -77,7 +77,7 @@ def verify(
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
     layout: str | None = None,
-    workers: int | None = None,
+    num_threads: int | None = None,
     progress: Callable[[Progress], object] = lambda _: None,
 ) -> Verification:
     """Check a checkpoint by itself or, given what it was converted to, every byte of that.
@@ -92,8 +92,8 @@ def verify(
         As for `convert`; by default, those that the target was converted with.
     layout : str, optional
         Of the source; see `Checkpoint`.
-    workers : int, optional
-        Threads.
+    num_threads : int, optional
+        At most this many threads. By default as many as decoding uses.
     progress : callable
         Called by one thread at a time.
 
@@ -124,7 +124,7 @@ def verify(
         except (CheckpointError, LayoutError, FileNotFoundError) as error:
             return Verification(findings=[str(error)])
         with checkpoint:
-            return _health(checkpoint, select(checkpoint, include or (), exclude or ()), workers, progress)
+            return _health(checkpoint, select(checkpoint, include or (), exclude or ()), num_threads, progress)
     options = read_record(Path(target))
     with _open(source, layout) as ours, _open(target) as theirs:
         names = select(
@@ -133,7 +133,7 @@ def verify(
             options.get("exclude", ()) if exclude is None else exclude,
         )
         transpose = transpose or options.get("transpose", TRANSPOSE[0])
-        result = compare(ours, theirs, names, transpose, workers, progress)
+        result = compare(ours, theirs, names, transpose, num_threads, progress)
         extra = sorted(set(theirs) - set(ours))
         result.findings += [f"tensor {name!r}: in {theirs.folder}, but not in {ours.folder}" for name in extra]
         return result
@@ -150,7 +150,7 @@ def compare(
     target: Checkpoint,
     names: Iterable[str],
     transpose: str,
-    workers: int | None = None,
+    num_threads: int | None = None,
     progress: Callable[[Progress], object] = lambda _: None,
 ) -> Verification:
     """Compare tensors of a checkpoint with what the reference backend decodes from its source; see `verify`."""
@@ -172,7 +172,7 @@ def compare(
             result.findings.append(f"{found.stored[0].file.path}: tensor {name!r}: {problem}")
         else:
             pairs.append((info, found, transposed))
-    pool = Workers(workers, sum(found.nbytes for _, found, _ in pairs), progress)
+    pool = Workers(num_threads, sum(found.nbytes for _, found, _ in pairs), progress)
 
     def check(pair: tuple[TensorInfo, TensorInfo, bool]) -> tuple[int, int, str | None]:
         """Return the numbers of NaN blocks and of values that overflow, and the first difference."""
@@ -232,7 +232,7 @@ def _first_difference(index: tuple[int | slice, ...], expected: NDArray[Any], ac
 
 
 def _health(
-    checkpoint: Checkpoint, names: Iterable[str], workers: int | None, progress: Callable[[Progress], object]
+    checkpoint: Checkpoint, names: Iterable[str], num_threads: int | None, progress: Callable[[Progress], object]
 ) -> Verification:
     """Look for broken pairs, missing shards, an index that does not match, and implausible scales."""
     result = Verification(findings=[*checkpoint.findings, *_not_in_index(checkpoint)])
@@ -245,7 +245,7 @@ def _health(
             result.findings.append(str(error))
         else:
             packed += [info] if info.layout is not None else []
-    pool = Workers(workers, sum(info.nbytes for info in packed), progress)
+    pool = Workers(num_threads, sum(info.nbytes for info in packed), progress)
 
     def count_scales(info: TensorInfo) -> NDArray[np.int64]:
         counts = np.zeros(256, np.int64)
