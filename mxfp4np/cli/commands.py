@@ -153,7 +153,7 @@ def _decode(args: argparse.Namespace) -> int:
     from .decode import Selection
 
     with Checkpoint(args.source, layout=args.layout, names=_names(args)) as checkpoint:
-        selection = Selection(checkpoint, args.names, dtype=args.dtype, index=args.index)
+        selection = Selection(checkpoint, args.names, dtype=args.dtype, index=args.index, transpose=args.transpose)
         with byte_bar(selection.nbytes, "decoding", quiet=args.quiet) as progress:
             selection.write(args.output, progress)
         if not args.quiet:
@@ -290,6 +290,8 @@ def parser() -> argparse.ArgumentParser:
     )
     decode.add_argument("--dtype", choices=DTYPES, help="default: bfloat16, and plain tensors as they are")
     decode.add_argument("--index", type=parse_index, help="part of each tensor: '7, :128', --index=-1,:")
+    what = "of packed tensors, as in convert (default: no, as stored: [.., out, in])"
+    decode.add_argument("--transpose", choices=TRANSPOSE, default="no", help=what)
 
     def patterns(sub: argparse.ArgumentParser, default: list[str] | None) -> None:
         sub.add_argument("--include", action="append", default=default, metavar="PATTERN", help="only names like this")
