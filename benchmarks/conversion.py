@@ -62,7 +62,7 @@ def measure(options: Namespace) -> list[Row]:
         mxfp4np.save_file(tensors(layers), source / "model.safetensors", {"format": "pt"})
         config = {"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}}
         (source / "config.json").write_text(json.dumps(config))
-        convert = [sys.executable, "-m", "mxfp4np", "convert", "--quiet", f"--workers={options.threads}"]
+        convert = [sys.executable, "-m", "mxfp4np", "convert", "--quiet", f"--threads={options.threads}"]
         convert += ["--max-shard-size=2GB"]
         commands = {
             "`convert`": [*convert, source, out],

@@ -7,7 +7,6 @@ tensor name.
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,9 +14,11 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from .backends import Backend, as_array, backend_for, device_of
+from .backends.threads import check_num_threads
 from .errors import LayoutError
 from .format import BLOCK_SIZE, BYTES_PER_BLOCK, DTYPES, ORDERS, as_dtype, blocks_in, decoded_dtype
 from .shapes import full_index, split, swapped
+from .text import parse_bytes
 
 _UINT8 = np.dtype(np.uint8)
 
@@ -286,14 +287,14 @@ class MXFP4Array:
         return self.decode(dtype) if dtype.name in DTYPES and dtype.isnative else self.decode("float32").astype(dtype)
 
     def iter_chunks(
-        self, max_bytes: int, dtype: DTypeLike = "bfloat16"
+        self, max_bytes: int | str, dtype: DTypeLike = "bfloat16"
     ) -> Iterator[tuple[tuple[int | slice, ...], MXFP4Array]]:
         """Split the array into views that each decode to at most ``max_bytes``.
 
         Parameters
         ----------
-        max_bytes : int
-            At least one block of the decoded dtype.
+        max_bytes : int or str
+            At least one block of the decoded dtype; text is for instance ``"1GB"`` or ``"512MiB"``.
         dtype : str, type or numpy.dtype
             Of the decoded chunk.
 
@@ -310,11 +311,5 @@ class MXFP4Array:
         >>> [index for index, chunk in packed.iter_chunks(256)]
         [(slice(0, 2, None), slice(0, 64, None)), (slice(2, 3, None), slice(0, 64, None))]
         """
-        for index in split(self.shape, decoded_dtype(dtype).itemsize, max_bytes, (BLOCK_SIZE,)):
+        for index in split(self.shape, decoded_dtype(dtype).itemsize, parse_bytes(max_bytes), (BLOCK_SIZE,)):
             yield index, self[index]
-
-
-def check_num_threads(num_threads: int | None) -> None:
-    """Refuse a number of threads below 1."""
-    if num_threads is not None and operator.index(num_threads) < 1:
-        raise ValueError(f"num_threads must be at least 1, found {num_threads}")

@@ -361,14 +361,14 @@ class Checkpoint(Mapping[str, Any]):
         chunk : numpy.ndarray or cupy.ndarray
         """
         where = self._where(backend, num_threads)
-        for index, chunk in self.pieces(name, parse_bytes(max_bytes), dtype=dtype, transpose=transpose):
+        for index, chunk in self.pieces(name, max_bytes, dtype=dtype, transpose=transpose):
             if isinstance(chunk, MXFP4Array):
                 yield index, chunk.decode(dtype, transpose=transpose, **where)
             else:
                 yield index, self._convert(np.asarray(chunk), dtype, None)
 
     def pieces(
-        self, name: str, max_bytes: int, *, dtype: DTypeLike | None = None, transpose: bool = False
+        self, name: str, max_bytes: int | str, *, dtype: DTypeLike | None = None, transpose: bool = False
     ) -> Iterator[tuple[tuple[int | slice, ...], Any]]:
         """Yield a tensor in chunks as `chunks` does, but still packed, for the caller to decode.
 
@@ -384,6 +384,7 @@ class Checkpoint(Mapping[str, Any]):
         chunk : MXFP4Array or numpy.ndarray
             A packed one is not transposed yet; one of a plain tensor is, and has its stored dtype.
         """
+        max_bytes = parse_bytes(max_bytes)
         tensor, rows = self._find(name)
         if isinstance(tensor, StoredTensor):
             itemsize = max(1, element(tensor.dtype)[0] // 8) if dtype is None else as_dtype(dtype).itemsize

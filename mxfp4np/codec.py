@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from .array import MXFP4Array, check_num_threads
+from .array import MXFP4Array
 from .backends import as_array, backend_for
+from .backends.threads import check_num_threads
 from .format import BLOCK_SIZE, BYTES_PER_BLOCK, DTYPES, RULES, name_of
 
 _UINT8 = np.dtype(np.uint8)

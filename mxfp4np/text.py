@@ -59,7 +59,7 @@ def parse_bytes(size: int | str) -> int:
         return operator.index(size)
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?", size.strip().lower())
     if match is None:
-        raise ValueError(f"{size!r} is not a size: expected for instance 200MB or 5GB")
+        raise ValueError(f"{size!r} is not a size: expected for instance 200MB, 5GB or 5GiB")
     return int(Decimal(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2] or " "))
 
 

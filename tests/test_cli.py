@@ -61,7 +61,7 @@ class TestInspect:
         status, out, err = command("inspect", ORIGINAL)
         assert (status, err) == (0, "")
         *table, reason, totals = out.splitlines()
-        assert reason == "layout gpt-oss: suffix pair, U8/U8"
+        assert reason == "layout gpt-oss: suffix pair, U8/U8; axes [.., out, in]"
         assert [line.split() for line in table] == [
             ["NAME", "SHAPE", "DTYPE", "LAYOUT", "STORED", "DECODED"],
             ["block.#.mlp.mlp1_weight", "x2", "3x96x128", "MXFP4", "gpt-oss", "39.2", "kB", "147", "kB"],

@@ -61,6 +61,12 @@ class TestParseIndex:
 
 class TestParseSize:
     @pytest.mark.parametrize(
+        ("text", "size"), [("1KiB", 1024), ("5GiB", 5 << 30), ("1.5 MiB", 3 << 19), ("2Ti", 2 << 40)]
+    )
+    def test_binary_units(self, text, size):
+        assert commands.parse_size(text) == size
+
+    @pytest.mark.parametrize(
         ("text", "size"),
         [
             ("0", 0),

@@ -125,6 +125,33 @@ def test_index(checkpoint, piece_bytes, tmp_path, name, index):
     assert piece_bytes
 
 
+@pytest.mark.parametrize("index", [None, np.s_[1], np.s_[:, 1:4, 7:70], np.s_[2, 1]], ids=str)
+@pytest.mark.parametrize(
+    ("layout", "transpose", "transposed"),
+    [("gpt-oss", "auto", False), ("gpt-oss-hf", "auto", True), ("gpt-oss-hf", "no", False), ("gpt-oss", "yes", True)],
+)
+def test_transpose_as_in_convert(piece_bytes, tmp_path, index, layout, transpose, transposed):
+    """Only packed tensors, and after they are indexed."""
+    packed, plain, suffix = random_packed(3, 5, 96), np.ones((3, 5, 96)), "." if layout == "gpt-oss" else "_"
+    arrays = {f"w{suffix}blocks": packed.blocks, f"w{suffix}scales": packed.scales, "plain": plain}
+    mxfp4np.save_file(arrays, tmp_path / "m.safetensors")
+    done = []
+    with mxfp4np.Checkpoint(tmp_path / "m.safetensors") as checkpoint:
+        selection = Selection(checkpoint, ["w", "plain"], index=index, transpose=transpose)
+        selection.write(tmp_path / "out.safetensors", done.append)
+        Selection(checkpoint, ["w"], dtype="float32", index=index, transpose=transpose).write(tmp_path / "out.npy")
+    loaded, values = (
+        mxfp4np.load_file(tmp_path / "out.safetensors"),
+        packed.decode("float32")[() if index is None else index],
+    )
+    expected = values.swapaxes(-1, -2) if transposed and values.ndim > 1 else values
+    same_bits(loaded["w"].astype(np.float32), expected)
+    same_bits(np.load(tmp_path / "out.npy"), expected)
+    same_bits(loaded["plain"], plain[() if index is None else index])
+    assert sum(done) == selection.nbytes
+    assert max(done) <= piece_bytes
+
+
 def test_index_to_a_scalar(checkpoint, tmp_path):
     path = tmp_path / "out.safetensors"
     Selection(checkpoint, ["bf16"], index=(1, 2)).write(path)

@@ -140,7 +140,7 @@ def test_table(path):
     assert cells["broken"] == ["broken"]
     assert "found none" in lines[4]
     assert lines[5:] == [
-        "layout gpt-oss: suffix pair, U8/U8",
+        "layout gpt-oss: suffix pair, U8/U8; axes [.., out, in]",
         "5 tensors, 3 of them MXFP4: 118 B stored, 400 B with MXFP4 decoded to bfloat16",
     ]
     assert all(line == line.rstrip() for line in lines)
@@ -153,6 +153,14 @@ def test_table_of_scalars_and_strange_names():
 
 def test_table_of_problems_escapes_them():
     assert "\x1b" not in "".join(table_lines(collapse([Row("a\x1b", None, "b\x1b")])))
+
+
+def test_axes_of_packed_matrices():
+    table = [row("a", (4, 64, 32), "MXFP4", "gpt-oss-hf"), row("b", (64, 32), "MXFP4", "mlx"), row("c", (4, 64, 32))]
+    *_, hf, mlx, vector, _ = table_lines(collapse([*table, row("d", (32,), "MXFP4", "mlx")]))
+    assert hf.endswith("; axes [.., out, in], [.., in, out] after convert")
+    assert mlx.endswith("; axes [.., out, in]")
+    assert "axes" not in vector
 
 
 def test_table_of_nothing():
@@ -172,6 +180,8 @@ def test_to_json(path):
     assert set(tensors["broken"]) == {"name", "problem"}
     assert tensors["layer.0.bias"]["stored"][0]["file"] == str(path)
     assert tensors["layer.1.w"]["shape"] == [2, 32]
+    assert tensors["layer.1.w"]["axes"] == tensors["layer.1.w"]["converted_axes"] == "[.., out, in]"
+    assert "axes" not in tensors["layer.0.bias"]
     assert [half["name"] for half in tensors["layer.1.w"]["stored"]] == ["layer.1.w.blocks", "layer.1.w.scales"]
 
 

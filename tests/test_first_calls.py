@@ -570,4 +570,8 @@ def test_sizes_are_numbers_or_text(tmp_path, size, shards):
 
 def test_chunks_take_sizes_as_text(path):
     with mxfp4np.Checkpoint(path) as ckpt:
-        assert len(list(ckpt.chunks("w", "1kB"))) == len(list(ckpt.chunks("w", 1000))) > 1
+        for size, text in ((1000, "1kB"), (1024, "1KiB")):
+            assert len(list(ckpt.chunks("w", text))) == len(list(ckpt.chunks("w", size))) > 1
+            assert [index for index, _ in ckpt.packed("w").iter_chunks(text)] == [
+                index for index, _ in ckpt.packed("w").iter_chunks(size)
+            ]

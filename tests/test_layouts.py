@@ -537,8 +537,8 @@ def test_inspect_lists_what_a_mixed_checkpoint_holds_and_why(tmp_path, capsys):
     assert "e.weight_scale" in found["e.weight"]["problem"]
     assert main(["inspect", str(path)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "layout compressed-tensors: suffix pair, U8/U8" in lines
-    assert "layout deepseek: suffix pair, I8/F8_E8M0" in lines
+    assert "layout compressed-tensors: suffix pair, U8/U8; axes [.., out, in]" in lines
+    assert "layout deepseek: suffix pair, I8/F8_E8M0; axes [.., out, in]" in lines
 
 
 def test_not_found_names_the_tensor_that_a_half_belongs_to():

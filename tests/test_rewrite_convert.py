@@ -156,7 +156,7 @@ def test_random_tensors(tmp_path_factory, monkeypatch, data):
             else:
                 assert (ours[name].dtype, ours[name].shape) == (tensor.dtype, tensor.shape)
                 assert ours[name].tobytes() == tensor.tobytes()
-    again = convert(source, folder / "again", workers=data.draw(st.integers(1, 5)), **options)
+    again = convert(source, folder / "again", num_threads=data.draw(st.integers(1, 5)), **options)
     assert again.shards == result.shards
     assert tree(folder / "again") == tree(folder / "out")
 
@@ -536,19 +536,19 @@ def test_what_is_no_file_is_not_copied(tmp_path, monkeypatch):
 # Runs
 
 
-@pytest.mark.parametrize("workers", [1, 2, 7, 10**6])
-def test_same_bytes_whatever_the_workers(tmp_path, workers):
-    for folder, options in (("one", {"workers": 1}), ("out", {"workers": workers})):
+@pytest.mark.parametrize("num_threads", [1, 2, 7, 10**6])
+def test_same_bytes_for_any_number_of_threads(tmp_path, num_threads):
+    for folder, options in (("one", {"num_threads": 1}), ("out", {"num_threads": num_threads})):
         convert(HF, tmp_path / folder, max_shard_size=50_000, **options)
     assert tree(tmp_path / "one") == tree(tmp_path / "out")
-    convert(HF, tmp_path / "read", max_shard_size=50_000, io="pread", workers=workers)
+    convert(HF, tmp_path / "read", max_shard_size=50_000, io="pread", num_threads=num_threads)
     assert tree(tmp_path / "one") == tree(tmp_path / "read")
 
 
 def test_an_error_before_anything_has_begun_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("MXFP4NP_NUM_THREADS", "x")
     with pytest.raises(ValueError, match="must be a positive integer, found 'x'"):
-        convert(HF, tmp_path / "out", max_shard_size=50_000, workers=2)
+        convert(HF, tmp_path / "out", max_shard_size=50_000, num_threads=2)
 
 
 def test_dry_run_writes_nothing(tmp_path):
@@ -613,7 +613,7 @@ def test_resume(tmp_path):
             raise RuntimeError("enough")
 
     with pytest.raises(RuntimeError, match="enough"):
-        convert(HF, tmp_path / "out", workers=1, progress=stop, **options)
+        convert(HF, tmp_path / "out", num_threads=1, progress=stop, **options)
     before = identity(tmp_path / "out")
     assert 0 < len(before) < len(expected.shards)
     assert not (tmp_path / "out" / INDEX).exists()
@@ -758,6 +758,7 @@ def test_a_target_that_must_not_be_written(tmp_path):
         ({"task": (3, 2)}, "task must be i/n"),
         ({"task": (1, 2), "force": True}, "remove it"),
         ({"max_shard_size": 0}, "max_shard_size"),
+        ({"num_threads": 0}, "num_threads must be at least 1"),
         ({"dtype": "int8"}, "MXFP4 decodes to"),
         ({"transpose": "maybe"}, "transpose must be"),
         ({"layout": "none"}, "layout must be"),
@@ -820,12 +821,12 @@ DRIVER = """
         tick()
         real(descriptor)
 
-    def convert(target, workers=1, **options):
+    def convert(target, num_threads=1, **options):
         global watched, numbers
         watched, numbers = str(target), itertools.count(1)
         try:
             return conversion.convert(
-                source, target, workers=workers, max_shard_size=50_000, progress=lambda _: tick(), **options
+                source, target, num_threads=num_threads, max_shard_size=50_000, progress=lambda _: tick(), **options
             )
         finally:
             watched = None
@@ -887,7 +888,7 @@ def test_killed_at_any_moment(several, tmp_path):
     moments = [1, 2, 3, events, *random.sample(range(4, events), 20)]
     for moment in moments:
         target = root / f"killed {moment}"
-        status = os.waitpid(fork(target, moment, workers=random.choice([1, 2])), 0)[1]
+        status = os.waitpid(fork(target, moment, num_threads=random.choice([1, 2])), 0)[1]
         assert os.WIFSIGNALED(status), (moment, status)
         finished = {}
         if target.exists():
@@ -909,7 +910,7 @@ def test_killed_again_and_again(several, tmp_path):
     for round in range(3):
         target = root / f"round {round}"
         while True:
-            status = os.waitpid(fork(target, random.randrange(20, 2 * events), workers=2, resume=True), 0)[1]
+            status = os.waitpid(fork(target, random.randrange(20, 2 * events), num_threads=2, resume=True), 0)[1]
             assert os.WIFSIGNALED(status) or status == 0, status
             if target.exists():
                 check(target)
@@ -1007,7 +1008,7 @@ def test_a_source_that_is_truncated_meanwhile(wide, tmp_path, io):
     child = os.fork()
     if not child:
         try:
-            conversion.convert(source, target, io=io, workers=1, max_shard_size=1, progress=progress)
+            conversion.convert(source, target, io=io, num_threads=1, max_shard_size=1, progress=progress)
         except CheckpointError as error:
             print(error, flush=True)
             os._exit(2)
@@ -1045,7 +1046,7 @@ def test_a_source_that_vanishes_meanwhile(tmp_path, io):
         (source / "model-00002-of-00002.safetensors").unlink(missing_ok=True)
 
     with pytest.raises(FileNotFoundError) as error:
-        convert(source, tmp_path / "out", io=io, workers=1, max_shard_size=1, progress=progress)
+        convert(source, tmp_path / "out", io=io, num_threads=1, max_shard_size=1, progress=progress)
     assert error.value.filename == str(source / "model-00002-of-00002.safetensors")
     assert sorted(tree(tmp_path / "out")) == [RECORD, "model-00001-of-00002.safetensors"]
 
@@ -1061,7 +1062,7 @@ def test_an_exception_in_progress(tmp_path, kind, at):
             raise kind
 
     with pytest.raises(kind):
-        convert(HF, tmp_path / "out", workers=2, max_shard_size=50_000, progress=progress)
+        convert(HF, tmp_path / "out", num_threads=2, max_shard_size=50_000, progress=progress)
     assert len(calls) == at, "called again"
     convert(HF, tmp_path / "whole", max_shard_size=50_000)
     assert tree(tmp_path / "out").items() < tree(tmp_path / "whole").items()
@@ -1091,9 +1092,8 @@ MEASURE = """
     thread.start()
     try:
         source, target, io, verify = sys.argv[1:]
-        result = conversion.convert(
-            source, target, workers=2, io=io, transpose="yes", dtype="float32", verify=bool(verify), max_shard_size=1
-        )
+        options = dict(num_threads=2, io=io, transpose="yes", dtype="float32", verify=bool(verify), max_shard_size=1)
+        result = conversion.convert(source, target, **options)
     finally:
         done.set()
         thread.join()
@@ -1153,7 +1153,7 @@ class TestCommand:
         assert_converted(HF, tmp_path / "out")
 
     def test_options(self, command, tmp_path):
-        options = ["--dtype", "float16", "--transpose", "no", "--workers", "3", "--include", "*_proj", "--io", "pread"]
+        options = ["--dtype", "float16", "--transpose", "no", "--threads", "3", "--include", "*_proj", "--io", "pread"]
         assert command("convert", HF, tmp_path / "out", *options, "--exclude", "*.1.*", "--quiet") == (0, "", "")
         expected = convert(
             HF, tmp_path / "same", dtype="float16", transpose="no", include=["*_proj"], exclude=["*.1.*"]
@@ -1220,8 +1220,8 @@ class TestCommand:
             (["in", "out", "--task", "1/2", "--force"], "remove it"),
             (["in", "out", "--max-shard-size", "0"], "at least 1"),
             (["in", "out", "--max-shard-size", "big"], "'big' is not a size"),
-            (["in", "out", "--workers", "0"], "not a positive number"),
-            (["in", "out", "--workers", "9" * 5000], "--workers"),
+            (["in", "out", "--threads", "0"], "not a positive number"),
+            (["in", "out", "--threads", "9" * 5000], "--threads"),
             (["in", "out", "--dtype", "int4"], "invalid choice"),
             (["in", "out", "--layout", "x"], "layout must be one of"),
             (["in", "out", "--device", "tpu"], "tpu"),
@@ -1244,10 +1244,10 @@ class TestCommand:
         assert message in refused("convert", *arguments)
         assert tree(tmp_path) == before
 
-    def test_sizes_and_workers_of_any_size(self, command, tmp_path):
-        for size, workers in (("1", "999999"), ("999999999999999999999TB", "1")):
+    def test_any_size_and_number_of_threads(self, command, tmp_path):
+        for size, threads in (("1", "999999"), ("999999999999999999999TB", "1")):
             target = tmp_path / size[:3]
-            arguments = ("--max-shard-size", size, "--workers", workers, "--verify")
+            arguments = ("--max-shard-size", size, "--threads", threads, "--verify")
             assert command("convert", HF, target, *arguments)[0] == 0
             assert_converted(HF, target)
 
@@ -1288,7 +1288,7 @@ class TestCommand:
             real(descriptor)
 
         os.fsync, sys.stderr = fsync, sys.stdout
-        print(cli.main(["convert", *sys.argv[1:3], "--max-shard-size", "50kB", "--workers", "2", "--quiet"]))
+        print(cli.main(["convert", *sys.argv[1:3], "--max-shard-size", "50kB", "--threads", "2", "--quiet"]))
         """
         assert run_python(code, HF, tmp_path / "out", when) == "mxfp4np: interrupted\n130\n"
         assert not list((tmp_path / "out").glob(".*.tmp"))
@@ -1302,7 +1302,7 @@ class TestCommand:
 
         sys.stderr = sys.stdout
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))
-        status = cli.main(["convert", *sys.argv[1:3], "--max-shard-size", "50kB", "--workers", "2"])
+        status = cli.main(["convert", *sys.argv[1:3], "--max-shard-size", "50kB", "--threads", "2"])
         print(status)
         """
         error, status = run_python(code, HF, tmp_path / "out", limit).splitlines()

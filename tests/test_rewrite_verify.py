@@ -65,12 +65,12 @@ def target(source, tmp_path):
 # Against the source
 
 
-@pytest.mark.parametrize("workers", [1, 2, 50])
+@pytest.mark.parametrize("num_threads", [1, 2, 50])
 @pytest.mark.parametrize("piece_bytes", [256, 5000, 4 << 20])
-def test_nothing_wrong(source, target, monkeypatch, workers, piece_bytes):
+def test_nothing_wrong(source, target, monkeypatch, num_threads, piece_bytes):
     monkeypatch.setattr(verification, "CHUNK_BYTES", piece_bytes)
     steps = []
-    result = mxfp4np.verify(source, target.parent, workers=workers, progress=steps.append)
+    result = mxfp4np.verify(source, target.parent, num_threads=num_threads, progress=steps.append)
     assert result.findings == []
     assert result.tensors == 2
     assert result.nbytes == 3 * 40 * 96 * 2 + 12 * 8
@@ -120,7 +120,7 @@ def test_findings_are_in_the_order_of_the_source(tmp_path):
     tensors = {f"t{i:02}": np.arange(2, dtype=np.uint16) for i in range(30)}
     path = save(tmp_path / "in" / "m.safetensors", tensors)
     save(tmp_path / "out" / "m.safetensors", {name: array + 1 for name, array in tensors.items()})
-    result = mxfp4np.verify(path, tmp_path / "out", workers=3)
+    result = mxfp4np.verify(path, tmp_path / "out", num_threads=3)
     assert [finding.partition("tensor ")[2][1:4] for finding in result.findings] == sorted(tensors)
 
 
@@ -242,7 +242,7 @@ def test_an_exception_in_progress_stops_all(tmp_path, monkeypatch, against, kind
             raise kind
 
     with pytest.raises(kind):
-        mxfp4np.verify(path, tmp_path / "out" if against else None, workers=2, progress=progress)
+        mxfp4np.verify(path, tmp_path / "out" if against else None, num_threads=2, progress=progress)
     assert len(set(seen[:-1])) == 1, "called again"
 
 
@@ -393,7 +393,7 @@ class TestCommand:
     def test_a_difference(self, command, source, target):
         flip(target, "w", 5)
         flip(target, "plain", 11)
-        status, out, err = command("verify", source, target.parent, "--workers", "2")
+        status, out, err = command("verify", source, target.parent, "--threads", "2")
         assert (status, err) == (1, "")
         *findings, summary = out.splitlines()
         assert [finding.partition("tensor ")[2].partition(":")[0] for finding in findings] == [

@@ -259,7 +259,7 @@ def test_ctrl_c_at_any_moment_ends_the_process(tmp_path, moment):
 
     threading.Thread(target=interrupt).start()
     try:
-        if main(["convert", source, target, "--max-shard-size", "1", "--workers", "8", "--verify", "--quiet"]) == 0:
+        if main(["convert", source, target, "--max-shard-size", "1", "--threads", "8", "--verify", "--quiet"]) == 0:
             time.sleep(10)  # it was done before
     except KeyboardInterrupt:
         pass

@@ -437,7 +437,7 @@ def interrupted_at(line, call):
 
 
 def test_an_interrupt_between_any_two_lines_leaves_nothing_running_and_no_memory_taken(put_cupy, monkeypatch):
-    monkeypatch.setenv("MXFP4NP_PINNED_BYTES", "2000")  # a pair
+    monkeypatch.setenv("MXFP4NP_PINNED_BYTES", "2kB")  # a pair
     source = random_rows(3, 400)
     for line in itertools.count():
         fake = put_cupy(LateCupy(line))
@@ -513,7 +513,7 @@ def test_pinned_memory_that_the_system_does_not_grant_is_said(host_cupy, monkeyp
     with pytest.raises(mxfp4np.errors.DeviceMemoryError, match=r"no pinned memory \(out of memory\): 2,000 bytes"):
         staging.pinned.take()
     monkeypatch.setenv("MXFP4NP_PINNED_BYTES", "much")
-    with pytest.raises(ValueError, match="number of bytes, found 'much'"):
+    with pytest.raises(ValueError, match="MXFP4NP_PINNED_BYTES: 'much' is not a size"):
         staging.pinned.take()
 
 

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 import os
 from pathlib import Path
 
 ENVIRONMENT_VARIABLE = "MXFP4NP_NUM_THREADS"
+
+
+def check_num_threads(num_threads: int | None) -> None:
+    """Refuse a number of threads below 1."""
+    if num_threads is not None and operator.index(num_threads) < 1:
+        raise ValueError(f"num_threads must be at least 1, found {num_threads}")
 
 
 def most_threads() -> int:

@@ -153,7 +153,7 @@ def _decode(args: argparse.Namespace) -> int:
     from .decode import Selection
 
     with Checkpoint(args.source, layout=args.layout, names=_names(args)) as checkpoint:
-        selection = Selection(checkpoint, args.names, dtype=args.dtype, index=args.index)
+        selection = Selection(checkpoint, args.names, dtype=args.dtype, index=args.index, transpose=args.transpose)
         with byte_bar(selection.nbytes, "decoding", quiet=args.quiet) as progress:
             selection.write(args.output, progress)
         if not args.quiet:
@@ -224,7 +224,7 @@ def _bench(args: argparse.Namespace) -> int:
     from . import bench
 
     dtypes, bar = [args.dtype] if args.dtype else DTYPES, partial(byte_bar, quiet=args.quiet)
-    found = bench.run(args.source, args.layout, args.size, dtypes, args.threads, args.device, bar)
+    found = bench.run(args.source, args.layout, args.size, dtypes, args.num_threads, args.device, bar)
     _print(args, found, bench.lines(found, args.size))
     return 0
 
@@ -267,6 +267,10 @@ def parser() -> argparse.ArgumentParser:
         what = "JSON: logical names, each with a stored name or a pair, codes and scales"
         sub.add_argument("--names", dest="named", type=Path, metavar="FILE.json", help=what)
 
+    def threads(sub: argparse.ArgumentParser) -> None:
+        what = "the most to use (default: one for each CPU)"
+        sub.add_argument("--threads", dest="num_threads", type=parse_count, metavar="N", help=what)
+
     demo = command("demo", _demo, "Write a small checkpoint shaped like gpt-oss, decode it and check every value.")
     demo.add_argument("--out", type=Path, metavar="DIR", help="a new or empty folder (default: a temporary one)")
     demo.add_argument("--size", type=parse_size, default=200_000_000, help="decoded size (default: 200MB)")
@@ -286,11 +290,15 @@ def parser() -> argparse.ArgumentParser:
     )
     decode.add_argument("--dtype", choices=DTYPES, help="default: bfloat16, and plain tensors as they are")
     decode.add_argument("--index", type=parse_index, help="part of each tensor: '7, :128', --index=-1,:")
+    what = "of packed tensors, as in convert (default: no, as stored: [.., out, in])"
+    decode.add_argument("--transpose", choices=TRANSPOSE, default="no", help=what)
 
     def patterns(sub: argparse.ArgumentParser, default: list[str] | None) -> None:
         sub.add_argument("--include", action="append", default=default, metavar="PATTERN", help="only names like this")
-        sub.add_argument("--exclude", action="append", default=default, metavar="PATTERN", help="no names like this")
-        sub.add_argument("--workers", type=parse_count, metavar="N", help="threads (default: one for each CPU)")
+        sub.add_argument(
+            "--exclude", action="append", default=default, metavar="PATTERN", help="leave these as they are"
+        )
+        threads(sub)
 
     def shards(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--max-shard-size", type=parse_size, default="5GB", metavar="SIZE", help="default: 5GB")
@@ -309,6 +317,7 @@ def parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("--device", default="cpu", help="cpu or cuda:0 (default: cpu)")
     convert.add_argument("--verify", action="store_true", help="decode again by the reference, compare every byte")
+    convert.add_argument("--drop", action="append", default=[], metavar="PATTERN", help="leave out names like this")
     shards(convert)
     patterns(convert, [])
 
@@ -336,7 +345,7 @@ def parser() -> argparse.ArgumentParser:
     checkpoint(bench, nargs="?")
     bench.add_argument("--dtype", choices=DTYPES, help="default: each of them")
     bench.add_argument("--device", default="cpu", help="cpu or cuda:0 (default: cpu)")
-    bench.add_argument("--threads", type=parse_count, metavar="N", help="the most to use (default: as decoding)")
+    threads(bench)
     bench.add_argument("--size", type=parse_size, default=512_000_000, help="decoded to bfloat16 (default: 512MB)")
     return parser
 

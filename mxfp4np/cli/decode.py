@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from ..array import MXFP4Array
 from ..checkpoint import Checkpoint
-from ..format import as_dtype, decoded_dtype
-from ..shapes import split
+from ..format import BLOCK_SIZE, as_dtype, decoded_dtype
+from ..layouts.table import wants_transpose
+from ..shapes import split, split_both, swapped
 from ..storage.safetensors import atomic_file, bytes_of, write_safetensors
 from ..storage.tensorfile import SAFETENSORS_DTYPES
 
@@ -24,17 +25,24 @@ class Selection:
     """Tensors of a mapped checkpoint, or the same part of each, to be written decoded to one file.
 
     ``names`` are logical names, ``dtype`` is that of `Checkpoint.get`, and ``index`` a basic index that is applied to
-    every tensor. ``nbytes`` counts the bytes of decoded data.
+    every tensor. ``transpose`` means what it means for `convert`: packed tensors are transposed, after they are
+    indexed. ``nbytes`` counts the bytes of decoded data.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, names: Sequence[str], *, dtype: DTypeLike | None = None, index: Any = None
+        self,
+        checkpoint: Checkpoint,
+        names: Sequence[str],
+        *,
+        dtype: DTypeLike | None = None,
+        index: Any = None,
+        transpose: str = "no",
     ) -> None:
-        tensors = {name: _stored(checkpoint, name, dtype, index) for name in names}
+        tensors = {name: _selected(checkpoint, name, dtype, index, transpose) for name in names}
         # Widest elements first, so that every tensor is aligned.
-        self._tensors = dict(sorted(tensors.items(), key=lambda item: -item[1][1].itemsize))
+        self._tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
         self._files = checkpoint.files
-        self.nbytes = sum(array.size * dtype.itemsize for array, dtype in self._tensors.values())
+        self.nbytes = sum(tensor.array.size * tensor.dtype.itemsize for tensor in self._tensors.values())
 
     def write(self, path: Path, progress: Callable[[int], object] = lambda _: None) -> None:
         """Write a ``.safetensors`` or ``.npy`` file, which appears when it is complete.
@@ -48,7 +56,7 @@ class Selection:
             raise ValueError(f"{path}: is a folder: expected the name of a file")
         if path.suffix == ".safetensors":
             specs = {
-                name: (SAFETENSORS_DTYPES[dtype.name], array.shape) for name, (array, dtype) in self._tensors.items()
+                name: (SAFETENSORS_DTYPES[tensor.dtype.name], tensor.shape) for name, tensor in self._tensors.items()
             }
             write_safetensors(path, specs, self._chunks(progress), {"format": "pt"})
         elif path.suffix == ".npy":
@@ -59,20 +67,21 @@ class Selection:
     def _write_npy(self, path: Path, progress: Callable[[int], object]) -> None:
         if len(self._tensors) != 1:
             raise ValueError(f"{path}: a .npy file holds one tensor, not {len(self._tensors)}: use .safetensors")
-        ((array, dtype),) = self._tensors.values()
+        ((_, dtype, shape, _),) = self._tensors.values()
         if dtype.isbuiltin != 1:  # 2 for the types of ml_dtypes
             raise ValueError(f"{path}: the .npy format cannot name {dtype}: use --dtype float32, or .safetensors")
         with atomic_file(path) as file:
-            header = {"descr": dtype.str, "fortran_order": False, "shape": array.shape}
+            header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
             for chunk in self._chunks(progress):
                 file.write(bytes_of(chunk))
 
     def _chunks(self, progress: Callable[[int], object]) -> Iterator[NDArray[Any]]:
         """Yield the values of all tensors in C order."""
-        for array, dtype in self._tensors.values():
+        for array, dtype, _, transpose in self._tensors.values():
             if isinstance(array, MXFP4Array):
-                chunks = (chunk.decode(dtype) for _, chunk in array.iter_chunks(CHUNK_BYTES, dtype))
+                pairs = split_both(array.shape, dtype.itemsize, CHUNK_BYTES, transpose=transpose, multiple=BLOCK_SIZE)
+                chunks = (array[stored].decode(dtype, transpose=transpose) for _, stored in pairs)
             else:
                 indices = split(array.shape, dtype.itemsize, CHUNK_BYTES)
                 chunks = (np.ascontiguousarray(array[index], dtype=dtype) for index in indices)
@@ -81,18 +90,26 @@ class Selection:
                 progress(chunk.nbytes)
 
 
-def _stored(
-    checkpoint: Checkpoint, name: str, dtype: DTypeLike | None, index: Any
-) -> tuple[MXFP4Array | NDArray[Any], np.dtype[Any]]:
-    """Return a tensor, or a part of it, as it is stored, and the dtype to write it in."""
-    packed = checkpoint.info(name).layout is not None
-    array = checkpoint.packed(name) if packed else checkpoint.get(name)
+class _Selected(NamedTuple):
+    """A tensor, or a part of it, as it is stored; and the dtype and shape to write it in."""
+
+    array: MXFP4Array | NDArray[Any]
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    transpose: bool
+
+
+def _selected(checkpoint: Checkpoint, name: str, dtype: DTypeLike | None, index: Any, transpose: str) -> _Selected:
+    layout = checkpoint.info(name).layout
+    array = checkpoint.get(name) if layout is None else checkpoint.packed(name)
     if index is not None:
         array = array[index]
-    if packed:
-        return array, decoded_dtype("bfloat16" if dtype is None else dtype)
+    if layout is not None:
+        transposed = wants_transpose(layout, array.shape, transpose)
+        shape = swapped(array.shape) if transposed else array.shape
+        return _Selected(array, decoded_dtype("bfloat16" if dtype is None else dtype), shape, transposed)
     array = np.asarray(array)
     wanted = array.dtype if dtype is None else as_dtype(dtype)
     if array.dtype.kind == "c" and wanted.kind != "c":
         raise ValueError(f"tensor {name!r}: complex values cannot become {wanted}")
-    return array, wanted
+    return _Selected(array, wanted, array.shape, False)

@@ -13,11 +13,18 @@ from numpy.typing import NDArray
 from ..array import MXFP4Array
 from ..checkpoint import Checkpoint
 from ..format import FP4_VALUES, SCALE_BIAS, SCALE_NAN
+from ..layouts.packed import TensorInfo
+from ..layouts.table import wants_transpose
 from ..summary import Row, label
 from ..text import align, count, escape, format_bytes
 
 STATS_BYTES: Final = 4 << 20
 """Packed bytes that are counted at a time; counting takes about eight times as much memory."""
+
+
+AXES: Final = "[.., out, in]"
+SWAPPED: Final = "[.., in, out]"
+"""The axes of packed matrices as they are stored and decoded, and transposed."""
 
 
 @dataclass
@@ -108,7 +115,7 @@ def table_lines(groups: dict[tuple[Any, ...], list[Row]]) -> list[str]:
         stored, decoded = stored + sizes[0], decoded + sizes[1]
         if layout:
             packed += len(infos)
-            reasons |= dict.fromkeys(escape(f"layout {layout}: {info.reason}") for info in infos)
+            reasons |= dict.fromkeys(escape(f"layout {layout}: {info.reason}{_orientation(info)}") for info in infos)
         cells = "x".join(map(str, shape)) or "scalar", dtype, layout or "-"
         lines.append((name, times, *cells, *map(format_bytes, sizes)))
     summary = f"{count(total, 'tensor')}, {packed:,} of them MXFP4: {format_bytes(stored)} stored, "
@@ -142,6 +149,19 @@ def to_json(checkpoint: Checkpoint, table: Sequence[Row], stats: dict[str, Stats
     }
 
 
+def _axes(info: TensorInfo) -> dict[str, str]:
+    """Return which axes a packed matrix has as it is stored, and after `convert`."""
+    if info.layout is None or len(info.shape) < 2:
+        return {}
+    return {"axes": AXES, "converted_axes": SWAPPED if wants_transpose(info.layout, info.shape, "auto") else AXES}
+
+
+def _orientation(info: TensorInfo) -> str:
+    axes = _axes(info)
+    converted = f", {SWAPPED} after convert" if SWAPPED in axes.values() else ""
+    return f"; axes {AXES}{converted}" if axes else ""
+
+
 def _row_json(row: Row, stats: dict[str, Stats]) -> dict[str, Any]:
     if row.info is None:
         return {"name": row.name, "problem": row.problem}
@@ -151,6 +171,7 @@ def _row_json(row: Row, stats: dict[str, Stats]) -> dict[str, Any]:
         "dtype": row.info.dtype,
         "layout": row.info.layout,
         "reason": row.info.reason,
+        **_axes(row.info),
         "nbytes": row.info.nbytes,
         "decoded_nbytes": row.info.decoded_nbytes(),
         "stored": [{**half._asdict(), "file": str(half.file.path)} for half in row.info.stored],

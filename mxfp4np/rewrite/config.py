@@ -121,7 +121,8 @@ def small_files(checkpoint: Checkpoint, source: Source, target: Path, changes: M
         open_regular(path).close()  # refuses pointers of Git LFS
     written: dict[str, bytes] = {}
     for name, change in changes.items():
-        if path := copies.pop(name, None):
+        if name in copies:
+            path = copies.pop(name)
             try:
                 document = change(read_json(path))
                 written |= {} if document is None else {name: json_bytes(document)}

@@ -104,7 +104,7 @@ def plan_conversion(
     changes: dict[str, Change] = {"config.json": lambda config: decoded_config(config, wanted, contents.modules)}
     changes |= {name: partial(change, modules=contents.modules) for name, change in QUANTIZERS_FILES.items()}
     files = small_files(checkpoint, source, folder, changes)
-    layouts = {info.layout for info in contents.decoded.values()}
+    layouts = {info.layout for info in contents.decoded.values() if info.layout}
     options = {
         "dtype": wanted,
         "transpose": transpose,
@@ -207,7 +207,7 @@ def convert(
     layout: str | None = None,
     io: str = "mmap",
     device: str = "cpu",
-    workers: int | None = None,
+    num_threads: int | None = None,
     task: tuple[int, int] | None = None,
     resume: bool = False,
     force: bool = False,
@@ -223,7 +223,8 @@ def convert(
     Parameters
     ----------
     source : path, or sequence of paths
-        As for `Checkpoint`. Of a folder or an index, the small files beside the weights are copied as well. A folder that lacks parts is refused.
+        As for `Checkpoint`. Of a folder or an index, the small files beside the weights are copied as well. A folder
+        that lacks parts is refused.
     target : path
         A new or empty folder that does not contain the source.
     dtype : str, type or numpy.dtype
@@ -242,8 +243,8 @@ def convert(
         See `Checkpoint`.
     device : str
         Where to decode. Decoded values come back over the bus to be written, so that ``"cpu"`` is rarely slower.
-    workers : int, optional
-        Threads, each of which writes a shard at a time. By default as many as decoding uses.
+    num_threads : int, optional
+        At most this many threads, each of which writes a shard at a time. By default as many as decoding uses.
     task : (int, int), optional
         ``(i, n)`` writes the i-th of n parts, counted from 1: for several processes or machines that share the target,
         in any order and any number of times. The last one to finish writes the index.
@@ -277,7 +278,7 @@ def convert(
     Notes
     -----
     A file that has its final name is complete and on disk; ``model.safetensors.index.json`` is written last. The same
-    arguments give the same bytes, for any number of workers.
+    arguments give the same bytes, for any number of threads.
 
     Examples
     --------
@@ -294,7 +295,7 @@ def convert(
         refuse_incomplete(checkpoint)
         target = Path(target).absolute()
         plan = plan_conversion(checkpoint, target, source, dtype, transpose, max_shard_size, include, exclude, drop)
-        run = run_plan(plan, task, workers, progress, resume=resume, force=force, dry_run=dry_run)
+        run = run_plan(plan, task, num_threads, progress, resume=resume, force=force, dry_run=dry_run)
         verification = Verification() if verify and not dry_run else None
         tasks = tasks_of(plan, task)
         if verification is not None and tasks:

@@ -173,7 +173,9 @@ def plan_encoding(
         items.append(_encoded(info, layout, transpose, rule) if name in chosen else Copied.of(info))
     matrices = (name for name, info in infos.items() if name.endswith(".weight") and len(info.shape) == 2)
     plain = [name for name in matrices if name not in chosen]
-    files = small_files(checkpoint, source, folder, lambda config: encoded_config(config, layout, plain))
+    files = small_files(
+        checkpoint, source, folder, {"config.json": lambda config: encoded_config(config, layout, plain)}
+    )
     options = {"rule": rule, "layout": layout, "transpose": transpose, "include": include, "exclude": exclude}
     warm_up = partial(_warm_up, rule, {element(infos[name].dtype)[1] for name in chosen})
     shards = make_shards(items, max_shard_size, kept_metadata(checkpoint, items))
@@ -274,7 +276,7 @@ def encode_checkpoint(
     include: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
     io: str = "mmap",
-    workers: int | None = None,
+    num_threads: int | None = None,
     task: tuple[int, int] | None = None,
     resume: bool = False,
     force: bool = False,
@@ -301,7 +303,7 @@ def encode_checkpoint(
         Shell-style patterns of names: those to pack, and those to copy. By default, the experts of gpt-oss are packed;
         in the other layouts all matrices called ``weight`` with a multiple of 32 inputs, except embeddings,
         ``lm_head``, norms and routers.
-    max_shard_size, io, workers, task, resume, force, dry_run, progress
+    max_shard_size, io, num_threads, task, resume, force, dry_run, progress
         As for `convert`.
 
     Returns
@@ -340,5 +342,5 @@ def encode_checkpoint(
         refuse_incomplete(checkpoint)
         target = Path(target).absolute()
         plan = plan_encoding(checkpoint, target, source, rule, layout, transpose, max_shard_size, include, exclude)
-        run = run_plan(plan, task, workers, progress, resume=resume, force=force, dry_run=dry_run)
+        run = run_plan(plan, task, num_threads, progress, resume=resume, force=force, dry_run=dry_run)
     return Encoding(**vars(run), packed=[item.name for item in plan.items if isinstance(item, Encoded)])

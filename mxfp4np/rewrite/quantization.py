@@ -190,13 +190,13 @@ def _shrink_groups(quantization: Config, modules: Modules) -> Config:
     groups: Config = {}
     for name, group in quantization["config_groups"].items():
         weights = group.get("weights") if isinstance(group, dict) else None
-        if isinstance(weights, dict) and isinstance(group.get("targets"), list):
-            is_mxfp4 = [weights.get(key) for key in ("num_bits", "type", "group_size")] == [4, "float", BLOCK_SIZE]
-            targets = [target for target in group["targets"] if target not in modules.decoded]
-            if (is_mxfp4 and not modules.has("MXFP4")) or (group["targets"] and not targets):
-                continue
-            group = {**group, "targets": targets}
-        groups[name] = group
+        if not isinstance(weights, dict) or not isinstance(group.get("targets"), list):
+            groups[name] = group
+            continue
+        is_mxfp4 = [weights.get(key) for key in ("num_bits", "type", "group_size")] == [4, "float", BLOCK_SIZE]
+        targets = [target for target in group["targets"] if target not in modules.decoded]
+        if targets and (modules.has("MXFP4") or not is_mxfp4):
+            groups[name] = {**group, "targets": targets}
     return {**quantization, "config_groups": groups}
 
 
@@ -257,7 +257,13 @@ def loads_quantized(config: Config) -> bool:
 
     transformers loads ModelOpt's weights without their scales, and knows no quantiser that config.json does not name.
     """
-    found = [part[key] for part in (config, config.get("text_config")) if isinstance(part, dict) for key in KEYS if key in part]
+    found = [
+        part[key]
+        for part in (config, config.get("text_config"))
+        if isinstance(part, dict)
+        for key in KEYS
+        if key in part
+    ]
     return any(isinstance(x, dict) and x.get("quant_method", "mlx") != "modelopt" for x in found)
 
 

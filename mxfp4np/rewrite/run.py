@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
+from ..backends.threads import check_num_threads
 from ..checkpoint import Checkpoint
 from ..errors import CheckpointError
 from ..storage.discover import is_hidden
@@ -294,10 +295,10 @@ class Run:
 
 
 def run_tasks(
-    tasks: Sequence[Task], workers: int | None = None, progress: Callable[[Progress], object] = lambda _: None
+    tasks: Sequence[Task], num_threads: int | None = None, progress: Callable[[Progress], object] = lambda _: None
 ) -> dict[str, Any]:
     """Run tasks in several threads, each of which writes a shard at a time; return what all `Task.run` return."""
-    pool = Workers(workers, sum(task.shard.nbytes for task in tasks), progress)
+    pool = Workers(num_threads, sum(task.shard.nbytes for task in tasks), progress)
     reports = pool.map(lambda task: task.run(partial(pool.advance, task.shard.file)), tasks)
     return {name: report for of_task in reports for name, report in of_task.items()}
 
@@ -305,7 +306,7 @@ def run_tasks(
 def run_plan(
     plan: Plan,
     part: tuple[int, int] | None = None,
-    workers: int | None = None,
+    num_threads: int | None = None,
     progress: Callable[[Progress], object] = lambda _: None,
     *,
     resume: bool = False,
@@ -317,6 +318,7 @@ def run_plan(
     With a part, other processes may be writing other parts, or the same. See `tasks_of`, `prepare` and `run_tasks` for
     the arguments; ``dry_run`` writes nothing.
     """
+    check_num_threads(num_threads)
     tasks, shared = tasks_of(plan, part), part is not None
     if shared and force:
         raise ValueError("tasks share a folder: remove it, or give --force to a run without --task")
@@ -328,7 +330,7 @@ def run_plan(
         written = sum(task.shard.nbytes for task in tasks)
         if tasks and plan.warm_up is not None:
             plan.warm_up()
-        reports = run_tasks(tasks, workers, progress)
+        reports = run_tasks(tasks, num_threads, progress)
         missing = finish(plan)
     shards = {shard.file: shard.nbytes for shard in plan.shards}
     notes, left_out = [*plan.source.findings, *plan.source.notes], list(plan.left_out)

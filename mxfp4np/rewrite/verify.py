@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,11 +22,12 @@ from ..format import DTYPES as DECODED
 from ..format import SCALE_BIAS, SCALE_NAN, decoded_dtype
 from ..layouts.packed import TensorInfo
 from ..layouts.table import TRANSPOSE, wants_transpose
-from ..shapes import place_in_whole, swapped
+from ..shapes import place_in_whole, split, swapped
 from ..storage.discover import PathLike, repository_hint
 from ..storage.index import weight_map_of
 from ..storage.tensorfile import DTYPES, element
 from ..text import count, escape, format_bytes, select
+from .contents import choose
 from .run import read_record
 from .workers import Progress, Workers
 
@@ -77,7 +79,7 @@ def verify(
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
     layout: str | None = None,
-    workers: int | None = None,
+    num_threads: int | None = None,
     progress: Callable[[Progress], object] = lambda _: None,
 ) -> Verification:
     """Check a checkpoint by itself or, given what it was converted to, every byte of that.
@@ -92,8 +94,8 @@ def verify(
         As for `convert`; by default, those that the target was converted with.
     layout : str, optional
         Of the source; see `Checkpoint`.
-    workers : int, optional
-        Threads.
+    num_threads : int, optional
+        At most this many threads. By default as many as decoding uses.
     progress : callable
         Called by one thread at a time.
 
@@ -124,16 +126,18 @@ def verify(
         except (CheckpointError, LayoutError, FileNotFoundError) as error:
             return Verification(findings=[str(error)])
         with checkpoint:
-            return _health(checkpoint, select(checkpoint, include or (), exclude or ()), workers, progress)
+            return _health(checkpoint, select(checkpoint, include or (), exclude or ()), num_threads, progress)
     options = read_record(Path(target))
     with _open(source, layout) as ours, _open(target) as theirs:
-        names = select(
+        contents = choose(
             ours,
             options.get("include", ()) if include is None else include,
             options.get("exclude", ()) if exclude is None else exclude,
+            (),
         )
+        names = [name for name in ours if name in contents.decoded or name in contents.copied]
         transpose = transpose or options.get("transpose", TRANSPOSE[0])
-        result = compare(ours, theirs, names, transpose, workers, progress)
+        result = compare(ours, theirs, names, contents.copied, transpose, num_threads, progress)
         extra = sorted(set(theirs) - set(ours))
         result.findings += [f"tensor {name!r}: in {theirs.folder}, but not in {ours.folder}" for name in extra]
         return result
@@ -149,13 +153,17 @@ def compare(
     source: Checkpoint,
     target: Checkpoint,
     names: Iterable[str],
+    copied: Container[str],
     transpose: str,
-    workers: int | None = None,
+    num_threads: int | None = None,
     progress: Callable[[Progress], object] = lambda _: None,
 ) -> Verification:
-    """Compare tensors of a checkpoint with what the reference backend decodes from its source; see `verify`."""
+    """Compare tensors of a checkpoint with what the reference backend decodes from its source; see `verify`.
+
+    Those that were ``copied`` are compared as they are stored.
+    """
     result = Verification()
-    pairs: list[tuple[TensorInfo, TensorInfo, bool]] = []
+    pairs: list[tuple[TensorInfo, TensorInfo]] = []
     for name in names:
         info = source.info(name)
         result.tensors += 1
@@ -167,24 +175,26 @@ def compare(
         except LayoutError as error:
             result.findings.append(str(error))
             continue
-        transposed = info.layout is not None and wants_transpose(info.layout, info.shape, transpose)
-        if (problem := _mismatch(info, found, transposed=transposed)) is not None:
+        problem = _copy_mismatch(info, found) if name in copied else _mismatch(info, found, transpose)
+        if problem is not None:
             result.findings.append(f"{found.stored[0].file.path}: tensor {name!r}: {problem}")
         else:
-            pairs.append((info, found, transposed))
-    pool = Workers(workers, sum(found.nbytes for _, found, _ in pairs), progress)
+            pairs.append((info, found))
+    pool = Workers(num_threads, sum(found.nbytes for _, found in pairs), progress)
 
-    def check(pair: tuple[TensorInfo, TensorInfo, bool]) -> tuple[int, int, str | None]:
+    def check(pair: tuple[TensorInfo, TensorInfo]) -> tuple[int, int, str | None]:
         """Return the numbers of NaN blocks and of values that overflow, and the first difference."""
-        info, found, transposed = pair
+        info, found = pair
+        file = found.stored[0].file.path
+        if info.name in copied:
+            difference = _difference_of_copy(info, found, partial(pool.advance, file.name, found.name))
+            return 0, 0, difference and f"{file}: tensor {difference}"
         nan_blocks, overflow, difference = 0, 0, None
-        dtype, file = None if info.layout is None else DTYPES[found.dtype][1], found.stored[0].file.path
+        dtype, transposed = DTYPES[found.dtype][1], wants_transpose(info.layout, info.shape, transpose)
         for index, chunk in source.pieces(info.name, CHUNK_BYTES, dtype=dtype, transpose=transposed):
-            expected = chunk
-            if isinstance(chunk, MXFP4Array):
-                expected = chunk.decode(dtype, transpose=transposed, backend="numpy")
-                nan_blocks += int(np.count_nonzero(chunk.scales == SCALE_NAN))
-                overflow += count_overflow(chunk, expected)
+            expected = chunk.decode(dtype, transpose=transposed, backend="numpy")
+            nan_blocks += int(np.count_nonzero(chunk.scales == SCALE_NAN))
+            overflow += count_overflow(chunk, expected)
             if difference is None:
                 difference = _first_difference(index, expected, target.get(found.name, index=index or ...))
             pool.advance(file.name, found.name, expected.nbytes)
@@ -200,17 +210,37 @@ def compare(
     return result
 
 
-def _mismatch(info: TensorInfo, found: TensorInfo, *, transposed: bool) -> str | None:
-    shape = swapped(info.shape) if transposed else info.shape
+def _mismatch(info: TensorInfo, found: TensorInfo, transpose: str) -> str | None:
+    """Return how the headers of a tensor and of what it was decoded to do not fit each other, if they do not."""
+    shape = swapped(info.shape) if wants_transpose(info.layout, info.shape, transpose) else info.shape
     if found.layout is not None:
-        return f"is packed, as {found.layout}: give the packed checkpoint first, and then what it was converted to"
-    if info.layout is None:
-        raw = info.dtype if info.dtype in DTYPES else "U8"
-        if found.dtype != raw:
-            return f"expected {raw} as in the source, found {found.dtype}"
-    elif element(found.dtype)[1] not in DECODED:
+        return f"is packed, as {found.layout}: expected it decoded, unless it was excluded"
+    if element(found.dtype)[1] not in DECODED:
         return f"expected {', '.join(DECODED)}, found {found.dtype}"
     return f"expected shape {list(shape)}, found {list(found.shape)}" if shape != found.shape else None
+
+
+def _copy_mismatch(info: TensorInfo, found: TensorInfo) -> str | None:
+    """Return how the headers of a tensor and its copy differ, if they do."""
+    ours, theirs = ([(x.name, x.dtype, list(x.shape)) for x in side.stored] for side in (info, found))
+    if ours == theirs:
+        return None
+    if found.layout is not None and info.layout is None:
+        return f"is packed, as {found.layout}: give the packed checkpoint first, and then what it was converted to"
+    listed = (", ".join(f"{name} {dtype} {shape}" for name, dtype, shape in side) for side in (ours, theirs))
+    return "expected {} as in the source, found {}".format(*listed)
+
+
+def _difference_of_copy(info: TensorInfo, found: TensorInfo, advance: Callable[[int], object]) -> str | None:
+    """Compare stored tensors byte for byte; return the name, the place and the values of the first difference."""
+    difference = None
+    for ours, theirs in zip(info.stored, found.stored, strict=True):
+        for index in split(ours.array_shape, max(1, element(ours.dtype)[0] // 8), CHUNK_BYTES):
+            expected = ours.array(index)
+            if difference is None and (place := _first_difference(index, expected, theirs.array(index))):
+                difference = f"{ours.name!r}{place}"
+            advance(expected.nbytes)
+    return difference
 
 
 def count_overflow(packed: MXFP4Array, values: NDArray[Any]) -> int:
@@ -232,7 +262,7 @@ def _first_difference(index: tuple[int | slice, ...], expected: NDArray[Any], ac
 
 
 def _health(
-    checkpoint: Checkpoint, names: Iterable[str], workers: int | None, progress: Callable[[Progress], object]
+    checkpoint: Checkpoint, names: Iterable[str], num_threads: int | None, progress: Callable[[Progress], object]
 ) -> Verification:
     """Look for broken pairs, missing shards, an index that does not match, and implausible scales."""
     result = Verification(findings=[*checkpoint.findings, *_not_in_index(checkpoint)])
@@ -245,7 +275,7 @@ def _health(
             result.findings.append(str(error))
         else:
             packed += [info] if info.layout is not None else []
-    pool = Workers(workers, sum(info.nbytes for info in packed), progress)
+    pool = Workers(num_threads, sum(info.nbytes for info in packed), progress)
 
     def count_scales(info: TensorInfo) -> NDArray[np.int64]:
         counts = np.zeros(256, np.int64)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Final, NamedTuple, TypeVar
 
-from ..backends.threads import default_num_threads, usable_cpus
+from ..backends.threads import check_num_threads, default_num_threads, usable_cpus
 
 POLL_SECONDS: Final = 0.2
 """The longest single wait: on some systems a wait without a timeout cannot be interrupted."""
@@ -48,6 +48,7 @@ class Workers:
     """
 
     def __init__(self, number: int | None, total: int, progress: Callable[[Progress], object]) -> None:
+        check_num_threads(number)
         self.done, self._total, self._progress = 0, total, progress
         most = default_num_threads()
         self._number = min(number or most, max(most, usable_cpus()))

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from ...errors import BackendUnavailableError, DeviceMemoryError
 from ...shapes import split
+from ...text import parse_bytes
 from ..cpu.compiler import CompiledFunction, compiled_kernel
 from ..cpu.driver import worker_pool
 from ..memory import address_of, merged_axes
@@ -228,9 +229,10 @@ pinned = _Pinned()
 
 def _pinned_bytes() -> int:
     text = os.environ.get(PINNED_VARIABLE, "").strip()
-    if text and not text.isdecimal():
-        raise ValueError(f"{PINNED_VARIABLE} must be a number of bytes, found {text!r}")
-    return int(text) if text else PINNED_BYTES
+    try:
+        return parse_bytes(text) if text else PINNED_BYTES
+    except ValueError as error:
+        raise ValueError(f"{PINNED_VARIABLE}: {error}") from error
 
 
 def _record(stream: Any) -> Any:
