@@ -10,14 +10,21 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from ..checkpoint import Checkpoint
-from ..errors import CheckpointError, LayoutError
+from ..errors import CheckpointError
 from ..format import BLOCK_SIZE
 from ..storage.discover import PathLike, is_hidden
 from ..storage.index import read_json
 from ..storage.tensorfile import open_regular
 from .plan import METADATA as PT_METADATA
 from .plan import RECORD, Copied, Item, json_bytes
-from .quantization import KEYS, Modules, after_decoding, change_config, hf_quant_config, quant_model_description
+from .quantization import (
+    Modules,
+    after_decoding,
+    change_config,
+    hf_quant_config,
+    quant_model_description,
+    several_parts,
+)
 
 Source = PathLike | Sequence[PathLike] | None
 
@@ -50,18 +57,21 @@ def decoded_config(config: dict[str, Any], dtype: str, modules: Modules) -> dict
 
 
 def encoded_config(config: dict[str, Any], layout: str, plain: Sequence[str]) -> dict[str, Any]:
-    """Return the config.json of the source changed for encoded weights; ``plain`` names the matrices not encoded."""
-    for key in KEYS:
-        if key in config:
-            raise LayoutError(f"config.json has {key!r}: the weights are quantised already, convert them first")
-    return {**config, **_quantization(layout, plain)}
+    """Return the config.json of the source changed for encoded weights; ``plain`` are the modules not encoded.
+
+    What it says of quantisation is stale, as no weight of the source is quantised.
+    """
+    modules = Modules(frozenset(), {}, frozenset(plain), several_parts(config))
+    return {**change_config(config, lambda _: None), **_quantization(layout, modules)}
 
 
-def _quantization(layout: str, plain: Sequence[str]) -> dict[str, Any]:
+def _quantization(layout: str, modules: Modules) -> dict[str, Any]:
     """Return what is added to a config.json, as the tool that the layout is named after writes it."""
+    plain = modules.spelled(sorted(modules.plain))
     if layout == "gpt-oss-hf":
-        modules = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
-        return {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": modules}}
+        others = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+        left = [module for module in plain if module.endswith(".experts")]
+        return {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": others + left}}
     if layout == "compressed-tensors":
         weights = {
             "num_bits": 4,
@@ -76,7 +86,7 @@ def _quantization(layout: str, plain: Sequence[str]) -> dict[str, Any]:
                 "quant_method": "compressed-tensors",
                 "format": "mxfp4-pack-quantized",
                 "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
-                "ignore": [name.removesuffix(".weight") for name in plain],
+                "ignore": plain,
                 "quantization_status": "compressed",
             }
         }

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ..checkpoint import Checkpoint
 from ..layouts.packed import TensorInfo
 from ..text import select
-from .quantization import Modules, changing_tensors, module_of, unneeded_scales
+from .quantization import Modules, changing_tensors, module_of, several_parts, unneeded_scales
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,11 @@ class Contents:
         return changing_tensors(self.copied, self.modules)
 
 
+def is_matrix(info: TensorInfo) -> bool:
+    """Tell whether a tensor is the matrix of a module, by its name and shape."""
+    return info.name.endswith(".weight") and len(info.shape) > 1
+
+
 def choose(
     checkpoint: Checkpoint, include: str | Iterable[str], exclude: str | Iterable[str], drop: str | Iterable[str]
 ) -> Contents:
@@ -46,8 +51,10 @@ def choose(
     chosen = set(select(infos, include, exclude))
     decoded = {name: info for name, info in infos.items() if info.layout is not None and name in chosen}
     quantized = {module_of(x.name): x.format for x in infos.values() if x.format and x.name not in decoded}
-    several_parts = any(isinstance(checkpoint.config.get(key), dict) for key in ("text_config", "vision_config"))
-    modules = Modules(frozenset(map(module_of, decoded)) - {""}, quantized, several_parts)
+    plain = {module_of(x.name) for x in infos.values() if not x.format and is_matrix(x)} - quantized.keys()
+    modules = Modules(
+        frozenset(map(module_of, decoded)) - {""}, quantized, frozenset(plain), several_parts(checkpoint.config)
+    )
     unneeded = set(unneeded_scales({name: info.shape for name, info in infos.items()}, modules))
     copied = {name: info for name, info in infos.items() if name not in decoded and name not in unneeded}
     return Contents(decoded, copied, [name for name in checkpoint if name not in kept], sorted(unneeded), modules)

@@ -26,6 +26,7 @@ from ..storage.tensorfile import DTYPES, element
 from ..text import count, escape, patterns, select
 from .config import Source, encoded_config, kept_metadata, small_files
 from .plan import MAX_SHARD_SIZE, Chunks, Copied, Item, Output, Plan, make_shards
+from .quantization import module_of
 from .run import Run, refuse_incomplete, run_plan
 from .workers import Progress
 
@@ -166,13 +167,13 @@ def plan_encoding(
     items: list[Item] = []
     for name, info in infos.items():
         obstacle = _obstacle(info, layout, transpose) if name in chosen else None
-        if info.layout is not None:
-            obstacle = f"is packed already, as {info.layout}: convert the checkpoint first"
+        if info.format is not None:
+            how = f"as {info.layout}" if info.layout else f"it is {info.format}"
+            obstacle = f"is quantised already, {how}: convert the checkpoint first"
         if obstacle is not None:
             raise LayoutError(f"{info.stored[0].file.path}: tensor {name!r} {obstacle}")
         items.append(_encoded(info, layout, transpose, rule) if name in chosen else Copied.of(info))
-    matrices = (name for name, info in infos.items() if name.endswith(".weight") and len(info.shape) == 2)
-    plain = [name for name in matrices if name not in chosen]
+    plain = [module_of(name) for name, info in infos.items() if name not in chosen and len(info.shape) > 1]
     files = small_files(
         checkpoint, source, folder, {"config.json": lambda config: encoded_config(config, layout, plain)}
     )

@@ -54,6 +54,8 @@ class Modules:
     """Those that are plain now."""
     quantized: Mapping[str, str]
     """Those that still are quantised, and the names of their formats."""
+    plain: frozenset[str] = frozenset()
+    """Those with a matrix that never was quantised."""
     several_parts: bool = False
     """Whether the model has other parts beside the language model, such as a vision tower."""
 
@@ -74,9 +76,10 @@ class Modules:
         single = sorted(self.decoded - {module for module, parent in experts.items() if parent in whole})
         if len(self.decoded) <= MAX_LISTED:
             single = sorted(self.decoded)
-        return self._spelled(single), self._spelled(whole)
+        return self.spelled(single), self.spelled(whole)
 
-    def _spelled(self, modules: Iterable[str]) -> list[str]:
+    def spelled(self, modules: Iterable[str]) -> list[str]:
+        """Return all names of modules; see `spellings`."""
         return [name for module in modules for name in spellings(module, several_parts=self.several_parts)]
 
 
@@ -139,6 +142,11 @@ def spellings(module: str, *, several_parts: bool = False) -> list[str]:
     if several_parts:
         names += [prefix + _PARTS.sub("", renamed) for prefix in _PREFIXES]
     return list(dict.fromkeys(names))
+
+
+def several_parts(config: Config) -> bool:
+    """Tell whether a config.json describes a model with other parts beside the language model."""
+    return any(isinstance(config.get(key), dict) for key in ("text_config", "vision_config"))
 
 
 def change_config(config: Config, change: Callable[[Config], Config | None]) -> Config:
@@ -232,8 +240,10 @@ def _modelopt(quantization: Config, modules: Modules) -> Config:
 
 
 def _transformers(quantization: Config, modules: Modules) -> Config:
+    """Without a list, transformers leaves heads and embeddings alone; with one, what the list has."""
     single, whole = modules.names()
-    return _added(quantization, "modules_to_not_convert", [*single, *whole])
+    plain = modules.spelled(sorted(modules.plain)) if quantization.get("modules_to_not_convert") is None else []
+    return _added(quantization, "modules_to_not_convert", [*single, *whole, *plain])
 
 
 def _mlx(quantization: Config, modules: Modules) -> Config:
