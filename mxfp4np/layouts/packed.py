@@ -34,8 +34,8 @@ class TensorInfo(NamedTuple):
     reason: str | None = None
     """Why a packed tensor has this layout."""
     format: str | None = None
-    """How values are quantised: ``"MXFP4"``, or for codes that are not decoded another name, such as ``"FP8"``. None for
-    plain numbers, and for the scales of such codes."""
+    """How values are quantised: ``"MXFP4"``, or another name, such as ``"FP8"``. None for plain numbers, and for what
+    belongs to codes of another format, such as their scales."""
 
     @property
     def nbytes(self) -> int:
