@@ -234,6 +234,19 @@ class Checkpoint(Mapping[str, Any]):
             return TensorInfo(name, tuple(shape), "MXFP4", tensor.layout.name, tensor.stored, tensor.reason, "MXFP4")
         return TensorInfo(name, tuple(shape), tensor.dtype, None, (tensor,), format=self._others.format_of(tensor))
 
+    def stored_tensors(self, name: str) -> tuple[StoredTensor, ...]:
+        """Return the stored tensors that a logical one consists of, whether or not they fit each other.
+
+        Raises
+        ------
+        TensorNotFoundError
+            If there is none of this name.
+        """
+        if name not in self._tensors:
+            raise TensorNotFoundError(self._not_found(name))
+        tensor = self._tensors[name]
+        return (tensor,) if isinstance(tensor, StoredTensor) else stored_of(tensor)
+
     # Arrays
 
     def get(  # type: ignore[override]

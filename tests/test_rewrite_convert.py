@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import sys
@@ -199,24 +200,34 @@ def test_a_reserved_name_is_refused(tmp_path):
         convert(source, tmp_path / "out")
 
 
-def test_include_and_exclude(tmp_path):
-    with mxfp4np.Checkpoint(ORIGINAL) as checkpoint:
-        names = {name for name in checkpoint if "mlp1" in name and "bias" not in name}
-    convert(ORIGINAL, tmp_path / "out", include=["*mlp1*"], exclude=["*bias"])
-    with mxfp4np.Checkpoint(tmp_path / "out") as ours:
-        assert set(ours) == names
-    assert mxfp4np.verify(ORIGINAL, tmp_path / "out").findings == []
+def test_what_is_excluded_is_copied_and_what_is_dropped_is_not(tmp_path):
+    result = convert(ORIGINAL, tmp_path / "out", include="*mlp?_weight", exclude="*mlp2*", drop="*bias", verify=True)
+    weights = {"block.0.mlp.mlp1_weight", "block.1.mlp.mlp1_weight"}
+    assert result.contents.decoded.keys() == weights
+    assert result.verification.findings == []
+    with mxfp4np.Checkpoint(ORIGINAL) as theirs, mxfp4np.Checkpoint(tmp_path / "out") as ours:
+        biases = {name for name in theirs if name.endswith("bias")}
+        assert ours.keys() == theirs.keys() - biases
+        kept = ours.stored.keys() - weights
+        assert kept >= {"block.0.mlp.mlp2_weight.blocks", "block.1.mlp.mlp2_weight.scales"}
+        for name in kept:
+            assert ours.stored[name].tobytes() == theirs.stored[name].tobytes()
+    findings = mxfp4np.verify(ORIGINAL, tmp_path / "out").findings
+    assert len(findings) == len(biases) > 0
+    assert all(re.fullmatch("no tensor '.*bias' in .*", finding) for finding in findings)
     with pytest.raises(ValueError, match="no tensor is left"):
-        convert(ORIGINAL, tmp_path / "none", include=["nothing"])
+        convert(ORIGINAL, tmp_path / "none", drop=["*"])
     assert not (tmp_path / "none").exists()
 
 
-def test_a_broken_pair_is_refused_unless_excluded(tmp_path):
+def test_a_broken_pair_is_refused_unless_excluded_or_dropped(tmp_path):
     source = build(tmp_path / "in", {"half.blocks": np.zeros((2, 1, 16), np.uint8), **PLAIN})
     with pytest.raises(mxfp4np.LayoutError, match=r"half\.scales"):
         convert(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    assert convert(source, tmp_path / "out", exclude=["half*"]).complete
+    assert convert(source, tmp_path / "out", exclude=["half*"], verify=True).complete
+    assert mxfp4np.Checkpoint(tmp_path / "out").stored.keys() == {"half.blocks", "x"}
+    assert convert(source, tmp_path / "dropped", drop=["half*"]).contents.dropped == ["half"]
 
 
 def test_overflow_is_counted(tmp_path):
@@ -365,19 +376,8 @@ CONFIGS = [
 def test_config(tmp_path, config, expected):
     source = build(tmp_path / "in", {"w": packed(2, 64)}, config)
     result = convert(source, tmp_path / "out", dtype="float16")
-    assert result.untouched == []
+    assert result.contents.quantized == []
     assert json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8")) == expected
-
-
-def test_config_stays_where_tensors_stay_quantised(tmp_path):
-    result = convert(DEEPSEEK, tmp_path / "out")
-    assert "layers.0.attn.wq.weight" in result.untouched
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config == {"quantization_config": json.loads((DEEPSEEK / "config.json").read_text())["quantization_config"]}
-    assert [line for line in result.warnings() if line.startswith("quantised in another way")]
-    result = convert(DEEPSEEK, tmp_path / "experts", exclude=["*.wq.*"])
-    assert result.untouched == []
-    assert json.loads((tmp_path / "experts" / "config.json").read_text()) == {}
 
 
 @pytest.mark.parametrize(
@@ -727,7 +727,7 @@ def test_resume_says_what_is_other(tmp_path):
 def test_nothing_packed_is_worth_a_word(tmp_path):
     source = build(tmp_path / "in", PLAIN)
     assert list(convert(source, tmp_path / "out").warnings()) == [
-        "no tensor of the source is packed: all of them are copied"
+        "no tensor of the source is decoded: all of them are copied"
     ]
 
 
@@ -1154,10 +1154,10 @@ class TestCommand:
 
     def test_options(self, command, tmp_path):
         options = ["--dtype", "float16", "--transpose", "no", "--threads", "3", "--include", "*_proj", "--io", "pread"]
-        assert command("convert", HF, tmp_path / "out", *options, "--exclude", "*.1.*", "--quiet") == (0, "", "")
-        expected = convert(
-            HF, tmp_path / "same", dtype="float16", transpose="no", include=["*_proj"], exclude=["*.1.*"]
-        )
+        patterns = ["--exclude", "*.1.*", "--drop", "*bias"]
+        assert command("convert", HF, tmp_path / "out", *options, *patterns, "--quiet")[:2] == (0, "")
+        keywords = {"include": ["*_proj"], "exclude": ["*.1.*"], "drop": ["*bias"]}
+        expected = convert(HF, tmp_path / "same", dtype="float16", transpose="no", **keywords)
         assert expected.nbytes > 0
         assert tree(tmp_path / "out") == tree(tmp_path / "same")
 
@@ -1188,7 +1188,7 @@ class TestCommand:
     def test_warnings(self, command, tmp_path):
         for option in ("--dry-run", "--quiet"):
             err = command("convert", DEEPSEEK, tmp_path / "a", option)[2]
-            assert err.startswith("mxfp4np: warning: quantised in another way")
+            assert err.startswith("mxfp4np: warning: still quantised")
             assert err.count("\n") == 1
         source = build(tmp_path / "in", {"w": packed(2, 64, low=200, high=201)})
         err = command("convert", source, tmp_path / "b", "--dtype", "float16")[2]
@@ -1225,7 +1225,7 @@ class TestCommand:
             (["in", "out", "--dtype", "int4"], "invalid choice"),
             (["in", "out", "--layout", "x"], "layout must be one of"),
             (["in", "out", "--device", "tpu"], "tpu"),
-            (["in", "out", "--include", "nothing"], "no tensor is left"),
+            (["in", "out", "--drop", "*"], "no tensor is left"),
             (["in"], "DST"),
             (["garbage", "out"], "not a valid safetensors file"),
         ],
@@ -1253,7 +1253,12 @@ class TestCommand:
 
     def test_names_do_not_steer_the_terminal(self, command, tmp_path):
         source = build(
-            tmp_path / "in", {"\x1b[2J": packed(2, 64, low=250, high=251), "\x1b[3J": np.zeros((2, 2), np.uint8)}
+            tmp_path / "in",
+            {
+                "\x1b[2J": packed(2, 64, low=250, high=251),
+                "\x1b[3J.qweight": np.zeros((2, 2), np.int32),
+                "\x1b[3J.qzeros": np.zeros((2, 2), np.int32),
+            },
         )
         target = tmp_path / "o\x1b[1mut"
         status, out, err = command("convert", source, target, "--dtype", "float16", "--verify")

@@ -251,12 +251,19 @@ def test_transposing_is_the_callers_to_choose(tmp_path):
 def test_what_is_packed_already_is_refused(tmp_path):
     source = write(tmp_path / "source", GPT_OSS_HF)
     mxfp4np.encode_checkpoint(source, tmp_path / "packed")
-    with pytest.raises(LayoutError, match="is packed already, as gpt-oss-hf: convert the checkpoint first"):
+    with pytest.raises(LayoutError, match="is quantised already, as gpt-oss-hf: convert the checkpoint first"):
         mxfp4np.encode_checkpoint(tmp_path / "packed", tmp_path / "out")
-    config = {"quantization_config": {"quant_method": "fp8"}}
-    quantised = write(tmp_path / "quantised", GPT_OSS_HF, config)
-    with pytest.raises(LayoutError, match=r"config\.json has 'quantization_config': the weights are quantised already"):
-        mxfp4np.encode_checkpoint(quantised, tmp_path / "out")
+    tensors = {"model.layers.0.q_proj.weight": np.zeros((32, 32), ml_dtypes.float8_e4m3fn)}
+    tensors["model.layers.0.q_proj.weight_scale"] = np.ones((32, 1), np.float32)
+    with pytest.raises(LayoutError, match=r"'model.layers.0.q_proj.weight' is quantised already, it is FP8"):
+        mxfp4np.encode_checkpoint(write(tmp_path / "fp8", GPT_OSS_HF | tensors), tmp_path / "out")
+
+
+def test_a_stale_quantization_config_is_replaced(tmp_path):
+    source = write(tmp_path / "source", GPT_OSS_HF, {"model_type": "m", "quantization_config": {"quant_method": "fp8"}})
+    mxfp4np.encode_checkpoint(source, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "mxfp4"
 
 
 @pytest.mark.parametrize(

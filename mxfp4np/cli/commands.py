@@ -293,11 +293,9 @@ def parser() -> argparse.ArgumentParser:
     what = "of packed tensors, as in convert (default: no, as stored: [.., out, in])"
     decode.add_argument("--transpose", choices=TRANSPOSE, default="no", help=what)
 
-    def patterns(sub: argparse.ArgumentParser, default: list[str] | None) -> None:
-        sub.add_argument("--include", action="append", default=default, metavar="PATTERN", help="only names like this")
-        sub.add_argument(
-            "--exclude", action="append", default=default, metavar="PATTERN", help="leave these as they are"
-        )
+    def patterns(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--include", action="append", default=[], metavar="PATTERN", help="only names like this")
+        sub.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="leave these as they are")
         threads(sub)
 
     def shards(sub: argparse.ArgumentParser) -> None:
@@ -319,7 +317,7 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument("--verify", action="store_true", help="decode again by the reference, compare every byte")
     convert.add_argument("--drop", action="append", default=[], metavar="PATTERN", help="leave out names like this")
     shards(convert)
-    patterns(convert, [])
+    patterns(convert)
 
     encode = command("encode", _encode, "Write a checkpoint with its weights packed.")
     encode.add_argument("source", type=Path, metavar="SRC", help="a folder, a .safetensors file, or a .index.json")
@@ -333,13 +331,13 @@ def parser() -> argparse.ArgumentParser:
     )
     encode.add_argument("--transpose", choices=TRANSPOSE, default="auto", help="auto: only for gpt-oss-hf")
     shards(encode)
-    patterns(encode, [])
+    patterns(encode)
 
     verify = command("verify", _verify, "Check a checkpoint, or what it was converted to.")
     checkpoint(verify, "SRC")
     verify.add_argument("target", nargs="?", type=Path, metavar="DST", help="what SRC was converted to")
     verify.add_argument("--transpose", choices=TRANSPOSE, help="default: as DST was converted")
-    patterns(verify, None)
+    patterns(verify)
 
     bench = command("bench", _bench, "Measure how fast this machine decodes, and the limits of its memory.")
     checkpoint(bench, nargs="?")

@@ -110,6 +110,15 @@ def kept_metadata(checkpoint: Checkpoint, items: Iterable[Item]) -> dict[str, st
     return {key: text for key, text in kept.items() if key not in gone} | PT_METADATA
 
 
+def config_of(checkpoint: Checkpoint, source: Source) -> dict[str, Any]:
+    """Return the config.json that goes with rewritten weights; see `small_files`."""
+    return checkpoint.config if _is_folder(checkpoint, source) else {}
+
+
+def _is_folder(checkpoint: Checkpoint, source: Source) -> bool:
+    return isinstance(source, str | os.PathLike) and (checkpoint.index is not None or Path(source).is_dir())
+
+
 class SmallFiles(NamedTuple):
     """The files beside rewritten weights, by their names in the folder."""
 
@@ -124,7 +133,7 @@ def small_files(checkpoint: Checkpoint, source: Source, target: Path, changes: M
 
     There are none if the checkpoint was opened by the names of its weights: ``source`` is what it was opened by.
     """
-    if not isinstance(source, str | os.PathLike) or (checkpoint.index is None and not Path(source).is_dir()):
+    if not _is_folder(checkpoint, source):
         return SmallFiles({}, {}, [])
     copies, left_out = _files_beside(checkpoint.folder, target.resolve(), checkpoint)
     for path in copies.values():

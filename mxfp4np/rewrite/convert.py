@@ -23,7 +23,7 @@ from ..shapes import swapped
 from ..storage.discover import PathLike
 from ..storage.tensorfile import DTYPES, SAFETENSORS_DTYPES
 from ..text import count, escape, patterns
-from .config import QUANTIZERS_FILES, Change, Source, decoded_config, kept_metadata, small_files
+from .config import QUANTIZERS_FILES, Change, Source, config_of, decoded_config, kept_metadata, small_files
 from .contents import Contents, choose
 from .plan import MAX_SHARD_SIZE, Chunks, Copied, Item, Output, Plan, make_shards
 from .quantization import loads_quantized, transforms
@@ -90,7 +90,7 @@ def plan_conversion(
     """
     wanted = decoded_dtype(dtype).name
     include, exclude, drop = patterns(include), patterns(exclude), patterns(drop)
-    contents = choose(checkpoint, include, exclude, drop)
+    contents = choose(checkpoint, include, exclude, drop, config_of(checkpoint, source))
     items: list[Item] = []
     for name in checkpoint:
         if info := contents.decoded.get(name):
@@ -304,7 +304,7 @@ def convert(
                 verification = compare(
                     checkpoint, written, names, plan.contents.copied, transpose, num_threads, progress
                 )
-        problem = _problem(plan, checkpoint.config)
+        problem = _problem(plan, config_of(checkpoint, source))
     return Conversion(
         **vars(run),
         contents=plan.contents,

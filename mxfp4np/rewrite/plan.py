@@ -79,7 +79,7 @@ class Copied(Item):
 
     def chunks(self, checkpoint: Checkpoint, reports: dict[str, Any]) -> Chunks:  # noqa: ARG002
         """Yield the bytes of the stored tensors."""
-        for which, tensor in enumerate(checkpoint.info(self.name).stored):
+        for which, tensor in enumerate(checkpoint.stored_tensors(self.name)):
             for index in split(tensor.array_shape, max(1, element(tensor.dtype)[0] // 8), COPY_BYTES):
                 yield which, np.ascontiguousarray(tensor.array(index))
 

@@ -80,7 +80,7 @@ class Modules:
 
     def spelled(self, modules: Iterable[str]) -> list[str]:
         """Return all names of modules; see `spellings`."""
-        return [name for module in modules for name in spellings(module, several_parts=self.several_parts)]
+        return [name for module in modules for name in spellings(module, several_parts=self.several_parts) if name]
 
 
 def _parents(module: str) -> list[str]:
@@ -156,8 +156,8 @@ def change_config(config: Config, change: Callable[[Config], Config | None]) -> 
     """
     changed: Config = {}
     for key, value in config.items():
-        if key in KEYS and isinstance(value, dict):
-            new = change(value)
+        if key in KEYS:
+            new = change(value) if isinstance(value, dict) else None
             changed |= {} if new is None else {key: new}
         else:
             changed[key] = change_config(value, change) if isinstance(value, dict) else value

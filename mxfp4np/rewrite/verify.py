@@ -7,7 +7,6 @@ import os
 import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,11 +24,13 @@ from ..layouts.table import TRANSPOSE, wants_transpose
 from ..shapes import place_in_whole, split, swapped
 from ..storage.discover import PathLike, repository_hint
 from ..storage.index import weight_map_of
-from ..storage.tensorfile import DTYPES, element
+from ..storage.tensorfile import DTYPES, StoredTensor, element
 from ..text import count, escape, format_bytes, select
 from .contents import choose
 from .run import read_record
 from .workers import Progress, Workers
+
+Stored = tuple[StoredTensor, ...]
 
 CHUNK_BYTES: Final = 4 << 20
 """Decoded bytes that a thread compares at a time. The reference backend takes about twenty times as much memory."""
@@ -76,8 +77,8 @@ def verify(
     target: PathLike | None = None,
     *,
     transpose: str | None = None,
-    include: str | Iterable[str] | None = None,
-    exclude: str | Iterable[str] | None = None,
+    include: str | Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
     layout: str | None = None,
     num_threads: int | None = None,
     progress: Callable[[Progress], object] = lambda _: None,
@@ -90,8 +91,10 @@ def verify(
         A checkpoint with packed tensors, as for `Checkpoint`.
     target : path, optional
         The converted checkpoint. Packed tensors are decoded again, by the reference backend.
-    transpose, include, exclude : optional
-        As for `convert`; by default, those that the target was converted with.
+    transpose : {"auto", "yes", "no"}, optional
+        As for `convert`; by default as the target was converted.
+    include, exclude : str or iterable of str
+        Shell-style patterns of the names of tensors to check, and of those not to.
     layout : str, optional
         Of the source; see `Checkpoint`.
     num_threads : int, optional
@@ -126,16 +129,12 @@ def verify(
         except (CheckpointError, LayoutError, FileNotFoundError) as error:
             return Verification(findings=[str(error)])
         with checkpoint:
-            return _health(checkpoint, select(checkpoint, include or (), exclude or ()), num_threads, progress)
+            return _health(checkpoint, select(checkpoint, include, exclude), num_threads, progress)
     options = read_record(Path(target))
     with _open(source, layout) as ours, _open(target) as theirs:
-        contents = choose(
-            ours,
-            options.get("include", ()) if include is None else include,
-            options.get("exclude", ()) if exclude is None else exclude,
-            (),
-        )
-        names = [name for name in ours if name in contents.decoded or name in contents.copied]
+        contents = choose(ours, options.get("include", ()), options.get("exclude", ()))
+        there = contents.decoded.keys() | contents.copied.keys()
+        names = [name for name in select(ours, include, exclude) if name in there]
         transpose = transpose or options.get("transpose", TRANSPOSE[0])
         result = compare(ours, theirs, names, contents.copied, transpose, num_threads, progress)
         extra = sorted(set(theirs) - set(ours))
@@ -163,46 +162,50 @@ def compare(
     Those that were ``copied`` are compared as they are stored.
     """
     result = Verification()
-    pairs: list[tuple[TensorInfo, TensorInfo]] = []
+    copies: dict[str, tuple[Stored, Stored]] = {}
+    decoded: dict[str, tuple[TensorInfo, TensorInfo]] = {}
     for name in names:
-        info = source.info(name)
         result.tensors += 1
         try:
-            found = target.info(name)
+            theirs = target.stored_tensors(name)
+            if name in copied:
+                ours = source.stored_tensors(name)
+                problem = _copy_mismatch(ours, theirs)
+                copies[name] = ours, theirs
+            else:
+                decoded[name] = source.info(name), target.info(name)
+                problem = _mismatch(*decoded[name], transpose)
         except TensorNotFoundError:
             result.findings.append(f"no tensor {name!r} in {target.folder}")
-            continue
         except LayoutError as error:
             result.findings.append(str(error))
-            continue
-        problem = _copy_mismatch(info, found) if name in copied else _mismatch(info, found, transpose)
-        if problem is not None:
-            result.findings.append(f"{found.stored[0].file.path}: tensor {name!r}: {problem}")
         else:
-            pairs.append((info, found))
-    pool = Workers(num_threads, sum(found.nbytes for _, found in pairs), progress)
+            if problem is not None:
+                result.findings.append(f"{theirs[0].file.path}: tensor {name!r}: {problem}")
+                copies.pop(name, None)
+                decoded.pop(name, None)
+    nbytes = sum(x.nbytes for _, theirs in copies.values() for x in theirs)
+    pool = Workers(num_threads, nbytes + sum(found.nbytes for _, found in decoded.values()), progress)
 
-    def check(pair: tuple[TensorInfo, TensorInfo]) -> tuple[int, int, str | None]:
+    def check(name: str) -> tuple[int, int, str | None]:
         """Return the numbers of NaN blocks and of values that overflow, and the first difference."""
-        info, found = pair
-        file = found.stored[0].file.path
-        if info.name in copied:
-            difference = _difference_of_copy(info, found, partial(pool.advance, file.name, found.name))
-            return 0, 0, difference and f"{file}: tensor {difference}"
-        nan_blocks, overflow, difference = 0, 0, None
+        if name in copies:
+            return 0, 0, _difference_of_copies(*copies[name], pool)
+        info, found = decoded[name]
+        nan_blocks, overflow, difference, file = 0, 0, None, found.stored[0].file.path
         dtype, transposed = DTYPES[found.dtype][1], wants_transpose(info.layout, info.shape, transpose)
-        for index, chunk in source.pieces(info.name, CHUNK_BYTES, dtype=dtype, transpose=transposed):
+        for index, chunk in source.pieces(name, CHUNK_BYTES, dtype=dtype, transpose=transposed):
             expected = chunk.decode(dtype, transpose=transposed, backend="numpy")
             nan_blocks += int(np.count_nonzero(chunk.scales == SCALE_NAN))
             overflow += count_overflow(chunk, expected)
             if difference is None:
-                difference = _first_difference(index, expected, target.get(found.name, index=index or ...))
-            pool.advance(file.name, found.name, expected.nbytes)
-        return nan_blocks, overflow, difference and f"{file}: tensor {found.name!r}{difference}"
+                difference = _first_difference(index, expected, target.get(name, index=index or ...))
+            pool.advance(file.name, name, expected.nbytes)
+        return nan_blocks, overflow, difference and f"{file}: tensor {name!r}{difference}"
 
     get_backend("numpy")  # imported before threads start: see `Workers`
     decoded_dtype("bfloat16")
-    for nan_blocks, overflow, difference in pool.map(check, pairs):
+    for nan_blocks, overflow, difference in pool.map(check, [*copies, *decoded]):
         result.nan_blocks += nan_blocks
         result.overflow += overflow
         result.findings += [difference] if difference else []
@@ -220,26 +223,22 @@ def _mismatch(info: TensorInfo, found: TensorInfo, transpose: str) -> str | None
     return f"expected shape {list(shape)}, found {list(found.shape)}" if shape != found.shape else None
 
 
-def _copy_mismatch(info: TensorInfo, found: TensorInfo) -> str | None:
+def _copy_mismatch(ours: Stored, theirs: Stored) -> str | None:
     """Return how the headers of a tensor and its copy differ, if they do."""
-    ours, theirs = ([(x.name, x.dtype, list(x.shape)) for x in side.stored] for side in (info, found))
-    if ours == theirs:
-        return None
-    if found.layout is not None and info.layout is None:
-        return f"is packed, as {found.layout}: give the packed checkpoint first, and then what it was converted to"
-    listed = (", ".join(f"{name} {dtype} {shape}" for name, dtype, shape in side) for side in (ours, theirs))
-    return "expected {} as in the source, found {}".format(*listed)
+    before, after = ([f"{x.name} {x.dtype} {list(x.shape)}" for x in side] for side in (ours, theirs))
+    return f"expected {', '.join(before)} as in the source, found {', '.join(after)}" if before != after else None
 
 
-def _difference_of_copy(info: TensorInfo, found: TensorInfo, advance: Callable[[int], object]) -> str | None:
-    """Compare stored tensors byte for byte; return the name, the place and the values of the first difference."""
+def _difference_of_copies(ours: Stored, theirs: Stored, pool: Workers) -> str | None:
+    """Compare stored tensors byte for byte; return the first difference."""
     difference = None
-    for ours, theirs in zip(info.stored, found.stored, strict=True):
-        for index in split(ours.array_shape, max(1, element(ours.dtype)[0] // 8), CHUNK_BYTES):
-            expected = ours.array(index)
-            if difference is None and (place := _first_difference(index, expected, theirs.array(index))):
-                difference = f"{ours.name!r}{place}"
-            advance(expected.nbytes)
+    for original, copy in zip(ours, theirs, strict=True):
+        file = copy.file.path
+        for index in split(original.array_shape, max(1, element(original.dtype)[0] // 8), CHUNK_BYTES):
+            expected = original.array(index)
+            if difference is None and (place := _first_difference(index, expected, copy.array(index))):
+                difference = f"{file}: tensor {copy.name!r}{place}"
+            pool.advance(file.name, copy.name, expected.nbytes)
     return difference
 
 
