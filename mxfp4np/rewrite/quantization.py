@@ -16,8 +16,8 @@ from ..format import BLOCK_SIZE
 
 Config = dict[str, Any]
 
-KEYS: Final = ("quantization_config", "quantization")
-"""Keys of a config.json that say how weights are quantised; the second one is mlx's."""
+KEYS: Final = ("quantization_config", "quantization", "compression_config")
+"""Keys of a config.json that say how weights are quantised; the second is that of mlx, the third an old one."""
 
 MAX_LISTED: Final = 1000
 """Experts that are listed one by one. Above, a complete list of them is named as a whole."""
@@ -28,6 +28,8 @@ _PARTS: Final = re.compile(r"^((model|language_model|text_model|llm|thinker)\.)+
 """Beginnings of names that loaders add and remove."""
 
 _PREFIXES: Final = ("", "model.", "model.language_model.", "language_model.model.")
+
+_DEEPSEEK: Final = re.compile(r"(layers|mtp)\.\d+\.(attn|ffn)\.|(embed|head)$")
 
 _RENAMED: Final = (
     (r"^embed$", "embed_tokens"),
@@ -43,7 +45,7 @@ _RENAMED: Final = (
     (r"\.shared_experts\.w2$", ".shared_experts.down_proj"),
     (r"\.shared_experts\.w3$", ".shared_experts.up_proj"),
 )
-"""Names of modules in DeepSeek's own files, and in transformers; from transformers' table for deepseek_v4."""
+"""Names of modules in DeepSeek's own files, and in transformers: its table for deepseek_v4."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ def spellings(module: str, *, several_parts: bool = False) -> list[str]:
     ['head', 'lm_head', 'model.lm_head']
     """
     renamed = module
-    for pattern, replacement in _RENAMED if not module.startswith("model.") else ():
+    for pattern, replacement in _RENAMED if _DEEPSEEK.match(module) else ():
         renamed = re.sub(pattern, replacement, renamed)
     names = [module]
     if renamed != module:
