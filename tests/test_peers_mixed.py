@@ -5,7 +5,6 @@ Run by ``tox -e peers``. Each source is a tiny model that transformers made, qua
 
 import json
 import re
-from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -78,22 +77,25 @@ def compressed(tensors, packed, scaled=()):
 
 
 def load(path, model="AutoModelForCausalLM"):
-    """Load a folder; nothing may be missing or unexpected. Return the model and its logits."""
-    import torch
+    """Load a folder; nothing may be missing or unexpected."""
     import transformers
 
     loaded, info = getattr(transformers, model).from_pretrained(path, dtype="bfloat16", output_loading_info=True)
     assert {key: value for key, value in info.items() if value} == {}
+    return loaded
+
+
+def logits_of(model):
+    import torch
+
     with torch.no_grad():
-        logits = loaded(input_ids=torch.arange(1, 9)[None]).logits.float().numpy()
+        logits = model(input_ids=torch.arange(1, 9)[None]).logits.float().numpy()
     assert np.isfinite(logits).all()
-    return SimpleNamespace(model=loaded, logits=logits)
+    return logits
 
 
-def assert_same_model(source, target, model="AutoModelForCausalLM"):
-    theirs, ours = load(source, model), load(target, model)
-    assert np.array_equal(theirs.logits, ours.logits)
-    return ours.model
+def assert_same_model(source, target):
+    assert np.array_equal(logits_of(load(source)), logits_of(load(target)))
 
 
 @pytest.fixture
@@ -133,14 +135,14 @@ def test_compressed_tensors_with_linear_layers_as_the_target_of_both_groups(llam
     groups["group_0"]["targets"] = ["Linear"]
     path.write_text(json.dumps(config))
     mxfp4np.convert(llama, tmp_path / "out")
-    load(tmp_path / "out")
+    logits_of(load(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("gpu", [False, True])
 def test_deepseek_v4(tmp_path, gpu, monkeypatch):
     """DeepSeek's own names, FP4 experts, the rest in FP8 blocks; ``gpu`` as where FP8 runs natively."""
     import torch
-    from transformers import AutoModelForCausalLM, DeepseekV4Config, DeepseekV4ForCausalLM
+    from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
     sizes = {"vocab_size": 128, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = DeepseekV4Config(
@@ -183,8 +185,7 @@ def test_deepseek_v4(tmp_path, gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     for folder, dtype in ((source, torch.int8), (tmp_path / "out", torch.bfloat16)):
-        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16", output_loading_info=True)
-        assert {key: value for key, value in info.items() if value} == {}
+        model = load(folder)
         assert model.model.layers[0].mlp.experts.gate_up_proj.dtype == dtype
         assert model.model.layers[0].mlp.shared_experts.up_proj.weight.dtype == torch.float8_e4m3fn
 
@@ -212,11 +213,11 @@ def test_a_vision_language_model(tmp_path):
     packed = compressed(tensors, r"^model\.layers.*\.mlp\.", r"^model\.layers.*\.self_attn\.")
     source = rewrite(tmp_path / "in", packed, quantization_config=quantization)
     mxfp4np.convert(source, tmp_path / "out")
-    load(tmp_path / "out", "AutoModelForImageTextToText")
+    logits_of(load(tmp_path / "out", "AutoModelForImageTextToText"))
     plain = tmp_path / "plain"
     save(plain, config, Qwen2VLForConditionalGeneration)
     mxfp4np.encode_checkpoint(plain, tmp_path / "packed", layout="compressed-tensors", exclude="*visual*")
-    load(tmp_path / "packed", "AutoModelForImageTextToText")
+    logits_of(load(tmp_path / "packed", "AutoModelForImageTextToText"))
 
 
 def test_gpt_oss_with_the_experts_of_a_layer_excluded(tmp_path):
@@ -235,3 +236,90 @@ def test_gpt_oss_with_the_experts_of_a_layer_excluded(tmp_path):
     mxfp4np.encode_checkpoint(tmp_path / "in", tmp_path / "packed")
     mxfp4np.convert(tmp_path / "packed", tmp_path / "half", exclude="*.layers.1.*", verify=True)
     assert_same_model(tmp_path / "packed", tmp_path / "half")
+
+
+def test_mlx(tmp_path):
+    """A part is affine words, which stay; what was decoded is plain to mlx_lm."""
+    import mlx.core as mx
+    from mlx_lm.utils import load_model
+
+    affine, fp4 = {"group_size": 32, "bits": 8, "mode": "affine"}, {"group_size": 32, "bits": 4, "mode": "mxfp4"}
+    sizes = {key: SMALL[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
+    config = sizes | {"model_type": "llama", "intermediate_size": 128, "rms_norm_eps": 1e-6, "num_key_value_heads": 4}
+    config |= {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
+    rng, tensors, others = np.random.default_rng(0), {}, {}
+
+    def add(name, *shape):
+        weight = mx.array(rng.normal(0, 0.1, shape).astype(np.float32)).astype(mx.bfloat16)
+        how = fp4 if "mlp" in name else affine if "self_attn" in name else None
+        if how is None:
+            tensors[f"{name}.weight"] = weight
+            return
+        if how is affine:
+            others[name] = affine
+        for key, part in zip(("weight", "scales", "biases"), mx.quantize(weight, **how), strict=False):
+            tensors[f"{name}.{key}"] = part
+
+    add("model.embed_tokens", 64, 64)
+    add("lm_head", 64, 64)
+    add("model.norm", 64)
+    for layer in ("model.layers.0", "model.layers.1"):
+        add(f"{layer}.input_layernorm", 64)
+        add(f"{layer}.post_attention_layernorm", 64)
+        for module in "qkvo":
+            add(f"{layer}.self_attn.{module}_proj", 64, 64)
+        add(f"{layer}.mlp.gate_proj", 128, 64)
+        add(f"{layer}.mlp.up_proj", 128, 64)
+        add(f"{layer}.mlp.down_proj", 64, 128)
+    source = tmp_path / "in"
+    source.mkdir()
+    mx.save_safetensors(str(source / "model.safetensors"), tensors, metadata={"format": "mlx"})
+    (source / "config.json").write_text(json.dumps(config | {"quantization": fp4 | others}))
+    result = mxfp4np.convert(source, tmp_path / "out", verify=True)
+    assert result.loader == f"mlx_lm.load({str(tmp_path / 'out')!r})"
+    logits = []
+    for folder in (source, tmp_path / "out"):
+        model = load_model(folder)[0]
+        logits.append(np.array(model(mx.arange(1, 9)[None]).astype(mx.float32)))
+    assert type(model.model.layers[0].mlp.up_proj).__name__ == "Linear"
+    assert type(model.model.layers[0].self_attn.q_proj).__name__ == "QuantizedLinear"
+    assert np.allclose(*logits, atol=1e-2)  # mlx multiplies packed and plain weights by different kernels
+
+
+def test_torchao(tmp_path):
+    """transformers reads torchao's tensors by the metadata of the file, which stays for those that stay."""
+    import torch
+    from safetensors.torch import save_file
+    from torchao.prototype.mx_formats.mx_tensor import MXTensor
+    from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+    from torchao.quantization import Float8Tensor
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**SMALL, intermediate_size=128, num_key_value_heads=4)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "in")
+    state = dict(model.state_dict())
+    for name, tensor in state.items():
+        if ".mlp." in name:
+            state[name] = MXTensor.to_mx(tensor, torch.float4_e2m1fn_x2, 32)
+        elif ".self_attn." in name:
+            state[name] = Float8Tensor.from_hp(tensor)
+    tensors, metadata = flatten_tensor_state_dict(state)
+    save_file(tensors, tmp_path / "in" / "model.safetensors", metadata | {"format": "pt"})
+    path = tmp_path / "in" / "config.json"
+    kind = {"_type": "Float8WeightOnlyConfig", "_version": 2, "_data": {}}
+    quantization = {"quant_method": "torchao", "quant_type": {"default": kind}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": quantization}))
+    result = mxfp4np.convert(tmp_path / "in", tmp_path / "out", verify=True)
+    assert (len(result.contents.decoded), len(result.contents.quantized)) == (6, 8)
+    theirs, ours = load(tmp_path / "in").state_dict(), load(tmp_path / "out").state_dict()
+
+    def values(tensor):
+        plain = tensor.dequantize() if isinstance(tensor, MXTensor | Float8Tensor) else tensor
+        return plain.view(torch.int16)
+
+    for name, tensor in ours.items():
+        assert not isinstance(tensor, MXTensor)
+        assert isinstance(tensor, Float8Tensor) == (".self_attn." in name)
+        assert torch.equal(values(tensor), values(theirs[name])), name

@@ -1,9 +1,292 @@
-"""What quantisers' configurations say after a part of a checkpoint was decoded."""
+"""What quantisers' configurations, and the files beside weights, say after a part of a checkpoint was decoded."""
 
 import json
-from dataclasses import replace
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import write_safetensors_file
+from helpers import pair, save_raw
+
+import mxfp4np
+from mxfp4np.rewrite import quantization
+from mxfp4np.rewrite.quantization import Modules, after_decoding, spellings
+
+DATA = Path(__file__).parent / "data"
+MLP, ATTENTION, HEAD = "model.layers.0.mlp.up_proj", "model.layers.0.self_attn.q_proj", "lm_head"
+PART = Modules(frozenset([MLP]), {ATTENTION: "FP8"}, frozenset([HEAD]))
+"""MLP was decoded, ATTENTION is still quantised."""
+KEPT = Modules(frozenset([MLP]), {ATTENTION: "MXFP4"})
+WEIGHTS = {"num_bits": 4, "type": "float", "group_size": 32}
+FP8 = {"num_bits": 8, "type": "float"}
+
+
+def groups(*members):
+    return {"config_groups": {f"group_{n}": {"targets": targets, "weights": x} for n, (targets, x) in members}}
+
+
+CHANGES = {
+    "compressed-tensors: the group goes": (
+        {"quant_method": "compressed-tensors", "ignore": ["lm_head"]}
+        | groups((0, (["re:.*mlp.*"], WEIGHTS)), (1, (["Linear"], FP8))),
+        PART,
+        {"quant_method": "compressed-tensors", "ignore": ["lm_head", MLP]} | groups((1, (["Linear"], FP8))),
+    ),
+    "compressed-tensors: the group shrinks": (
+        {"quant_method": "compressed-tensors"} | groups((0, ([MLP, ATTENTION], WEIGHTS))),
+        KEPT,
+        {"quant_method": "compressed-tensors", "ignore": [MLP]} | groups((0, ([ATTENTION], WEIGHTS))),
+    ),
+    "compressed-tensors: other kinds of groups": (
+        {"quant_method": "compressed-tensors", "ignore": None, "config_groups": {"MXFP4": ["Linear"], "x": 1}},
+        PART,
+        {"quant_method": "compressed-tensors", "ignore": [MLP], "config_groups": {"MXFP4": ["Linear"], "x": 1}},
+    ),
+    "quark": (
+        {
+            "quant_method": "quark",
+            "global_quant_config": {"weight": {"dtype": "fp4"}},
+            "layer_quant_config": {MLP: 1, "*mlp*": 2, "*self_attn*": 3, "*layers.0*": 4},
+            "exclude": ["lm_head"],
+        },
+        PART,
+        {
+            "quant_method": "quark",
+            "global_quant_config": {"weight": {"dtype": "fp4"}},
+            "layer_quant_config": {"*self_attn*": 3, "*layers.0*": 4},
+            "exclude": ["lm_head", MLP],
+        },
+    ),
+    "modelopt": (
+        {"quant_method": "modelopt", "quantized_layers": {MLP: 1, ATTENTION: 2}, "ignore": ["lm_head"]},
+        PART,
+        {"quant_method": "modelopt", "quantized_layers": {ATTENTION: 2}, "ignore": ["lm_head", MLP]},
+    ),
+    "fp8 without a list": (
+        {"quant_method": "fp8", "expert_dtype": "fp4"},
+        PART,
+        {"quant_method": "fp8", "modules_to_not_convert": [MLP, HEAD]},
+    ),
+    "fp8 with a list": (
+        {"quant_method": "fp8", "modules_to_not_convert": [HEAD], "expert_dtype": "fp8"},
+        PART,
+        {"quant_method": "fp8", "modules_to_not_convert": [HEAD, MLP], "expert_dtype": "fp8"},
+    ),
+    "fp4 experts that stay": (
+        {"quant_method": "fp8", "expert_dtype": "fp4", "modules_to_not_convert": []},
+        KEPT,
+        {"quant_method": "fp8", "expert_dtype": "fp4", "modules_to_not_convert": [MLP]},
+    ),
+    "mlx": (
+        {"bits": 4, "mode": "mxfp4", ATTENTION: {"bits": 8}},
+        PART,
+        {"bits": 4, "mode": "mxfp4", ATTENTION: {"bits": 8}, MLP: False},
+    ),
+    "another": ({"quant_method": "gptq", "bits": 4}, PART, {"quant_method": "gptq", "bits": 4}),
+    "not a name": ({"quant_method": ["fp8"]}, PART, {"quant_method": ["fp8"]}),
+    "nothing decoded": ({"quant_method": "fp8"}, Modules(frozenset(), {ATTENTION: "FP8"}), {"quant_method": "fp8"}),
+    "nothing left": ({"quant_method": "fp8"}, Modules(frozenset([MLP]), {}), None),
+}
+
+
+@pytest.mark.parametrize(("before", "modules", "after"), CHANGES.values(), ids=CHANGES)
+def test_after_decoding(before, modules, after):
+    original = json.dumps(before)
+    assert after_decoding(before, modules) == after
+    assert json.dumps(before) == original
+
+
+def experts(layer, count=3):
+    return {f"model.layers.{layer}.mlp.experts.{n}.{w}_proj" for n in range(count) for w in ("up", "down")}
+
+
+def test_complete_lists_of_experts_are_named_as_a_whole(monkeypatch):
+    """Models that stack their experts have one module for all; long lists of single ones are slow to match."""
+    decoded = experts(0) | experts(1) - {"model.layers.1.mlp.experts.0.up_proj"} | {MLP}
+    modules = Modules(frozenset(decoded), {"model.layers.1.mlp.experts.0.up_proj": "MXFP4"})
+    whole = "model.layers.0.mlp.experts"
+    assert modules.names() == (sorted(decoded), [whole])
+    monkeypatch.setattr(quantization, "MAX_LISTED", 5)
+    assert modules.names() == (sorted(decoded - experts(0)), [whole])
+    ignore = after_decoding({"quant_method": "compressed-tensors"}, modules)["ignore"]
+    assert ignore[-1] == r"re:model\.layers\.0\.mlp\.experts\..*"
+    exclude = after_decoding({"quant_method": "quark"}, modules)["exclude"]
+    assert exclude[-2:] == [whole, f"{whole}.*"]
+    assert after_decoding({"quant_method": "fp8"}, modules)["modules_to_not_convert"][-1] == whole
+
+
+@pytest.mark.parametrize(
+    ("module", "several_parts", "expected"),
+    [
+        ("model.layers.0.mlp.up_proj", False, []),
+        ("model.layers.0.mlp.up_proj", True, ["model.language_model.layers.0.mlp.up_proj"]),
+        ("language_model.model.layers.0.mlp.up_proj", True, ["model.language_model.layers.0.mlp.up_proj"]),
+        ("visual.blocks.0.attn.qkv", True, ["model.visual.blocks.0.attn.qkv"]),
+        ("language_model.lm_head", True, ["lm_head"]),
+        ("head", False, ["lm_head"]),
+        ("embed", False, ["model.embed_tokens"]),
+        ("layers.0.ffn.experts", False, ["model.layers.0.mlp.experts"]),
+        ("layers.3.ffn.shared_experts.w2", False, ["model.layers.3.mlp.shared_experts.down_proj"]),
+        ("layers.3.attn.wq_b", False, ["model.layers.3.self_attn.q_b_proj"]),
+        ("layers.3.attn.indexer.wq_b", False, ["model.layers.3.self_attn.compressor.indexer.q_b_proj"]),
+        ("layers.3.attn.indexer.compressor.wkv", False, ["model.layers.3.self_attn.compressor.indexer.kv_proj"]),
+    ],
+)
+def test_loaders_know_modules_by_other_names(module, several_parts, expected):
+    names = spellings(module, several_parts=several_parts)
+    assert names[0] == module
+    assert set(expected) <= set(names)
+    assert several_parts or len(names) <= 3
+
+
+# Whole checkpoints
+
+
+def checkpoint(folder, config, fp8=True, **more):
+    """MLP in MXFP4, and ATTENTION in FP8."""
+    packed = pair(64, 2)
+    tensors = {
+        f"{MLP}.weight_packed": packed.blocks.reshape(64, -1),
+        f"{MLP}.weight_scale": packed.scales,
+        f"{HEAD}.weight": np.ones((4, 64), ml_dtypes.bfloat16),
+    }
+    if fp8:
+        tensors[f"{ATTENTION}.weight"] = np.ones((64, 64), ml_dtypes.float8_e4m3fn)
+        tensors[f"{ATTENTION}.weight_scale"] = np.ones((64, 1), np.float32)
+    folder.mkdir()
+    save_raw(folder / "model.safetensors", tensors | more)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+GROUPS = groups((0, (["re:.*mlp.*"], WEIGHTS)), (1, (["Linear"], FP8)))
+CONFIG = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "torch_dtype": "float32",
+    "quantization_config": {"quant_method": "compressed-tensors"}
+    | groups((0, (["re:.*mlp.*"], WEIGHTS)), (1, (["Linear"], FP8))),
+}
+
+
+def written(folder, name="config.json"):
+    path = folder / name
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def test_config_describes_what_was_decoded_and_what_stays(tmp_path):
+    source = checkpoint(tmp_path / "in", CONFIG)
+    result = mxfp4np.convert(source, tmp_path / "out")
+    assert result.contents.quantized == [f"{ATTENTION}.weight"]
+    assert result.problem is None
+    config = written(tmp_path / "out")
+    assert config["torch_dtype"] == "bfloat16"
+    assert config["quantization_config"]["ignore"] == [MLP]
+    assert list(config["quantization_config"]["config_groups"]) == ["group_1"]
+    assert any("still quantised" in line and "which is FP8" in line for line in result.warnings())
+    mxfp4np.convert(source, tmp_path / "copy", exclude="*")
+    assert written(tmp_path / "copy") == CONFIG
+    mxfp4np.convert(source, tmp_path / "mlp", drop=f"{ATTENTION}*")
+    assert "quantization_config" not in written(tmp_path / "mlp")
+
+
+def test_configs_of_parts_of_a_model(tmp_path):
+    config = {"text_config": CONFIG, "vision_config": {"expert_dtype": "fp4"}, "compression_config": {"a": 1}}
+    mxfp4np.convert(checkpoint(tmp_path / "in", config), tmp_path / "out")
+    ignore = written(tmp_path / "out")["text_config"]["quantization_config"]["ignore"]
+    assert ignore[0] == MLP
+    assert "model.language_model.layers.0.mlp.up_proj" in ignore
+    mxfp4np.convert(checkpoint(tmp_path / "plain", config, fp8=False), tmp_path / "none")
+    config = written(tmp_path / "none")
+    assert "quantization_config" not in config["text_config"]
+    assert "compression_config" not in config
+
+
+QUANTIZERS_FILES = {
+    "hf_quant_config.json": (
+        {"quantization": {"quantized_layers": {MLP: {}, ATTENTION: {}}}},
+        {"quantization": {"quantized_layers": {ATTENTION: {}}, "exclude_modules": [MLP]}},
+    ),
+    "quant_model_description.json": (
+        {f"{MLP}.weight": "W4A8", f"{MLP}.weight_scale": "W4A8", f"{ATTENTION}.weight": "W8A8", "version": "1"},
+        {f"{MLP}.weight": "FLOAT", f"{ATTENTION}.weight": "W8A8", "version": "1"},
+    ),
+    "dtypes.json": ({"x": "FP4"}, None),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after"), [(x, *y) for x, y in QUANTIZERS_FILES.items()], ids=QUANTIZERS_FILES
+)
+def test_files_of_quantizers(tmp_path, name, before, after):
+    for fp8 in (True, False):
+        source = checkpoint(tmp_path / f"in {fp8}", CONFIG, fp8=fp8)
+        (source / name).write_text(json.dumps(before))
+        mxfp4np.convert(source, tmp_path / f"out {fp8}")
+        assert written(tmp_path / f"out {fp8}", name) == (after if fp8 else None)
+    mxfp4np.convert(source, tmp_path / "copy", exclude=f"{MLP}*")
+    assert written(tmp_path / "copy", name) == before
+
+
+def test_scales_go_with_their_quantisation(tmp_path):
+    scalar = np.ones((), np.float32)
+    scales = {
+        f"{MLP}.input_scale": scalar,
+        f"{ATTENTION}.input_scale": scalar,
+        "model.layers.0.self_attn.k_scale": scalar,
+    }
+    others = {f"{MLP}.output_scale.x": scalar, "model.logit_scale": scalar, f"{HEAD}.input_scale": scalar}
+    result = mxfp4np.convert(checkpoint(tmp_path / "in", CONFIG, **scales, **others), tmp_path / "out", verify=True)
+    assert result.contents.unneeded == [f"{MLP}.input_scale"]
+    assert result.verification.findings == []
+    assert any("left out with the quantisation" in line for line in result.warnings())
+    plain = checkpoint(tmp_path / "plain", CONFIG, fp8=False, **scales, **others)
+    result = mxfp4np.convert(plain, tmp_path / "none")
+    assert result.contents.unneeded == [f"{MLP}.input_scale", cache]
+    assert mxfp4np.verify(plain, tmp_path / "none").findings == []
+    assert mxfp4np.Checkpoint(tmp_path / "none").keys() >= others.keys()
+    mxfp4np.convert(plain, tmp_path / "copy", exclude="*mlp*")
+    assert mxfp4np.Checkpoint(tmp_path / "copy").keys() >= scales.keys()
+
+
+ROTATED = CONFIG | {"quantization_config": CONFIG["quantization_config"] | {"transform_config": {"a": 1}}}
+MODELOPT = CONFIG | {"quantization_config": {"quant_method": "modelopt", "quant_algo": "MIXED"}}
+NOTHING = {key: value for key, value in CONFIG.items() if key != "quantization_config"}
+PROBLEMS = {
+    "a drop": (CONFIG, {}, {"drop": "*mlp*"}, "1 tensor dropped"),
+    "another orientation": (CONFIG, {}, {"transpose": "yes"}, "not as the model expects it"),
+    "a rotation": (ROTATED, {}, {}, "transform_config"),
+    "scaled inputs": (CONFIG, {f"{MLP}.pre_quant_scale": np.ones(64, np.float32)}, {}, "changes what the weights mean"),
+    "modelopt": (MODELOPT, {}, {}, "transformers does not load"),
+    "no word of it": (NOTHING, {}, {}, "transformers does not load"),
+}
+
+
+@pytest.mark.parametrize(("config", "more", "options", "problem"), PROBLEMS.values(), ids=PROBLEMS)
+def test_what_no_loader_takes_is_not_offered_to_one(tmp_path, config, more, options, problem):
+    result = mxfp4np.convert(checkpoint(tmp_path / "in", config, **more), tmp_path / "out", **options)
+    assert problem in result.problem
+    assert any(line.endswith(result.problem) for line in result.warnings())
+    assert result.loader == f"mxfp4np.Checkpoint({str(tmp_path / 'out')!r})"
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, "transformers.AutoModelForCausalLM.from_pretrained({}, dtype='bfloat16')"),
+        (
+            {"auto_map": {}},
+            "transformers.AutoModelForCausalLM.from_pretrained({}, dtype='bfloat16', trust_remote_code=True)",
+        ),
+        ({"architectures": ["XForVision"]}, "transformers.XForVision.from_pretrained({}, dtype='bfloat16')"),
+        ({"architectures": ["os.system('x')"]}, "mxfp4np.Checkpoint({})"),
+        ({"architectures": []}, "mxfp4np.Checkpoint({})"),
+        ({"architectures": "X"}, "mxfp4np.Checkpoint({})"),
+        ({"model_type": None}, "mxfp4np.Checkpoint({})"),
+    ],
+)
+def test_the_line_that_loads_it(tmp_path, change, expected):
+    result = mxfp4np.convert(checkpoint(tmp_path / "in", CONFIG | change), tmp_path / "out")
+    assert result.loader == expected.format(repr(str(tmp_path / "out")))
+    mlx = mxfp4np.convert(DATA / "mlx", tmp_path / "mlx")
+    assert mlx.loader.startswith("mxfp4np.Checkpoint")  # its config.json names no architecture

@@ -173,7 +173,7 @@ def after_decoding(quantization: Config, modules: Modules) -> Config | None:
     if not modules.decoded:
         return quantization
     method = quantization.get("quant_method")
-    change = _CHANGES.get(method if isinstance(method, str) else "", _mlx if "bits" in quantization else None)
+    change = _mlx if method is None and "bits" in quantization else _CHANGES.get(str(method))
     return quantization if change is None else change(_without_fp4_experts(quantization, modules), modules)
 
 
@@ -289,6 +289,8 @@ def hf_quant_config(document: Config, modules: Modules) -> Config | None:
     """Return ModelOpt's hf_quant_config.json after decoding, None if it goes."""
     if not modules.quantized or not isinstance(document.get("quantization"), dict):
         return None
+    if not modules.decoded:
+        return document
     quantization = {"exclude_modules": [], **document["quantization"]}
     return {**document, "quantization": _modelopt(quantization, modules)}
 
