@@ -230,11 +230,8 @@ def test_files_of_quantizers(tmp_path, name, before, after):
 
 def test_scales_go_with_their_quantisation(tmp_path):
     scalar = np.ones((), np.float32)
-    scales = {
-        f"{MLP}.input_scale": scalar,
-        f"{ATTENTION}.input_scale": scalar,
-        "model.layers.0.self_attn.k_scale": scalar,
-    }
+    cache = "model.layers.0.self_attn.k_scale"
+    scales = {f"{MLP}.input_scale": scalar, f"{ATTENTION}.input_scale": scalar, cache: scalar}
     others = {f"{MLP}.output_scale.x": scalar, "model.logit_scale": scalar, f"{HEAD}.input_scale": scalar}
     result = mxfp4np.convert(checkpoint(tmp_path / "in", CONFIG, **scales, **others), tmp_path / "out", verify=True)
     assert result.contents.unneeded == [f"{MLP}.input_scale"]
