@@ -1253,7 +1253,12 @@ class TestCommand:
 
     def test_names_do_not_steer_the_terminal(self, command, tmp_path):
         source = build(
-            tmp_path / "in", {"\x1b[2J": packed(2, 64, low=250, high=251), "\x1b[3J": np.zeros((2, 2), np.uint8)}
+            tmp_path / "in",
+            {
+                "\x1b[2J": packed(2, 64, low=250, high=251),
+                "\x1b[3J.weight": np.zeros((2, 2), np.uint8),
+                "\x1b[3J.weight.absmax": np.zeros(1),
+            },
         )
         target = tmp_path / "o\x1b[1mut"
         status, out, err = command("convert", source, target, "--dtype", "float16", "--verify")

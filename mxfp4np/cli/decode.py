@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from ..array import MXFP4Array
+from ..blocks import BlockArray
 from ..checkpoint import Checkpoint
 from ..format import as_dtype, decoded_dtype
 from ..shapes import split
@@ -71,7 +71,7 @@ class Selection:
     def _chunks(self, progress: Callable[[int], object]) -> Iterator[NDArray[Any]]:
         """Yield the values of all tensors in C order."""
         for array, dtype in self._tensors.values():
-            if isinstance(array, MXFP4Array):
+            if isinstance(array, BlockArray):
                 chunks = (chunk.decode(dtype) for _, chunk in array.iter_chunks(CHUNK_BYTES, dtype))
             else:
                 indices = split(array.shape, dtype.itemsize, CHUNK_BYTES)
@@ -83,10 +83,12 @@ class Selection:
 
 def _stored(
     checkpoint: Checkpoint, name: str, dtype: DTypeLike | None, index: Any
-) -> tuple[MXFP4Array | NDArray[Any], np.dtype[Any]]:
+) -> tuple[BlockArray | NDArray[Any], np.dtype[Any]]:
     """Return a tensor, or a part of it, as it is stored, and the dtype to write it in."""
-    packed = checkpoint.info(name).layout is not None
-    array = checkpoint.packed(name) if packed else checkpoint.get(name)
+    info = checkpoint.info(name)
+    info.check_values(dtype)
+    packed = info.layout is not None
+    array = checkpoint.blocks(name) if packed else checkpoint.get(name)
     if index is not None:
         array = array[index]
     if packed:

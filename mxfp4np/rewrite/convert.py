@@ -93,7 +93,7 @@ def plan_conversion(
             items.append(Decoded(name, (Output(name, SAFETENSORS_DTYPES[wanted], shape),), transposed))
     if not items:
         raise ValueError(f"{checkpoint.folder}: no tensor is left to convert: see --include and --exclude")
-    keep = bool(untouched(items))
+    keep = bool(untouched(checkpoint, items))
     files = small_files(checkpoint, source, folder, lambda config: decoded_config(config, wanted, keep=keep))
     options = {
         "dtype": wanted,
@@ -109,11 +109,9 @@ def plan_conversion(
     return Plan(folder, shards, files.written, files.copied, options, checkpoint, warm_up, files.left_out)
 
 
-def untouched(items: Iterable[Item]) -> list[str]:
+def untouched(checkpoint: Checkpoint, items: Iterable[Item]) -> list[str]:
     """Return the names of copied tensors that are quantised in another way."""
-    dtypes = [dtype for dtype in DTYPES if dtype.startswith(("F8", "F6", "F4")) or dtype in ("U8", "I8", "U32")]
-    outputs = [item.outputs[0] for item in items if isinstance(item, Copied)]
-    return [output.name for output in outputs if len(output.shape) > 1 and output.dtype in dtypes]
+    return [item.name for item in items if isinstance(item, Copied) and checkpoint.info(item.name).format is not None]
 
 
 @dataclass(frozen=True)
@@ -274,7 +272,7 @@ def convert(
     return Conversion(
         **vars(run),
         packed=sum(isinstance(item, Decoded) for item in plan.items),
-        untouched=untouched(plan.items),
+        untouched=untouched(checkpoint, plan.items),
         loader=_loader(plan),
         verification=verification,
     )

@@ -184,6 +184,8 @@ def _obstacle(info: TensorInfo, layout: str, transpose: str) -> str | None:
     """Return why a tensor cannot be packed in this layout, or None."""
     known, form = _LAYOUTS[layout], FORMS[layout]
     shape = swapped(info.shape) if wants_transpose(layout, info.shape, transpose) else info.shape
+    if info.layout is None and info.format is not None:
+        return f"is {info.format} already"
     if info.layout is None and element(info.dtype)[1] not in FLOATS:
         return f"is {info.dtype}: expected BF16, F16 or F32"
     if not info.name.endswith(known.weight):

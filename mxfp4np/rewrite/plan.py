@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoint import Checkpoint
+from ..errors import LayoutError
 from ..layouts.packed import TensorInfo
 from ..storage.safetensors import header_bytes
 from ..storage.tensorfile import DTYPES, nbytes_of
@@ -82,8 +83,13 @@ class Copied(Item):
 
     @classmethod
     def of(cls, info: TensorInfo) -> Copied:
-        """Return the item for a tensor; a dtype that safetensors lacks, as in GGUF, becomes bytes."""
-        return cls(info.name, (Output(info.name, info.dtype if info.dtype in DTYPES else "U8", info.shape),))
+        """Return the item for a tensor; refuse a type of GGUF, which safetensors cannot name."""
+        if info.dtype not in DTYPES:
+            raise LayoutError(
+                f"{info.stored[0].file.path}: tensor {info.name!r} is {info.format}, which is no dtype of "
+                "safetensors, and cannot be copied: leave it out"
+            )
+        return cls(info.name, (Output(info.name, info.dtype, info.shape),))
 
 
 @dataclass(frozen=True)

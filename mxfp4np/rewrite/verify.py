@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ..array import MXFP4Array
 from ..backends import get_backend
+from ..blocks import BlockArray
 from ..checkpoint import Checkpoint
 from ..errors import CheckpointError, CheckpointWarning, LayoutError, TensorNotFoundError
 from ..format import DTYPES as DECODED
@@ -181,10 +182,11 @@ def compare(
         dtype, file = None if info.layout is None else DTYPES[found.dtype][1], found.stored[0].file.path
         for index, chunk in source.pieces(info.name, CHUNK_BYTES, dtype=dtype, transpose=transposed):
             expected = chunk
-            if isinstance(chunk, MXFP4Array):
+            if isinstance(chunk, BlockArray):
                 expected = chunk.decode(dtype, transpose=transposed, backend="numpy")
-                nan_blocks += int(np.count_nonzero(chunk.scales == SCALE_NAN))
                 overflow += count_overflow(chunk, expected)
+            if isinstance(chunk, MXFP4Array):
+                nan_blocks += int(np.count_nonzero(chunk.scales == SCALE_NAN))
             if difference is None:
                 difference = _first_difference(index, expected, target.get(found.name, index=index or ...))
             pool.advance(file.name, found.name, expected.nbytes)
@@ -205,16 +207,17 @@ def _mismatch(info: TensorInfo, found: TensorInfo, *, transposed: bool) -> str |
     if found.layout is not None:
         return f"is packed, as {found.layout}: give the packed checkpoint first, and then what it was converted to"
     if info.layout is None:
-        raw = info.dtype if info.dtype in DTYPES else "U8"
-        if found.dtype != raw:
-            return f"expected {raw} as in the source, found {found.dtype}"
+        if found.dtype != info.dtype:
+            return f"expected {info.dtype} as in the source, found {found.dtype}"
     elif element(found.dtype)[1] not in DECODED:
         return f"expected {', '.join(DECODED)}, found {found.dtype}"
     return f"expected shape {list(shape)}, found {list(found.shape)}" if shape != found.shape else None
 
 
-def count_overflow(packed: MXFP4Array, values: NDArray[Any]) -> int:
+def count_overflow(packed: BlockArray, values: NDArray[Any]) -> int:
     """Return how many decoded values were too large for their dtype."""
+    if not isinstance(packed, MXFP4Array):
+        return int(np.count_nonzero(np.isinf(values)))
     # No code overflows up to these scales: 6 * 2**13 in float16, 6 * 2**125 in the others.
     most = 140 if values.dtype == np.float16 else 252
     large = (packed.scales > most) & (packed.scales != SCALE_NAN)
@@ -244,7 +247,7 @@ def _health(
         except LayoutError as error:
             result.findings.append(str(error))
         else:
-            packed += [info] if info.layout is not None else []
+            packed += [info] if info.format == "MXFP4" else []
     pool = Workers(workers, sum(info.nbytes for info in packed), progress)
 
     def count_scales(info: TensorInfo) -> NDArray[np.int64]:
