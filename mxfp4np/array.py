@@ -1,29 +1,26 @@
 """MXFP4Array: packed blocks and scales that index and decode like one array of values.
 
-Indexing makes views and reads nothing; `MXFP4Array.decode` passes them to a backend. This module knows no file and no
-tensor name.
+Indexing makes views and reads nothing, see `blocks`; `MXFP4Array.decode` passes them to a backend. This module knows no
+file and no tensor name.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from .backends import Backend, as_array, backend_for, device_of
+from .backends import as_array, backend_for, device_of
 from .backends.threads import check_num_threads
+from .blocks import BlockArray
 from .errors import LayoutError
-from .format import BLOCK_SIZE, BYTES_PER_BLOCK, DTYPES, ORDERS, as_dtype, blocks_in, decoded_dtype
-from .shapes import full_index, split, swapped
-from .text import parse_bytes
+from .format import BLOCK_SIZE, BYTES_PER_BLOCK, DTYPES, ORDERS, as_dtype, decoded_dtype
 
 _UINT8 = np.dtype(np.uint8)
 
 
-class MXFP4Array:
+class MXFP4Array(BlockArray):
     """An array of MXFP4 values, still packed.
 
     Parameters
@@ -64,7 +61,9 @@ class MXFP4Array:
     array([1., 2., 1., 2.], dtype=float32)
     """
 
-    __slots__ = ("blocks", "order", "scales", "shape", "start")
+    __slots__ = ("order", "scales")
+
+    block_size = BLOCK_SIZE
 
     def __init__(self, blocks: ArrayLike, scales: ArrayLike, order: str = "pairs") -> None:
         blocks, scales = as_array(blocks), as_array(scales)
@@ -92,19 +91,9 @@ class MXFP4Array:
         self.shape: tuple[int, ...] = (*scales.shape[:-1], scales.shape[-1] * BLOCK_SIZE)
 
     @property
-    def device(self) -> str:
-        """Where the packed bytes are: ``"cpu"``, or ``"cuda:0"`` or another."""
-        return device_of(self.blocks)
-
-    @property
-    def ndim(self) -> int:
-        """Number of axes."""
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        """Number of values."""
-        return math.prod(self.shape)
+    def inputs(self) -> tuple[NDArray[np.uint8], ...]:
+        """The arrays that are decoded."""
+        return self.blocks, self.scales
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -121,36 +110,11 @@ class MXFP4Array:
         """Bytes of the packed blocks and scales."""
         return self.blocks.nbytes + self.scales.nbytes
 
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __iter__(self) -> Iterator[MXFP4Array]:
-        return (self[i] for i in range(len(self)))
-
     def __repr__(self) -> str:
         return f"MXFP4Array(shape={self.shape}, nbytes={self.nbytes})"
 
-    def __getitem__(self, index: Any) -> MXFP4Array:
-        """Return a view, or a copy of what lists or masks select, still packed; nothing is decoded.
-
-        Parameters
-        ----------
-        index : int, slice, Ellipsis, list or array of int or bool, or a tuple of them
-            As in NumPy for the leading axes. The last axis, along which values share scales, takes a slice of step 1,
-            which may begin and end inside a block.
-
-        Raises
-        ------
-        IndexError
-            If it is out of range, or of another kind.
-        """
-        lead, (begin, end) = self._split_index(index)
-        begin, end = begin + self.start, end + self.start
-        first = begin // BLOCK_SIZE
-        span = (*lead, slice(first, blocks_in(end) if end > begin else first))
-        part = MXFP4Array(self.blocks[span], self.scales[span], self.order)
-        part.start, part.shape = begin % BLOCK_SIZE, (*part.shape[:-1], end - begin)
-        return part
+    def _of_blocks(self, span: tuple[Any, ...]) -> MXFP4Array:
+        return MXFP4Array(self.blocks[span], self.scales[span], self.order)
 
     def replace(self, blocks: NDArray[np.uint8], scales: NDArray[np.uint8]) -> MXFP4Array:
         """Return the same view of other arrays, which have the same shapes."""
@@ -166,19 +130,6 @@ class MXFP4Array:
         part = self.replace(codes[..., 0::2] | codes[..., 1::2] << 4, self.scales)
         part.order = "pairs"
         return part
-
-    def _split_index(self, index: Any) -> tuple[tuple[Any, ...], tuple[int, int]]:
-        """Split an index into items for the leading axes, and begin and end along the last."""
-        *lead, last = full_index(index, self.ndim)
-        if not isinstance(last, slice):
-            use = f"use [{last}:{last} + 1], or decode first" if isinstance(last, int) else "decode first, then index"
-            raise IndexError(f"the last axis takes a slice, found {last!r}: {use}")
-        begin, end, step = last.indices(self.shape[-1])
-        if step != 1:
-            raise IndexError(f"the last axis takes slices of step 1, found step {step}: decode first, then index")
-        if self.device != "cpu":  # CuPy takes lists, but no arrays of the host
-            lead = [item.tolist() if isinstance(item, np.ndarray) else item for item in lead]
-        return tuple(lead), (begin, max(begin, end))
 
     def decode(
         self,
@@ -240,32 +191,6 @@ class MXFP4Array:
         )
         return out
 
-    def prepare_out(
-        self,
-        dtype: DTypeLike | None,
-        out: NDArray[Any] | None,
-        *,
-        transpose: bool,
-        impl: Backend,
-        shape: tuple[int, ...] | None = None,
-    ) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Return the output of `decode`, checked or new, and a view of it that has the shape of the packed array.
-
-        ``shape`` is that of the packed array, unless only a part of it is decoded.
-        """
-        shape = self.shape if shape is None else shape
-        shape = swapped(shape) if transpose else shape
-        if out is None:
-            out = impl.empty(shape, decoded_dtype("bfloat16" if dtype is None else dtype))
-        else:
-            impl.check_out(out, self.blocks, self.scales)
-            expected = decoded_dtype(out.dtype if dtype is None else dtype)
-            if out.dtype != expected:
-                raise ValueError(f"out must have dtype {expected}, found {out.dtype}")
-            if out.shape != shape:
-                raise ValueError(f"out must have shape {shape}, found {out.shape}")
-        return out, out.swapaxes(-1, -2) if transpose else out
-
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
         """Decode for NumPy: to bfloat16, or through float32 to any other dtype."""
         if self.device != "cpu":
@@ -285,31 +210,3 @@ class MXFP4Array:
         """
         dtype = as_dtype(dtype)
         return self.decode(dtype) if dtype.name in DTYPES and dtype.isnative else self.decode("float32").astype(dtype)
-
-    def iter_chunks(
-        self, max_bytes: int | str, dtype: DTypeLike = "bfloat16"
-    ) -> Iterator[tuple[tuple[int | slice, ...], MXFP4Array]]:
-        """Split the array into views that each decode to at most ``max_bytes``.
-
-        Parameters
-        ----------
-        max_bytes : int or str
-            At least one block of the decoded dtype; text is for instance ``"1GB"`` or ``"512MiB"``.
-        dtype : str, type or numpy.dtype
-            Of the decoded chunk.
-
-        Yields
-        ------
-        index : tuple of int and slice
-            The view is ``self[index]``; in C order, together they are the whole array.
-        chunk : MXFP4Array
-
-        Examples
-        --------
-        >>> import numpy as np
-        >>> packed = MXFP4Array(np.zeros((3, 2, 16), np.uint8), np.zeros((3, 2), np.uint8))
-        >>> [index for index, chunk in packed.iter_chunks(256)]
-        [(slice(0, 2, None), slice(0, 64, None)), (slice(2, 3, None), slice(0, 64, None))]
-        """
-        for index in split(self.shape, decoded_dtype(dtype).itemsize, parse_bytes(max_bytes), (BLOCK_SIZE,)):
-            yield index, self[index]

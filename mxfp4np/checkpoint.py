@@ -17,8 +17,9 @@ from numpy.typing import DTypeLike, NDArray
 
 from .array import MXFP4Array
 from .backends import backend_for, device_name, get_backend
+from .blocks import BlockArray
 from .errors import CheckpointWarning, LayoutError, TensorNotFoundError
-from .format import BLOCK_SIZE, as_dtype, decoded_dtype
+from .format import as_dtype, decoded_dtype
 from .layouts.find import Documents, split_gate_up, stored_of
 from .layouts.names import Names, as_names, find_named
 from .layouts.others import Others
@@ -28,7 +29,7 @@ from .layouts.table import LAYOUTS
 from .shapes import split_both
 from .storage.discover import PathLike, find_files, open_file
 from .storage.index import merge_tensors, read_json
-from .storage.tensorfile import StoredArrays, StoredTensor, element
+from .storage.tensorfile import DTYPES, StoredArrays, StoredTensor, element
 from .summary import html_table
 from .text import parse_bytes
 
@@ -145,7 +146,7 @@ class Checkpoint(Mapping[str, Any]):
         self._others = Others(self._stored, documents)
         self._tensors = find_named(self._stored, documents, names, self._others)
         self._reopen = partial(Checkpoint, self.index or self.files, self.device, io=io, layout=layout, names=names)
-        self._resolver = Resolver(self._stored, documents, layout)
+        self._resolver = Resolver(self._others, documents, layout)
         self._resolved: dict[str, PackedTensor | StoredTensor] = {}
         for finding in self.findings if not found.named else ():
             warnings.warn(finding, CheckpointWarning, stacklevel=2)
@@ -216,7 +217,7 @@ class Checkpoint(Mapping[str, Any]):
         return StoredArrays(self._stored)
 
     def info(self, name: str) -> TensorInfo:
-        """Return shape, dtype, layout and place of a tensor, from the headers alone.
+        """Return shape, dtype, layout, format and place of a tensor, from the headers alone.
 
         Raises
         ------
@@ -231,7 +232,9 @@ class Checkpoint(Mapping[str, Any]):
             axis = -2 if isinstance(tensor, PackedTensor) else -1
             shape[axis] = len(range(shape[axis])[rows])
         if isinstance(tensor, PackedTensor):
-            return TensorInfo(name, tuple(shape), "MXFP4", tensor.layout.name, tensor.stored, tensor.reason, "MXFP4")
+            return TensorInfo(
+                name, tuple(shape), tensor.format, tensor.layout.name, tensor.stored, tensor.reason, tensor.format
+            )
         return TensorInfo(name, tuple(shape), tensor.dtype, None, (tensor,), format=self._others.format_of(tensor))
 
     def stored_tensors(self, name: str) -> tuple[StoredTensor, ...]:
@@ -271,7 +274,7 @@ class Checkpoint(Mapping[str, Any]):
             name for one half of them.
         dtype : str, type, numpy.dtype or torch.dtype, optional
             For packed tensors bfloat16 (the default), float16 or float32. A plain tensor is returned in its stored
-            dtype, or as a converted copy in another.
+            dtype, or as a converted copy in another. Codes of other formats, such as FP8, are returned as stored only.
         default : optional
             Returned for an unknown name; without it, that is an error. By keyword only, unlike that of a dict's `get`.
         out : numpy.ndarray, optional
@@ -297,7 +300,8 @@ class Checkpoint(Mapping[str, Any]):
         DeviceMemoryError
             If the device has too little memory left.
         LayoutError
-            If codes and scales do not fit each other, or if the tensor could have several layouts.
+            If codes and scales do not fit each other, if the tensor could have several layouts, or if another dtype is
+            asked for than that of codes that are not decoded.
         CheckpointError
             If the file changed after it was opened.
         IndexError, TypeError, ValueError
@@ -312,6 +316,7 @@ class Checkpoint(Mapping[str, Any]):
             return default
         tensor, rows = self._find(name)
         if isinstance(tensor, StoredTensor):
+            self.info(name).check_values(dtype if out is None else getattr(out, "dtype", None))
             array = self._read_plain(tensor, rows, index)
             return self._convert(array.swapaxes(-1, -2) if transpose else array, dtype, out)
         reader = PackedReader(tensor, rows)
@@ -340,10 +345,22 @@ class Checkpoint(Mapping[str, Any]):
         LayoutError
             If it is not packed, if its codes and scales do not fit each other, or if it could have several layouts.
         """
+        if (info := self.info(name)).format != "MXFP4":
+            found = info.format or f"plain {info.dtype}"
+            raise LayoutError(f"{info.stored[0].file.path}: tensor {name!r} is {found}, not MXFP4: use get()")
+        packed: MXFP4Array = self.blocks(name)
+        return packed
+
+    def blocks(self, name: str) -> Any:
+        """Return a tensor that is decoded, whatever its format, before it is: an `MXFP4Array` or another `BlockArray`.
+
+        Parameters
+        ----------
+        name : str
+            Of a tensor with a layout.
+        """
         tensor, rows = self._find(name)
-        if isinstance(tensor, StoredTensor):
-            found = self._others.format_of(tensor) or f"plain {tensor.dtype}"
-            raise LayoutError(f"{tensor.file.path}: tensor {name!r} is {found}, not MXFP4: use get()")
+        assert isinstance(tensor, PackedTensor)
         reader = PackedReader(tensor, rows)
         return reader.load(reader.array)
 
@@ -373,9 +390,10 @@ class Checkpoint(Mapping[str, Any]):
             Where the chunk belongs: ``whole[index] = chunk`` for all chunks, in C order, fills the whole.
         chunk : numpy.ndarray or cupy.ndarray
         """
+        self.info(name).check_values(dtype)
         where = self._where(backend, num_threads)
         for index, chunk in self.pieces(name, max_bytes, dtype=dtype, transpose=transpose):
-            if isinstance(chunk, MXFP4Array):
+            if isinstance(chunk, BlockArray):
                 yield index, chunk.decode(dtype, transpose=transpose, **where)
             else:
                 yield index, self._convert(np.asarray(chunk), dtype, None)
@@ -394,7 +412,7 @@ class Checkpoint(Mapping[str, Any]):
         ------
         index : tuple of int and slice
             Where the decoded chunk belongs: in the transposed array if ``transpose``.
-        chunk : MXFP4Array or numpy.ndarray
+        chunk : BlockArray or numpy.ndarray
             A packed one is not transposed yet; one of a plain tensor is, and has its stored dtype.
         """
         max_bytes = parse_bytes(max_bytes)
@@ -407,8 +425,9 @@ class Checkpoint(Mapping[str, Any]):
                 yield place, chunk.swapaxes(-1, -2) if transpose else chunk
             return
         reader = PackedReader(tensor, rows)
-        shape, itemsize = reader.array.shape, decoded_dtype("bfloat16" if dtype is None else dtype).itemsize
-        for place, index in split_both(shape, itemsize, max_bytes, transpose=transpose, multiple=BLOCK_SIZE):
+        shape, multiple = reader.array.shape, reader.array.block_size
+        itemsize = decoded_dtype("bfloat16" if dtype is None else dtype).itemsize
+        for place, index in split_both(shape, itemsize, max_bytes, transpose=transpose, multiple=multiple):
             yield place, reader.load(reader.array[index])
 
     def _where(self, backend: str | None, num_threads: int | None) -> dict[str, Any]:
@@ -449,7 +468,7 @@ class Checkpoint(Mapping[str, Any]):
                 raise TensorNotFoundError(self._not_found(name))
             name, rows = half
         tensor = self._tensors[name]
-        if isinstance(tensor, StoredTensor):
+        if isinstance(tensor, StoredTensor) and tensor.dtype in DTYPES:
             return tensor, rows
         if name not in self._resolved:
             self._resolved[name] = self._resolver.resolve(name, tensor)

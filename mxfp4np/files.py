@@ -39,7 +39,8 @@ def load_file(
         As for `Checkpoint`.
     dtype : str, type or numpy.dtype, optional
         bfloat16, float16 or float32, for packed tensors and for plain ones of these dtypes. By default packed tensors
-        become bfloat16, and plain ones keep their dtype, as all others do.
+        become bfloat16, and plain ones keep their dtype, as all others do: integers, and codes of formats that are not
+        decoded, such as FP8.
 
     Returns
     -------
@@ -57,9 +58,11 @@ def load_file(
     if dtype is not None:
         dtype = decoded_dtype(dtype)
     with Checkpoint(path, device, io=io, layout=layout) as checkpoint:
-        converted = ("MXFP4", "BF16", "F16", "F32")
-        infos = map(checkpoint.info, checkpoint)
-        return {x.name: checkpoint.get(x.name, dtype if x.dtype in converted else None) for x in infos}
+        found = {}
+        for info in map(checkpoint.info, checkpoint):
+            converted = info.layout is not None or (info.format is None and info.dtype in ("BF16", "F16", "F32"))
+            found[info.name] = checkpoint.get(info.name, dtype if converted else None)
+        return found
 
 
 def save_file(

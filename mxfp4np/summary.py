@@ -42,7 +42,7 @@ class Row(NamedTuple):
         name = _NUMBER.sub("#", self.name)
         if self.info is None:
             return name, str(self.problem).replace(self.name, name)
-        return (name, self.info.shape, self.info.dtype, self.info.layout)
+        return (name, self.info.shape, self.info.label, self.info.layout)
 
 
 def rows(checkpoint: Source, pattern: str = "*") -> list[Row]:
@@ -87,6 +87,6 @@ def html_table(checkpoint: Source) -> str:
         else:
             stored = sum(row.info.nbytes for row in group if row.info is not None)
             shape = "x".join(map(str, info.shape)) or "scalar"
-            lines.append((name, times, shape, info.dtype, info.layout or "-", format_bytes(stored)))
+            lines.append((name, times, shape, info.label, info.layout or "-", format_bytes(stored)))
     cells = ("".join(f"<td>{html.escape(cell)}</td>" for cell in line) for line in lines)
     return "<table>" + "".join(f"<tr>{line}</tr>" for line in cells) + "</table>"

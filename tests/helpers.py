@@ -94,6 +94,27 @@ def write_tensors(path, tensors, metadata=None):
     return path
 
 
+def write_gguf(path, tensors):
+    """Write tensors given as the name of a type, and bytes, by name; of a type that is a number, which is not known."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, "llama")
+    for name, (kind, array) in tensors.items():
+        known = None if kind == "F32" else gguf.GGMLQuantizationType[kind if isinstance(kind, str) else "Q8_0"]
+        writer.add_tensor(name, array, raw_dtype=known)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    data = bytearray(path.read_bytes())
+    for name, (kind, array) in tensors.items():
+        if isinstance(kind, int):
+            at = data.index(len(name).to_bytes(8, "little") + name.encode()) + 8 + len(name) + 4 + 8 * array.ndim
+            data[at : at + 4] = kind.to_bytes(4, "little")
+    path.write_bytes(data)
+    return path
+
+
 def pair_of(codes, scales, codes_dtype="U8", scales_dtype="U8", /, **arrays):
     return {
         codes: (codes_dtype, arrays.get("codes", CODES)),

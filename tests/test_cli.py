@@ -69,7 +69,7 @@ class TestInspect:
             ["block.#.mlp.mlp1_bias", "x2", "3x96", "BF16", "-", "1.15", "kB", "1.15", "kB"],
             ["block.#.mlp.mlp2_bias", "x2", "3x128", "BF16", "-", "1.54", "kB", "1.54", "kB"],
         ]
-        assert totals == "8 tensors, 4 of them MXFP4: 81 kB stored, 298 kB with MXFP4 decoded to bfloat16"
+        assert totals == "8 tensors, 4 of them MXFP4: 81 kB stored, 298 kB with packed ones decoded to bfloat16"
         assert round(stored_bytes(ORIGINAL.glob("*.safetensors")) / 1000) == 81
         with mxfp4np.Checkpoint(ORIGINAL) as checkpoint:
             assert round(sum(array.nbytes for array in checkpoint.values()) / 1000) == 298

@@ -187,7 +187,7 @@ def test_pieces_in_order(data):
         def info(self, _):
             return mxfp4np.TensorInfo("w", array.shape, "MXFP4", "gpt-oss", ())
 
-        def packed(self, _):
+        def blocks(self, _):
             return array
 
     with pytest.MonkeyPatch.context() as patch:

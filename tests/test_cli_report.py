@@ -14,7 +14,7 @@ from mxfp4np.summary import Row, collapse, rows
 
 
 def row(name, shape=(2, 3), dtype="BF16", layout=None):
-    return Row(name, TensorInfo(name, shape, dtype, layout, ()), None)
+    return Row(name, TensorInfo(name, shape, dtype, layout, (), format=layout and "MXFP4"), None)
 
 
 def packed(blocks, scales):
@@ -141,7 +141,7 @@ def test_table(path):
     assert "found none" in lines[4]
     assert lines[5:] == [
         "layout gpt-oss: suffix pair, U8/U8; axes [.., out, in]",
-        "5 tensors, 3 of them MXFP4: 118 B stored, 400 B with MXFP4 decoded to bfloat16",
+        "5 tensors, 3 of them MXFP4: 118 B stored, 400 B with packed ones decoded to bfloat16",
     ]
     assert all(line == line.rstrip() for line in lines)
 
@@ -164,7 +164,7 @@ def test_axes_of_packed_matrices():
 
 
 def test_table_of_nothing():
-    assert table_lines({})[-1] == "0 tensors, 0 of them MXFP4: 0 B stored, 0 B with MXFP4 decoded to bfloat16"
+    assert table_lines({})[-1] == "0 tensors, 0 of them MXFP4: 0 B stored, 0 B with packed ones decoded to bfloat16"
 
 
 def test_to_json(path):

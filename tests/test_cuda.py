@@ -26,6 +26,7 @@ from contract import (
     strided,
     values,
 )
+from helpers import write_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -306,6 +307,29 @@ def test_a_checkpoint_on_a_device(model, io):
         with pytest.raises(mxfp4np.TensorNotFoundError):
             ckpt["none"]
     assert {name: array.device.id for name, array in mxfp4np.load_file(model, "cuda").items()} == dict.fromkeys(host, 0)
+
+
+@marked
+@pytest.mark.gguf
+@pytest.mark.parametrize("io", ["mmap", "pread"])
+def test_types_of_gguf_on_a_device(tmp_path, io):
+    gguf = pytest.importorskip("gguf")
+    raw = gguf.quantize(
+        np.random.default_rng(3).normal(size=(3, 8, 64)).astype("float32"), gguf.GGMLQuantizationType.Q8_0
+    )
+    path = write_gguf(tmp_path / "m.gguf", {"w": ("Q8_0", raw)})
+    with mxfp4np.Checkpoint(path) as host, mxfp4np.Checkpoint(path, "cuda:0", io=io) as ckpt:
+        for dtype in DTYPES:
+            assert_same_bits(ckpt.get("w", dtype).get(), host.get("w", dtype))
+        assert_same_bits(ckpt.get("w", index=np.s_[[2, 0], :, 5:50]).get(), host["w"][[2, 0], :, 5:50])
+        assert_same_bits(ckpt.get("w", transpose=True).get(), host.get("w", transpose=True))
+        out = poisoned((3, 8, 64), "float32")
+        assert ckpt.get("w", out=out) is out
+        assert_same_bits(out.get(), host.get("w", "float32"))
+        whole = cupy.zeros((3, 8, 64), DTYPES["bfloat16"])
+        for index, piece in ckpt.chunks("w", 500):
+            whole[index] = piece
+        assert_same_bits(whole.get(), host["w"])
 
 
 @marked

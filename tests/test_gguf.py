@@ -1,15 +1,17 @@
 """GGUF files, read through the gguf package and compared with what it decodes."""
 
+import pickle
 import sys
+from functools import partial
 
 import ml_dtypes
 import numpy as np
 import pytest
 from contract import assert_same_bits, oracle
-from helpers import BACKENDS, DATA, answers, both_io
+from helpers import BACKENDS, DATA, answers, both_io, write_gguf
 
 import mxfp4np
-from mxfp4np import CheckpointError
+from mxfp4np import CheckpointError, LayoutError
 from mxfp4np.cli import main
 
 
@@ -17,6 +19,141 @@ def test_gguf_without_its_package_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(mxfp4np.BackendUnavailableError, match=r"model\.gguf: GGUF files need .*'mxfp4np\[gguf\]'"):
         mxfp4np.Checkpoint(DATA / "gguf")
+
+
+def blocks_of(kind, rows, count):
+    """Return random bytes of a type, without the exponents that make infinities in most of its fields."""
+    import gguf
+
+    _, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    return np.random.default_rng(7).integers(0, 120, (*rows, count * nbytes), np.uint8)
+
+
+KINDS = [
+    "Q4_0",
+    "Q4_1",
+    "Q5_0",
+    "Q5_1",
+    "Q8_0",
+    "Q2_K",
+    "Q3_K",
+    "Q4_K",
+    "Q5_K",
+    "Q6_K",
+    "IQ1_S",
+    "IQ1_M",
+    "IQ2_XXS",
+    "IQ2_XS",
+    "IQ2_S",
+    "IQ3_XXS",
+    "IQ3_S",
+    "IQ4_NL",
+    "IQ4_XS",
+    "TQ1_0",
+    "TQ2_0",
+    "NVFP4",
+]
+
+
+@pytest.mark.gguf
+class TestOtherTypes:
+    @pytest.fixture(autouse=True)
+    def package(self):
+        return pytest.importorskip("gguf", reason="needs the gguf extra; tox -e peers has it")
+
+    @both_io
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_values_are_those_of_the_package(self, tmp_path, package, kind, io, monkeypatch):
+        monkeypatch.setattr("mxfp4np.layouts.gguf.CHUNK_BYTES", 4096)
+        raw = blocks_of(kind, (2, 3), 2)
+        with np.errstate(all="ignore"):
+            values = package.dequantize(raw, package.GGMLQuantizationType[kind])
+            rounded = {name: values.astype(name) for name in ("float16", "float32", ml_dtypes.bfloat16)}
+        with mxfp4np.Checkpoint(write_gguf(tmp_path / "m.gguf", {"w": (kind, raw)}), io=io) as ckpt:
+            assert ckpt.info("w").shape == values.shape
+            assert (ckpt.info("w").dtype, ckpt.info("w").reason) == (kind, f"tensor type, {kind}")
+            assert ckpt.info("w").decoded_nbytes() == ckpt["w"].nbytes
+            for name, expected in rounded.items():
+                assert_same_bits(ckpt.get("w", name), expected)
+            with pickle.loads(pickle.dumps(ckpt)) as again:
+                assert_same_bits(again["w"], rounded[ml_dtypes.bfloat16])
+            for index in np.s_[1], np.s_[..., 5:50], np.s_[::-1, [0, 2], 33:], np.s_[0, 1, 7:7]:
+                assert_same_bits(ckpt.get("w", "float32", index=index), values[index])
+            assert_same_bits(ckpt.get("w", "float32", transpose=True), values.swapaxes(-1, -2))
+            out = np.zeros(values.shape[::-1], np.float32).T
+            assert ckpt.get("w", out=out) is out
+            assert_same_bits(out, values)
+            for transpose in (False, True):
+                whole = np.zeros_like(values.swapaxes(-1, -2) if transpose else values)
+                for place, chunk in ckpt.chunks("w", 2048, dtype="float32", transpose=transpose):
+                    assert chunk.nbytes <= 2048
+                    whole[place] = chunk
+                assert_same_bits(whole, values.swapaxes(-1, -2) if transpose else values)
+            with pytest.raises(LayoutError, match=f"'w' is {kind}, not MXFP4: use get"):
+                ckpt.packed("w")
+            for wrong in (np.zeros(3, np.float32), np.zeros(values.shape, np.int8)):
+                with pytest.raises(ValueError, match=r"out must have|decodes to"):
+                    ckpt.get("w", out=wrong)
+
+    def test_convert_decodes_and_verifies(self, tmp_path, package, command):
+        x = np.random.default_rng(0).normal(size=(8, 64)).astype(np.float32)
+        raw = {kind: package.quantize(x, package.GGMLQuantizationType[kind]) for kind in ("Q8_0", "Q4_0")}
+        path = write_gguf(tmp_path / "m.gguf", {kind: (kind, array) for kind, array in raw.items()} | {"x": ("F32", x)})
+        assert command("convert", path, tmp_path / "out", "--verify", "--dtype", "float16")[0] == 0
+        assert command("verify", path, tmp_path / "out")[0] == 0
+        with mxfp4np.Checkpoint(tmp_path / "out") as ckpt:
+            for kind, array in raw.items():
+                expected = package.dequantize(array, package.GGMLQuantizationType[kind])
+                assert_same_bits(ckpt[kind], expected.astype(np.float16))
+        assert command("verify", path)[0] == 0
+        assert "Q8_0    8x64   Q8_0   gguf" in command("inspect", path, "--stats")[1]
+        assert (
+            command("decode", path, "Q8_0", "--index", "1,3:40", "--dtype", "float32", "-o", tmp_path / "q.npy")[0] == 0
+        )
+        expected = package.dequantize(raw["Q8_0"], package.GGMLQuantizationType.Q8_0)
+        assert_same_bits(np.load(tmp_path / "q.npy"), expected[1, 3:40])
+        found = mxfp4np.load_file(path, dtype="float32")
+        assert_same_bits(found["Q8_0"], expected)
+
+    @pytest.mark.parametrize(
+        ("kind", "named"),
+        [("Q8_1", "Q8_1"), ("Q8_K", "Q8_K"), (99, "GGML type 99"), ("NVFP4", "NVFP4 with a second scale")],
+    )
+    def test_types_that_are_not_decoded(self, tmp_path, refused, command, kind, named):
+        raw = blocks_of(kind if isinstance(kind, str) else "Q8_0", (2,), 8)
+        x = np.ones((2, 32), np.float32)
+        path = write_gguf(
+            tmp_path / "m.gguf", {"a.weight": (kind, raw), "a.scale": ("F32", x[:1, :1]), "x": ("F32", x)}
+        )
+        with mxfp4np.Checkpoint(path) as ckpt:
+            info = ckpt.info("a.weight")
+            assert (info.format, info.layout, info.shape[0]) == (named, None, 2)
+            assert ckpt.stored["a.weight"].reshape(-1)[: raw.size].tobytes() == raw.tobytes()
+            for call in (ckpt.get, partial(ckpt.get, dtype="float32"), lambda name: next(ckpt.chunks(name))):
+                with pytest.raises(LayoutError, match=f"'a.weight' is {named}, which is not decoded"):
+                    call("a.weight")
+            assert_same_bits(ckpt["x"], x)
+        assert f"tensor 'a.weight' is {named}, which is no dtype of safetensors" in refused(
+            "convert", path, tmp_path / "out"
+        )
+        assert named in command("inspect", path)[1]
+        assert command("verify", path)[0] == 0
+
+    def test_rows_of_no_whole_blocks(self, tmp_path):
+        path = write_gguf(tmp_path / "m.gguf", {"w": ("Q8_0", blocks_of("Q8_0", (2,), 2))})
+        data = path.read_bytes()
+        at = data.index(b"\x01" + bytes(7) + b"w") + 9 + 4
+        path.write_bytes(data[:at] + (65).to_bytes(8, "little") + data[at + 8 :])
+        with pytest.raises(CheckpointError, match=r"rows of Q8_0 have a multiple of 32 values, found shape \[2, 65\]"):
+            mxfp4np.Checkpoint(path)
+
+    def test_two_tensors_of_one_name(self, tmp_path):
+        path = write_gguf(
+            tmp_path / "m.gguf", {"one": ("F32", np.ones(8, np.float32)), "two": ("F32", np.ones(8, np.float32))}
+        )
+        path.write_bytes(path.read_bytes().replace(b"two", b"one"))
+        with pytest.raises(CheckpointError, match="two tensors are called 'one'"):
+            mxfp4np.Checkpoint(path)
 
 
 @pytest.mark.gguf
@@ -90,9 +227,10 @@ class TestGGUF:
             assert ckpt["BF16"].shape == (3, 64)
             assert np.allclose(ckpt["BF16"].astype(np.float32), arrays["float32"], rtol=2**-8)
             for name in ("Q8_0", "Q4_0"):
-                assert ckpt.info(name).dtype == name
-                assert np.array_equal(ckpt[name], quantised[name])
-            assert [piece.dtype for _, piece in ckpt.chunks("Q8_0")] == [np.uint8]
+                assert ckpt.info(name)[:4] == (name, (3, 64), name, "gguf")
+                assert ckpt.info(name).format == name
+                assert np.array_equal(ckpt.stored[name], quantised[name])
+            assert [piece.dtype for _, piece in ckpt.chunks("Q8_0")] == [ml_dtypes.bfloat16]
         assert main(["inspect", str(tmp_path / "m.gguf")]) == 0
 
     @pytest.mark.parametrize("size", [0, 3, 20, 60, 200, 20_000])
@@ -105,8 +243,14 @@ class TestGGUF:
     def test_not_gguf(self, tmp_path):
         path = tmp_path / "m.gguf"
         path.write_bytes((DATA / "mlx" / "model.safetensors").read_bytes())
-        with pytest.raises(CheckpointError, match=r"m\.gguf: not a valid GGUF file: GGUF magic invalid"):
+        with pytest.raises(CheckpointError, match=r"m\.gguf: not a valid GGUF file: it begins with .* another kind"):
             mxfp4np.Checkpoint(path)
+
+    @pytest.mark.parametrize("start", [b"", bytes(4096), b"<!doctype html>"])
+    def test_not_gguf_says_what_it_is(self, tmp_path, start):
+        (tmp_path / "m.gguf").write_bytes(start)
+        with pytest.raises(CheckpointError, match=r"is empty: it is damaged|begins with zeros|<!doctyp.* another kind"):
+            mxfp4np.Checkpoint(tmp_path / "m.gguf")
 
     @staticmethod
     def split(package, folder, count=3, ending="gguf"):

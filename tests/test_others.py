@@ -1,11 +1,14 @@
 """What is quantised, but not as MXFP4: each producer's names, dtypes and shapes, and the format that they are given."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
+from helpers import assert_same, both_io
 
 import mxfp4np
+from mxfp4np import LayoutError
 from mxfp4np.storage.safetensors import write_safetensors
 from mxfp4np.storage.tensorfile import nbytes_of
 
@@ -69,6 +72,7 @@ PRODUCERS = {  # format, codes, what lies beside them; E8M0 and U8 scales are na
     "compressed-tensors int8": ("INT8", "a.weight I8 64 64", "a.weight_scale BF16 64 1"),
     "ModelOpt int4": ("INT4", "a.weight U8 32 128", "a.weight_scale F32 64 1", "a.pre_quant_scale F32 128"),
     "Quark int4": ("INT4", "a.weight I32 64 8", "a.weight_scale F32 64 2", "a.weight_zero_point I32 64 1"),
+    "int8, few inputs": ("INT8", "a.weight I8 64 16", "a.weight_scale F32 64 1"),
     "torchao int8": ("INT8", "a._weight_qdata I8 64 64", "a._weight_scale F32 64 1"),
     "GPTQ": ("GPTQ", "a.qweight I32 8 64", "a.qzeros I32 2 8", "a.scales F16 2 64", "a.g_idx I32 64"),
     "GPTQ without g_idx": ("GPTQ", "a.qweight I32 8 64", "a.qzeros I32 2 8", "a.scales F16 2 64"),
@@ -131,7 +135,92 @@ def test_documents_say_what_headers_do_not(tmp_path, expected, tensor, config):
         assert ckpt.info(tensor.split()[0]).format == expected
 
 
+def test_integers_that_could_be_mxfp4_with_converted_scales(tmp_path):
+    tensors = ["a.weight U8 64 32", "a.weight_scale F32 64 2"]
+    with mxfp4np.Checkpoint(checkpoint(tmp_path, tensors, {"quant_algo": "INT4_AWQ"})) as ckpt:
+        assert ckpt.info("a.weight").format == "INT4"
+
+
 def test_bits_of_words_are_those_of_the_config(tmp_path):
     tensors = PRODUCERS["compressed-tensors int4"][1:]
     with mxfp4np.Checkpoint(checkpoint(tmp_path, tensors, {"weights": {"num_bits": 8}})) as ckpt:
         assert ckpt.info("a.weight_packed").format == "INT8"
+
+
+# What is done with them
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """FP8, NVFP4 and GPTQ codes beside MXFP4 and plain tensors."""
+    tensors = [
+        *PRODUCERS["HF fp8, blocks"][1:],
+        *(line.replace("a.", "b.", 1) for line in PRODUCERS["MLX nvfp4"][1:]),
+        *(line.replace("a.", "c.", 1) for line in PRODUCERS["GPTQ"][1:]),
+        *(line.replace("a.", "d.", 1) for line in PRODUCERS["bitsandbytes in bfloat16"][1:]),
+        "m.weight_packed U8 4 32",
+        "m.weight_scale U8 4 2",
+        "n.weight BF16 4 32",
+    ]
+    return checkpoint(tmp_path / "in", tensors) if (tmp_path / "in").mkdir() is None else None
+
+
+CODES = {"a.weight": "FP8", "b.weight": "NVFP4", "c.qweight": "GPTQ", "d.weight": "bitsandbytes"}
+
+
+@both_io
+@pytest.mark.parametrize("name", CODES)
+def test_codes_come_as_stored_or_not_at_all(mixed, io, name):
+    with mxfp4np.Checkpoint(mixed, io=io) as ckpt:
+        stored = ckpt.stored[name]
+        assert_same(ckpt[name], stored)
+        assert_same(ckpt.get(name, stored.dtype, index=np.s_[1:3]), stored[1:3])
+        assert_same(ckpt.get(name, out=np.empty_like(stored)), stored)
+        assert [chunk.dtype for _, chunk in ckpt.chunks(name)] == [stored.dtype]
+        calls = [
+            partial(ckpt.get, name, "float32"),
+            partial(ckpt.get, name, out=np.empty(stored.shape, np.float32)),
+            partial(ckpt.get, name, dtype="float16", index=0),
+            lambda: next(ckpt.chunks(name, dtype="float32")),
+        ]
+        for call in calls:
+            with pytest.raises(LayoutError) as info:
+                call()
+            assert f"tensor {name!r} is {CODES[name]}, which is not decoded: its bytes are in .stored" in str(
+                info.value
+            )
+        with pytest.raises(LayoutError, match=f"is {CODES[name]}, not MXFP4"):
+            ckpt.packed(name)
+
+
+def test_load_file_converts_no_codes(mixed):
+    found = mxfp4np.load_file(mixed, dtype="float32")
+    with mxfp4np.Checkpoint(mixed) as ckpt:
+        converted = {name for name, array in found.items() if array.dtype != ckpt[name].dtype}
+        assert converted == {"n.weight", "c.scales"} | {"m.weight"}
+
+
+def test_commands_name_and_keep_them(mixed, tmp_path, command, refused):
+    status, out, _ = command("inspect", mixed)
+    assert status == 0
+    for name, kind in CODES.items():
+        assert any(line.startswith(f"{name} ") and f"({kind})" in line for line in out.splitlines())
+    assert "1 of them MXFP4" in out
+    assert "1 of them GPTQ" in out
+    assert command("verify", mixed)[:2] == (0, "verified 12 tensors, 136 B read: nothing wrong\n")
+    status, _, err = command("convert", mixed, tmp_path / "out", "--verify")
+    assert status == 0
+    assert "still quantised" in err
+    assert "4 tensors" in err
+    with mxfp4np.Checkpoint(mixed) as source, mxfp4np.Checkpoint(tmp_path / "out") as target:
+        assert {name: target.info(name).format for name in CODES} == CODES
+        for name in source.stored.keys() & target.stored.keys():
+            assert_same(source.stored[name], target.stored[name])
+    assert command("decode", mixed, "a.weight", "-o", tmp_path / "a.safetensors")[0] == 0
+    message = refused("decode", mixed, "b.weight", "--dtype", "float32", "-o", tmp_path / "b.npy")
+    assert "tensor 'b.weight' is NVFP4, which is not decoded" in message
+
+
+def test_encode_refuses_codes(mixed, tmp_path):
+    with pytest.raises(LayoutError, match=r"'a.weight' is quantised already, it is FP8: convert the checkpoint first"):
+        mxfp4np.encode_checkpoint(mixed, tmp_path / "out", layout="mlx", include="n.weight")

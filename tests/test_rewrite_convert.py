@@ -1256,8 +1256,8 @@ class TestCommand:
             tmp_path / "in",
             {
                 "\x1b[2J": packed(2, 64, low=250, high=251),
-                "\x1b[3J.qweight": np.zeros((2, 2), np.int32),
-                "\x1b[3J.qzeros": np.zeros((2, 2), np.int32),
+                "\x1b[3J.weight": np.zeros((2, 2), np.uint8),
+                "\x1b[3J.weight.absmax": np.zeros(1),
             },
         )
         target = tmp_path / "o\x1b[1mut"

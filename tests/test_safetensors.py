@@ -38,7 +38,7 @@ HOSTILE = {
     "pointer of Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "git lfs pull"),
     "a file of GGUF": (b"GGUF\x03\0\0\0" + bytes(100), r"begins with b'GGUF\x03\x00\x00\x00', which is not the length"),
     "a page of HTML": (b"<!DOCTYPE html>" + bytes(100), "it is a file of another kind"),
-    "no header": (bytes(8), ""),
+    "no header": (bytes(8), "it begins with zeros: it is damaged, download or copy it again"),
     "truncated header": (file_bytes({"x": X})[:20], "it ends after 20 of at least "),
     "truncated data": (file_bytes({"x": X}, b"abc"), "bytes: download or copy it again"),
     "truncated data of two": (file_bytes(TWO, b"abcdefg"), f"of at least {len(file_bytes(TWO, b'abcdefgh')):,} bytes"),

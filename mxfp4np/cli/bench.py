@@ -125,7 +125,9 @@ def random_source(size: int) -> Source:
 
 def checkpoint_source(checkpoint: Checkpoint, size: int) -> Source:
     """Return the largest packed tensors that decode to at most ``size`` bytes of bfloat16, or a part of one."""
-    packed = [row.info for row in rows(checkpoint) if row.info is not None and row.info.layout and row.info.nbytes]
+    packed = [
+        row.info for row in rows(checkpoint) if row.info is not None and row.info.format == "MXFP4" and row.info.nbytes
+    ]
     if not packed:
         raise CheckpointError(
             f"{checkpoint.files[0].parent}: no packed tensor that could be decoded: see mxfp4np inspect"

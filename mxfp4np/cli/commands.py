@@ -129,7 +129,7 @@ def _inspect(args: argparse.Namespace) -> int:
         table = rows(checkpoint, args.pattern)
         if not table and args.pattern != "*":
             raise ValueError(f"{args.source}: no tensor is called like {args.pattern!r}")
-        packed = [row.info for row in table if args.stats and row.info is not None and row.info.layout is not None]
+        packed = [row.info for row in table if args.stats and row.info is not None and row.info.format == "MXFP4"]
         stats: dict[str, Stats] = {}
         with byte_bar(sum(info.nbytes for info in packed), "reading", quiet=args.quiet) as progress:
             for info in packed:

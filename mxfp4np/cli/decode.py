@@ -9,9 +9,9 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from ..array import MXFP4Array
+from ..blocks import BlockArray
 from ..checkpoint import Checkpoint
-from ..format import BLOCK_SIZE, as_dtype, decoded_dtype
+from ..format import as_dtype, decoded_dtype
 from ..layouts.table import wants_transpose
 from ..shapes import split, split_both, swapped
 from ..storage.safetensors import atomic_file, bytes_of, write_safetensors
@@ -79,8 +79,9 @@ class Selection:
     def _chunks(self, progress: Callable[[int], object]) -> Iterator[NDArray[Any]]:
         """Yield the values of all tensors in C order."""
         for array, dtype, _, transpose in self._tensors.values():
-            if isinstance(array, MXFP4Array):
-                pairs = split_both(array.shape, dtype.itemsize, CHUNK_BYTES, transpose=transpose, multiple=BLOCK_SIZE)
+            if isinstance(array, BlockArray):
+                size = array.block_size
+                pairs = split_both(array.shape, dtype.itemsize, CHUNK_BYTES, transpose=transpose, multiple=size)
                 chunks = (array[stored].decode(dtype, transpose=transpose) for _, stored in pairs)
             else:
                 indices = split(array.shape, dtype.itemsize, CHUNK_BYTES)
@@ -93,15 +94,17 @@ class Selection:
 class _Selected(NamedTuple):
     """A tensor, or a part of it, as it is stored; and the dtype and shape to write it in."""
 
-    array: MXFP4Array | NDArray[Any]
+    array: BlockArray | NDArray[Any]
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
     transpose: bool
 
 
 def _selected(checkpoint: Checkpoint, name: str, dtype: DTypeLike | None, index: Any, transpose: str) -> _Selected:
-    layout = checkpoint.info(name).layout
-    array = checkpoint.get(name) if layout is None else checkpoint.packed(name)
+    info = checkpoint.info(name)
+    info.check_values(dtype)
+    layout = info.layout
+    array = checkpoint.get(name) if layout is None else checkpoint.blocks(name)
     if index is not None:
         array = array[index]
     if layout is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -101,7 +102,8 @@ def table_lines(groups: dict[tuple[Any, ...], list[Row]]) -> list[str]:
     lines: list[tuple[str, ...]] = [("NAME", "", "SHAPE", "DTYPE", "LAYOUT", "STORED", "DECODED")]
     problems = []
     reasons: dict[str, None] = {}
-    total = packed = stored = decoded = 0
+    formats = Counter(MXFP4=0)
+    total = stored = decoded = 0
     for kind, group in groups.items():
         name, times = escape(label(group)), f"x{len(group)}" if len(group) > 1 else ""
         infos = [row.info for row in group if row.info is not None]
@@ -113,13 +115,14 @@ def table_lines(groups: dict[tuple[Any, ...], list[Row]]) -> list[str]:
         shape, dtype, layout = kind[1:]
         sizes = sum(info.nbytes for info in infos), sum(info.decoded_nbytes() for info in infos)
         stored, decoded = stored + sizes[0], decoded + sizes[1]
+        formats.update(info.format for info in infos if info.format)
         if layout:
-            packed += len(infos)
             reasons |= dict.fromkeys(escape(f"layout {layout}: {info.reason}{_orientation(info)}") for info in infos)
         cells = "x".join(map(str, shape)) or "scalar", dtype, layout or "-"
         lines.append((name, times, *cells, *map(format_bytes, sizes)))
-    summary = f"{count(total, 'tensor')}, {packed:,} of them MXFP4: {format_bytes(stored)} stored, "
-    summary += f"{format_bytes(decoded)} with MXFP4 decoded to bfloat16"
+    kinds = ", ".join(f"{number:,} of them {name}" for name, number in formats.items())
+    summary = f"{count(total, 'tensor')}, {kinds}: {format_bytes(stored)} stored, "
+    summary += f"{format_bytes(decoded)} with packed ones decoded to bfloat16"
     return [*align(lines), *problems, *reasons, summary]
 
 
@@ -170,6 +173,7 @@ def _row_json(row: Row, stats: dict[str, Stats]) -> dict[str, Any]:
         "shape": row.info.shape,
         "dtype": row.info.dtype,
         "layout": row.info.layout,
+        "format": row.info.format,
         "reason": row.info.reason,
         **_axes(row.info),
         "nbytes": row.info.nbytes,

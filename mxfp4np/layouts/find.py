@@ -17,9 +17,6 @@ from ..format import BYTES_PER_BLOCK
 from ..storage.tensorfile import StoredTensor
 from .table import LAYOUTS, METADATA, Layout
 
-FLOAT8_DTYPES: Final = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
-"""Dtypes of one-byte weights, which may have E8M0 scales of their own: MXFP8 and DeepSeek's FP8."""
-
 GATE_UP: Final = {"/gate": slice(0, None, 2), "/up": slice(1, None, 2)}
 """Suffixes of a name for one half of its rows, if gate and up alternate."""
 
@@ -168,14 +165,8 @@ def _as_codes(codes: StoredTensor, stored: Mapping[str, StoredTensor]) -> Iterat
         scales = None if layout.scales is None else stored.get(stem + layout.scales)
         if scales is None:
             packed = not layout.named_packed or layout.blocks_shape(codes.byte_shape) is not None
-        elif layout.without and stem + layout.without in stored:
-            packed = False
         else:
-            packed = (
-                layout.named_packed
-                or scales.dtype in (*layout.scales_dtypes, "F8_E4M3")
-                or _one_scale_per_block(codes, scales)
-            )
+            packed = layout.named_packed or scales.dtype in layout.scales_dtypes or _one_scale_per_block(codes, scales)
         if packed:
             yield stem + layout.weight, Candidate(layout, codes, scales)
 
@@ -196,7 +187,7 @@ def _as_scales(
             continue
         has_codes = True
         packed = (layout.named_packed and scales.dtype == "U8") or _one_scale_per_block(codes, scales)
-        if packed and codes.dtype not in (*layout.codes_dtypes, *FLOAT8_DTYPES):
+        if packed and codes.dtype not in layout.codes_dtypes:
             yield stem + layout.weight, Candidate(layout, codes, scales)
     if lone and not has_codes:
         name = next(iter(lone))

@@ -46,23 +46,28 @@ _FORMATS_OF_BYTES: Final = {8: "NVFP4", 24: "MXFP6", 32: "MXFP8"}
 
 
 class Signature(NamedTuple):
-    """A format that names alone identify: the suffix of codes, of any dtype, and of a tensor that is beside them."""
+    """A format that names identify."""
 
     format: str
     codes: str
+    """Suffix of the codes."""
     beside: str
+    """Suffix of a tensor that is beside them."""
+    kinds: str = "UI"
+    """First letters of the dtypes that codes may have."""
 
 
 SIGNATURES: Final = (
     Signature("MLX affine", ".weight", ".biases"),
     Signature("GPTQ", ".qweight", ".g_idx"),
     Signature("AWQ", ".qweight", ".qzeros"),
-    Signature("bitsandbytes", ".weight", ".weight.absmax"),
+    Signature("bitsandbytes", ".weight", ".weight.absmax", "UIBF"),
     Signature("HQQ", ".W_q", ".zero"),
     Signature("EXL2", ".q_weight", ".q_groups"),
     Signature("EXL3", ".trellis", ".suh"),
     Signature("AQLM", ".codes", ".codebooks"),
 )
+_SIGNATURES: Final = {known.codes: [x for x in SIGNATURES if x.codes == known.codes] for known in SIGNATURES}
 
 
 class Others:
@@ -79,7 +84,10 @@ class Others:
         self.scales: set[str] = set()
         self._formats: dict[str, str] = {}
         for tensor in stored.values():
-            found = self._signature(tensor) or (self._scaled(tensor) if tensor.dtype in _PACKED else None)
+            stem, dot, last = tensor.name.rpartition(".")
+            found = self._signature(tensor, stem, dot + last)
+            if found is None and tensor.dtype in _PACKED:
+                found = self._scaled(tensor, stem, dot + last)
             if found:
                 self._formats[tensor.name] = found
 
@@ -92,7 +100,9 @@ class Others:
         if tensor.name in self._formats or tensor.name in self.scales:
             return self._formats.get(tensor.name)
         if tensor.dtype not in DTYPES:  # of GGUF
-            return tensor.dtype
+            stem = tensor.name.removesuffix(".weight")
+            scaled = tensor.dtype == "NVFP4" and {f"{stem}.scale", f"{tensor.name}.scale"} & self._stored.keys()
+            return "NVFP4 with a second scale" if scaled else tensor.dtype
         if tensor.dtype in ("F4", *_FLOAT6):
             return f"FP{tensor.dtype[1]}"
         if len(tensor.shape) > 1 and tensor.dtype in _FLOAT8:
@@ -102,37 +112,33 @@ class Others:
             return next((f"MX{element[:3].upper()}" for element in sorted(elements) if element[:2] == "fp"), None)
         return None
 
-    def _signature(self, tensor: StoredTensor) -> str | None:
-        for known in SIGNATURES:
-            if tensor.name.endswith(known.codes):
-                stem = tensor.name.removesuffix(known.codes)
-                if (beside := stem + known.beside) in self._stored:
-                    scales = self._stored.get(f"{stem}.scales")
-                    if known.format == "AWQ" and scales and scales.shape[-1:] == tensor.shape[-1:]:
-                        return "GPTQ"  # packed along the input axis; AWQ packs along the output axis
-                    self.scales |= {beside, f"{stem}.scales"} & self._stored.keys()
-                    return known.format
+    def _signature(self, tensor: StoredTensor, stem: str, suffix: str) -> str | None:
+        for known in _SIGNATURES.get(suffix, ()):
+            if tensor.dtype[0] in known.kinds and (beside := stem + known.beside) in self._stored:
+                scales = self._stored.get(f"{stem}.scales")
+                if known.format == "AWQ" and scales and scales.shape[-1:] == tensor.shape[-1:]:
+                    return "GPTQ"  # packed along the input axis; AWQ packs along the output axis
+                self.scales |= {beside, f"{stem}.scales"} & self._stored.keys()
+                return known.format
         return None
 
-    def _scaled(self, codes: StoredTensor) -> str | None:
+    def _scaled(self, codes: StoredTensor, stem: str, suffix: str) -> str | None:
         """Return the format of codes that have scales beside them, which say what it is."""
-        for scales in self._scales_of(codes):
+        for scales in self._scales_of(codes, stem, suffix):
             found = self._format_of_pair(codes, scales)
             if found:
                 self.scales.add(scales.name)
                 return found
         return None
 
-    def _scales_of(self, codes: StoredTensor) -> Iterator[StoredTensor]:
-        for suffix, names in _SCALES.items():
-            if codes.name.endswith(suffix):
-                stem = codes.name.removesuffix(suffix)
-                yield from (self._stored[stem + name] for name in names if stem + name in self._stored)
-                if suffix == ".weight" and codes.dtype in _FLOAT8:  # one scale for several tensors
-                    parent = stem.rpartition(".")[0]
-                    shared = self._stored.get(f"{parent}.weight_scale")
-                    if shared is not None and math.prod(shared.shape) == 1:
-                        yield shared
+    def _scales_of(self, codes: StoredTensor, stem: str, suffix: str) -> Iterator[StoredTensor]:
+        stem, names = (stem, _SCALES[suffix]) if suffix in _SCALES else (codes.name, _SCALES[""])
+        yield from (self._stored[stem + name] for name in names if stem + name in self._stored)
+        if suffix == ".weight" and codes.dtype in _FLOAT8:  # one scale for several tensors
+            parent = stem.rpartition(".")[0]
+            shared = self._stored.get(f"{parent}.weight_scale")
+            if shared is not None and math.prod(shared.shape) == 1:
+                yield shared
 
     def _format_of_pair(self, codes: StoredTensor, scales: StoredTensor) -> str | None:
         *rows, length = codes.byte_shape
@@ -148,7 +154,8 @@ class Others:
             return next((name for size, name in _FORMATS_OF_BYTES.items() if fitting.get(size) == scales.shape), None)
         if scales.dtype not in _FLOATS or codes.dtype not in ("U8", "I8", "I32") or len(codes.shape) < 2:
             return None
-        if codes.dtype != "I32" and fitting.get(BYTES_PER_BLOCK) == scales.shape:
+        could_be_mxfp4 = codes.dtype == "U8" or (codes.dtype == "I8" and scales.name.endswith(".scale"))
+        if could_be_mxfp4 and fitting.get(BYTES_PER_BLOCK) == scales.shape and not self._says_integers():
             return None  # MXFP4, of which scales were converted
         return "INT8" if codes.dtype == "I8" else f"INT{self._bits()}"
 
@@ -160,6 +167,10 @@ class Others:
         """Return the bits of packed integers, by config.json; 4 unless it says otherwise."""
         found = self._documents.values("config.json", "", "num_bits")
         return "4" if not found or "4" in found else min(found)
+
+    def _says_integers(self) -> bool:
+        found = (self._documents.values("config.json", "", key) for key in ("type", "dtype", "quant_algo"))
+        return any(value.startswith(("int", "uint")) for values in found for value in values)
 
     def _says_quantised(self) -> bool:
         """Return whether a document says that weights have scales, which FP8 weights without any may lack."""

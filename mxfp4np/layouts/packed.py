@@ -13,9 +13,12 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from ..array import MXFP4Array
-from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, decoded_dtype
+from ..blocks import BlockArray
+from ..errors import LayoutError
+from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, as_dtype, decoded_dtype, dtype_named
 from ..shapes import basic_indices, full_index, is_advanced
-from ..storage.tensorfile import StoredTensor
+from ..storage.tensorfile import DTYPES, StoredTensor
+from .gguf import GGUFArray
 from .table import Layout, Shape
 
 
@@ -46,6 +49,27 @@ class TensorInfo(NamedTuple):
         """Return the bytes of the decoded array; for a plain tensor, those in the files."""
         return self.nbytes if self.layout is None else math.prod(self.shape) * decoded_dtype(dtype).itemsize
 
+    @property
+    def label(self) -> str:
+        """The dtype, and the format if that is another: ``"U8 (NVFP4)"``."""
+        return self.dtype if self.format in (None, self.dtype) else f"{self.dtype} ({self.format})"
+
+    def check_values(self, dtype: DTypeLike | None) -> None:
+        """Refuse codes that are not decoded in any dtype but their stored one, in which they are no values.
+
+        Raises
+        ------
+        LayoutError
+        """
+        if self.format is None or self.layout is not None:
+            return
+        known = DTYPES.get(self.dtype)
+        if known is None or (dtype is not None and as_dtype(dtype) != dtype_named(known[1])):
+            raise LayoutError(
+                f"{self.stored[0].file.path}: tensor {self.name!r} is {self.format}, which is not decoded: its bytes "
+                "are in .stored"
+            )
+
 
 class PackedTensor(NamedTuple):
     """A logical tensor of a known layout: codes and scales of consistent shapes."""
@@ -58,12 +82,14 @@ class PackedTensor(NamedTuple):
     """``[..., G, bytes of a block]``."""
     reason: str
     """Why it has this layout; empty if nothing shows that it does."""
+    format: str = "MXFP4"
+    """Or one of GGUF's types."""
 
     @property
     def shape(self) -> Shape:
         """Of the values."""
         *lead, groups, _ = self.blocks
-        return (*lead, groups * BLOCK_SIZE)
+        return self.codes.shape if self.format != "MXFP4" else (*lead, groups * BLOCK_SIZE)
 
     @property
     def stored(self) -> tuple[StoredTensor, ...]:
@@ -76,7 +102,7 @@ class PackedReader:
 
     Attributes
     ----------
-    array : MXFP4Array
+    array : MXFP4Array or GGUFArray
         The whole tensor, or its ``rows``: a view of the map, or of reserved memory that is never read.
     copies : bool
         Whether `load` reads into new memory, not from a map.
@@ -87,7 +113,10 @@ class PackedReader:
         self._tensor = tensor
         self._codes = codes.file.view(codes)
         blocks = self._codes.reshape(tensor.blocks)
-        if scales is None:
+        self.array: MXFP4Array | GGUFArray
+        if tensor.format != "MXFP4":
+            self.array = GGUFArray(blocks, tensor.format)
+        elif scales is None:
             self.array = MXFP4Array(blocks[..., 1:], blocks[..., 0], layout.order)
         else:
             self._scales = scales.file.view(scales)
@@ -100,7 +129,7 @@ class PackedReader:
             self.array = self.array[..., rows, :]
         self.copies = codes.file.io == "pread"
 
-    def views(self, index: Any) -> tuple[Shape, list[tuple[Any, MXFP4Array]]]:
+    def views(self, index: Any) -> tuple[Shape, list[tuple[Any, BlockArray]]]:
         """Return what an index selects of `array`: its shape, and views of it by their places in the selection.
 
         It is one view, unless the index has lists or masks.
@@ -111,9 +140,11 @@ class PackedReader:
         shape, pairs = basic_indices(full_index(index, self.array.ndim), self.array.shape)
         return shape, [(place, self.array[basic]) for place, basic in pairs]
 
-    def load(self, part: MXFP4Array) -> MXFP4Array:
+    def load(self, part: Any) -> Any:
         """Return ``part``, any view of `array`, with its bytes in memory or in a map, and its scales as E8M0."""
         codes, scales, layout = self._tensor.codes, self._tensor.scales, self._tensor.layout
+        if isinstance(part, GGUFArray):
+            return part.replace(codes.file.read(codes, self._codes, part.blocks))
         part_blocks, part_scales = part.blocks, part.scales
         if scales is not None:
             part_blocks = codes.file.read(codes, self._codes, part_blocks)

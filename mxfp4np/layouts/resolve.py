@@ -1,45 +1,57 @@
 """Decide the layout of a tensor that seems to be packed: dtypes, shapes and evidence, checked against each other.
 
-What fits no layout is refused with the reason, and so is what fits several without evidence for one. What is another
-format, such as NVFP4, is refused by its name.
+What fits no layout is refused with the reason, and so is what fits several without evidence for one. Tensors of
+GGUF's own types have that layout if the gguf package decodes them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 from ..errors import LayoutError
-from ..format import BLOCK_SIZE, BYTES_PER_BLOCK
-from ..storage.tensorfile import StoredTensor
+from ..storage.tensorfile import DTYPES, StoredTensor
 from .find import Candidate, Documents
+from .gguf import block_of
+from .others import Others
 from .packed import PackedTensor, swizzled_shape
-from .table import METADATA, Layout, Shape
+from .table import LAYOUTS, METADATA, Layout, Shape
 
-NVFP4_SCALES: Final = (".weight_scale_2", ".weight_global_scale", "._weight_per_tensor_scale")
-"""Suffixes of the second, global scale of NVFP4 tensors; MXFP4 has none."""
+_GGUF: Final = next(layout for layout in LAYOUTS if layout.name == "gguf")
 
 
 class Resolver:
     """Decides the layouts of the tensors of one checkpoint; takes the ``forced`` one where it is a candidate."""
 
-    def __init__(self, stored: Mapping[str, StoredTensor], documents: Documents, forced: str | None) -> None:
-        self._stored, self._documents, self._forced = stored, documents, forced
+    def __init__(self, others: Others, documents: Documents, forced: str | None) -> None:
+        self._others, self._documents, self._forced = others, documents, forced
 
-    def resolve(self, name: str, candidates: Sequence[Candidate]) -> PackedTensor | StoredTensor:
-        """Return a logical tensor in its layout, or the stored tensor if it is plain after all.
+    def resolve(self, name: str, found: StoredTensor | Sequence[Candidate]) -> PackedTensor | StoredTensor:
+        """Return a logical tensor in its layout, or the stored tensor if it is plain, or not decoded.
 
         Raises
         ------
         LayoutError
             If codes or scales are missing or inconsistent, or if there are several layouts.
         """
-        candidates = [x for x in candidates if x.layout.name == self._forced] or candidates
+        if isinstance(found, StoredTensor):
+            return self._of_gguf(found)
+        candidates = [x for x in found if x.layout.name == self._forced] or found
         complete = [x for x in candidates if x.codes and x.scales]
         if not complete:  # scales may be in the blocks
             inline = [x for x in candidates if x.layout.scales is None]
             complete = [x for x in inline if x.layout.headers_suffice or self._supported(x.layout, name)]
         return self._choose(name, complete) if complete else self._lone(name, candidates)
+
+    def _of_gguf(self, tensor: StoredTensor) -> PackedTensor | StoredTensor:
+        """Return a tensor of GGUF's own types as a packed one if the gguf package decodes it."""
+        kind = tensor.dtype
+        block = None if kind in DTYPES or self._others.format_of(tensor) != kind else block_of(kind)
+        if block is None:
+            return tensor
+        *rows, nbytes = tensor.byte_shape
+        blocks = (*rows, nbytes // block[1], block[1])
+        return PackedTensor(_GGUF, tensor, None, blocks, f"tensor type, {kind}", kind)
 
     def _supported(self, layout: Layout, name: str) -> bool:
         return layout.name == self._forced or self._documents.support(layout, name) is not None
@@ -93,13 +105,7 @@ class Resolver:
             raise _mismatch(codes, f"dtype {' or '.join(layout.codes_dtypes)}", codes.dtype)
         if scales is not None and scales.dtype not in layout.scales_dtypes:
             expected = " or ".join(layout.scales_dtypes)
-            if scales.dtype == "F8_E4M3":
-                raise _other_format(codes, "NVFP4", f"{expected} scales", "F8_E4M3 scales")
             raise _mismatch(scales, f"dtype {expected}", scales.dtype)
-        for suffix in NVFP4_SCALES:
-            other = codes.name.removesuffix(layout.codes) + suffix
-            if layout.codes and other in self._stored:
-                raise _other_format(codes, "NVFP4", "no global scale", repr(other))
         blocks = layout.blocks_shape(codes.byte_shape)
         if blocks is None:
             size = layout.block_bytes
@@ -129,10 +135,6 @@ def _check_scales(layout: Layout, codes: StoredTensor, scales: StoredTensor, blo
     expected = swizzled_shape(blocks[:-1]) if layout.swizzled else blocks[:-1]
     if scales.shape == expected and scales.shape:
         return
-    if len(blocks) > 1 and scales.shape == (*blocks[:-2], 2 * blocks[-2]):
-        raise _other_format(codes, "NVFP4", f"a scale for {BLOCK_SIZE} values", "one for 16")
-    if len(blocks) > 1 and scales.shape == (*blocks[:-2], blocks[-2] / 2):
-        raise _other_format(codes, "MXFP8", f"a scale for {BYTES_PER_BLOCK} bytes", "one for 32")
     raise _mismatch(
         scales, f"shape {list(expected)} to go with {list(codes.shape)} of {codes.name!r}", list(scales.shape)
     )
@@ -140,10 +142,3 @@ def _check_scales(layout: Layout, codes: StoredTensor, scales: StoredTensor, blo
 
 def _mismatch(tensor: StoredTensor, expected: str, found: object) -> LayoutError:
     return LayoutError(f"{tensor.file.path}: tensor {tensor.name!r}: expected {expected}, found {found}")
-
-
-def _other_format(codes: StoredTensor, name: str, expected: str, found: str) -> LayoutError:
-    return LayoutError(
-        f"{codes.file.path}: tensor {codes.name!r} is {name}, not MXFP4: expected {expected}, found {found}; its bytes "
-        "are in .stored"
-    )

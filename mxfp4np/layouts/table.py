@@ -53,8 +53,6 @@ class Layout:
         Added to a stored scale, modulo 256, to make it E8M0.
     order : {"pairs", "halves"}
         Of the elements of a block; see `mxfp4np.format.ORDERS`.
-    without : str
-        Suffix of a tensor that is there if the codes are not MXFP4.
     evidence : tuple of Evidence
         Documents by which the layout is detected; any one suffices.
     headers_suffice : bool
@@ -75,7 +73,6 @@ class Layout:
     swizzled: bool = False
     bias: int = 0
     order: str = "pairs"
-    without: str = ""
     evidence: tuple[Evidence, ...] = ()
     headers_suffice: bool = True
     gate_up: tuple[str, ...] = ()
@@ -139,7 +136,7 @@ LAYOUTS: Final = (
     Layout("modelslim", ".weight", ".weight_scale", evidence=(_MODELSLIM,), headers_suffice=False),
     Layout("quark-mx", ".weight", None, bias=SCALE_BIAS, evidence=(_QUARK_MX,), headers_suffice=False),
     Layout("deepseek", ".weight", ".scale", codes_dtypes=("I8", "F4"), scales_dtypes=_E8M0, evidence=(_DEEPSEEK,)),
-    Layout("mlx", ".weight", ".scales", codes_dtypes=("U32",), without=".biases", evidence=(_MLX,)),
+    Layout("mlx", ".weight", ".scales", codes_dtypes=("U32",), evidence=(_MLX,)),
     Layout("torchao", "._weight_qdata", "._weight_scale", scales_dtypes=_E8M0, evidence=(_TORCHAO,)),
     Layout(
         "torchao-swizzled",

@@ -90,13 +90,13 @@ class Copied(Item):
         Raises
         ------
         LayoutError
-            If safetensors has no name for its type, as for the packed types of GGUF.
+            If safetensors has no name for its type, as for the types of GGUF.
         """
         for tensor in info.stored:
             if tensor.dtype not in DTYPES:
                 raise LayoutError(
-                    f"{tensor.file.path}: tensor {info.name!r} is {tensor.dtype}, which safetensors has no name for: "
-                    "it cannot be copied"
+                    f"{tensor.file.path}: tensor {info.name!r} is {info.format}, which is no dtype of safetensors, and "
+                    "cannot be copied: leave it out, with --drop"
                 )
         return cls(info.name, tuple(Output(tensor.name, tensor.dtype, tensor.shape) for tensor in info.stored))
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ..array import MXFP4Array
 from ..backends import get_backend
+from ..blocks import BlockArray
 from ..checkpoint import Checkpoint
 from ..errors import CheckpointError, CheckpointWarning, LayoutError, TensorNotFoundError
 from ..format import DTYPES as DECODED
@@ -196,8 +197,9 @@ def compare(
         dtype, transposed = DTYPES[found.dtype][1], wants_transpose(info.layout, info.shape, transpose)
         for index, chunk in source.pieces(name, CHUNK_BYTES, dtype=dtype, transpose=transposed):
             expected = chunk.decode(dtype, transpose=transposed, backend="numpy")
-            nan_blocks += int(np.count_nonzero(chunk.scales == SCALE_NAN))
             overflow += count_overflow(chunk, expected)
+            if isinstance(chunk, MXFP4Array):
+                nan_blocks += int(np.count_nonzero(chunk.scales == SCALE_NAN))
             if difference is None:
                 difference = _first_difference(index, expected, target.get(name, index=index or ...))
             pool.advance(file.name, name, expected.nbytes)
@@ -242,8 +244,10 @@ def _difference_of_copies(ours: Stored, theirs: Stored, pool: Workers) -> str | 
     return difference
 
 
-def count_overflow(packed: MXFP4Array, values: NDArray[Any]) -> int:
+def count_overflow(packed: BlockArray, values: NDArray[Any]) -> int:
     """Return how many decoded values were too large for their dtype."""
+    if not isinstance(packed, MXFP4Array):
+        return int(np.count_nonzero(np.isinf(values)))
     # No code overflows up to these scales: 6 * 2**13 in float16, 6 * 2**125 in the others.
     most = 140 if values.dtype == np.float16 else 252
     large = (packed.scales > most) & (packed.scales != SCALE_NAN)
@@ -273,7 +277,7 @@ def _health(
         except LayoutError as error:
             result.findings.append(str(error))
         else:
-            packed += [info] if info.layout is not None else []
+            packed += [info] if info.format == "MXFP4" else []
     pool = Workers(num_threads, sum(info.nbytes for info in packed), progress)
 
     def count_scales(info: TensorInfo) -> NDArray[np.int64]:

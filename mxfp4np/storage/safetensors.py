@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
-from .tensorfile import StoredTensor, TensorFile, nbytes_of
+from .tensorfile import StoredTensor, TensorFile, nbytes_of, wrong_beginning
 
 HEADER_LIMIT: Final = 100_000_000
 """Largest header that the format allows, in bytes."""
@@ -88,8 +88,8 @@ def _what_is_wrong(file: BinaryIO) -> str | None:
     file.seek(0)
     beginning = file.read(8)
     expected = 8 + int.from_bytes(beginning, "little")
-    if expected > 8 + HEADER_LIMIT:
-        return f"it begins with {beginning!r}, which is not the length of a header: it is a file of another kind"
+    if expected > 8 + HEADER_LIMIT or beginning == bytes(8):
+        return wrong_beginning(beginning, "the length of a header")
     if expected <= size:
         file.seek(8)
         try:

@@ -75,7 +75,7 @@ class StoredTensor(NamedTuple):
     dtype: str
     """As the header spells it, for instance ``"BF16"``; of a GGUF file also ``"MXFP4"`` or ``"Q8_0"``."""
     shape: tuple[int, ...]
-    """As in the header; F4 and F6 dtypes count elements, GGUF's own dtypes bytes."""
+    """As in the header: of elements."""
     file: TensorFile
     offset: int
     """In bytes, from the beginning of the file."""
@@ -85,13 +85,16 @@ class StoredTensor(NamedTuple):
     def byte_shape(self) -> tuple[int, ...]:
         """Shape as bytes, along the last axis; flat if a row is not a whole number of bytes."""
         *rows, length = self.shape or (1,)
+        if self.dtype not in DTYPES:  # in blocks
+            count = math.prod(rows)
+            return (*rows, self.nbytes // count) if count and self.nbytes % count == 0 else (self.nbytes,)
         bits = length * element(self.dtype)[0]
         return (*rows, bits // 8) if bits % 8 == 0 else (self.nbytes,)
 
     @property
     def array_shape(self) -> tuple[int, ...]:
-        """Shape as an array; elements below a byte stay packed in bytes."""
-        return self.shape if element(self.dtype)[0] >= 8 else self.byte_shape
+        """Shape as an array; elements below a byte, and blocks of them, stay packed in bytes."""
+        return self.shape if self.dtype in DTYPES and element(self.dtype)[0] >= 8 else self.byte_shape
 
     def array(self, index: Any = None) -> Any:
         """Return the tensor in its stored dtype, or the part of it that a NumPy index selects.
@@ -284,6 +287,13 @@ def open_regular(path: Path) -> BinaryIO:
         raise CheckpointError(f"{path}: it is a pointer of Git LFS: get the file itself with git lfs pull")
     file.seek(0)
     return file
+
+
+def wrong_beginning(beginning: bytes, expected: str) -> str:
+    """Return what is wrong with a file that begins with other bytes than its format has."""
+    if not any(beginning):
+        return f"it {'begins with zeros' if beginning else 'is empty'}: it is damaged, download or copy it again"
+    return f"it begins with {beginning!r}, which is not {expected}: it is a file of another kind"
 
 
 def _stamp(file: BinaryIO) -> tuple[int, int]:

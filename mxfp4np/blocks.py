@@ -1,0 +1,173 @@
+"""BlockArray: an array of values in blocks along its last axis, still encoded, that indexes like one array.
+
+What the formats have in common; a subclass adds what its blocks hold, and decodes them. This module knows no file and
+no tensor name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from .backends import Backend, device_of
+from .format import decoded_dtype
+from .shapes import full_index, split, swapped
+from .text import parse_bytes
+
+
+class BlockArray:
+    """An array of values in blocks.
+
+    Attributes
+    ----------
+    blocks : (..., G, bytes of a block) numpy.ndarray of uint8
+    block_size : int
+        Values of a block.
+    shape : tuple of int
+        Of the values: ``(..., block_size * G)``, or less if a slice began or ended inside a block.
+    start : int
+        Elements of each row's first block that are not part of the array: 0 unless a slice began inside a block.
+    """
+
+    __slots__ = ("blocks", "shape", "start")
+
+    blocks: NDArray[np.uint8]
+    shape: tuple[int, ...]
+    start: int
+    block_size: int
+
+    @property
+    def inputs(self) -> tuple[NDArray[np.uint8], ...]:
+        """The arrays that are decoded, which an output may not overlap."""
+        return (self.blocks,)
+
+    def _of_blocks(self, span: tuple[Any, ...]) -> Self:
+        """Return what an index of the leading axes and of whole blocks selects."""
+        raise NotImplementedError
+
+    def decode(
+        self,
+        dtype: DTypeLike | None = None,
+        *,
+        out: NDArray[Any] | None = None,
+        transpose: bool = False,
+        backend: str | None = None,
+        device: Any = None,
+        num_threads: int | None = None,
+    ) -> NDArray[Any]:
+        """Return the values; see `MXFP4Array.decode`."""
+        raise NotImplementedError
+
+    @property
+    def device(self) -> str:
+        """Where the packed bytes are: ``"cpu"``, or ``"cuda:0"`` or another."""
+        return device_of(self.blocks)
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __iter__(self) -> Iterator[Self]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, index: Any) -> Self:
+        """Return a view, or a copy of what lists or masks select, still packed; nothing is decoded.
+
+        Parameters
+        ----------
+        index : int, slice, Ellipsis, list or array of int or bool, or a tuple of them
+            As in NumPy for the leading axes. The last axis, along which values share scales, takes a slice of step 1,
+            which may begin and end inside a block.
+
+        Raises
+        ------
+        IndexError
+            If it is out of range, or of another kind.
+        """
+        lead, (begin, end) = self._split_index(index)
+        begin, end = begin + self.start, end + self.start
+        first = begin // self.block_size
+        part = self._of_blocks((*lead, slice(first, -(-end // self.block_size) if end > begin else first)))
+        part.start, part.shape = begin % self.block_size, (*part.shape[:-1], end - begin)
+        return part
+
+    def _split_index(self, index: Any) -> tuple[tuple[Any, ...], tuple[int, int]]:
+        """Split an index into items for the leading axes, and begin and end along the last."""
+        *lead, last = full_index(index, self.ndim)
+        if not isinstance(last, slice):
+            use = f"use [{last}:{last} + 1], or decode first" if isinstance(last, int) else "decode first, then index"
+            raise IndexError(f"the last axis takes a slice, found {last!r}: {use}")
+        begin, end, step = last.indices(self.shape[-1])
+        if step != 1:
+            raise IndexError(f"the last axis takes slices of step 1, found step {step}: decode first, then index")
+        if self.device != "cpu":  # CuPy takes lists, but no arrays of the host
+            lead = [item.tolist() if isinstance(item, np.ndarray) else item for item in lead]
+        return tuple(lead), (begin, max(begin, end))
+
+    def prepare_out(
+        self,
+        dtype: DTypeLike | None,
+        out: NDArray[Any] | None,
+        *,
+        transpose: bool,
+        impl: Backend,
+        shape: tuple[int, ...] | None = None,
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Return the output of `decode`, checked or new, and a view of it that has the shape of this array.
+
+        ``shape`` is that of this array, unless only a part of it is decoded.
+        """
+        shape = self.shape if shape is None else shape
+        shape = swapped(shape) if transpose else shape
+        if out is None:
+            out = impl.empty(shape, decoded_dtype("bfloat16" if dtype is None else dtype))
+        else:
+            impl.check_out(out, *self.inputs)
+            expected = decoded_dtype(out.dtype if dtype is None else dtype)
+            if out.dtype != expected:
+                raise ValueError(f"out must have dtype {expected}, found {out.dtype}")
+            if out.shape != shape:
+                raise ValueError(f"out must have shape {shape}, found {out.shape}")
+        return out, out.swapaxes(-1, -2) if transpose else out
+
+    def iter_chunks(
+        self, max_bytes: int | str, dtype: DTypeLike = "bfloat16"
+    ) -> Iterator[tuple[tuple[int | slice, ...], Self]]:
+        """Split the array into views that each decode to at most ``max_bytes``.
+
+        Parameters
+        ----------
+        max_bytes : int or str
+            At least one block of the decoded dtype; text is for instance ``"1GB"`` or ``"512MiB"``.
+        dtype : str, type or numpy.dtype
+            Of the decoded chunk.
+
+        Yields
+        ------
+        index : tuple of int and slice
+            The view is ``self[index]``; in C order, together they are the whole array.
+        chunk : BlockArray
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from mxfp4np import MXFP4Array
+        >>> packed = MXFP4Array(np.zeros((3, 2, 16), np.uint8), np.zeros((3, 2), np.uint8))
+        >>> [index for index, chunk in packed.iter_chunks(256)]
+        [(slice(0, 2, None), slice(0, 64, None)), (slice(2, 3, None), slice(0, 64, None))]
+        """
+        for index in split(self.shape, decoded_dtype(dtype).itemsize, parse_bytes(max_bytes), (self.block_size,)):
+            yield index, self[index]
