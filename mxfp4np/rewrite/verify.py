@@ -122,6 +122,8 @@ def verify(
         try:
             checkpoint = _open(source, layout)
         except (CheckpointError, LayoutError, FileNotFoundError) as error:
+            if layout is not None and isinstance(error, LayoutError):
+                raise
             return Verification(findings=[str(error)])
         with checkpoint:
             return _health(checkpoint, select(checkpoint, include or (), exclude or ()), num_threads, progress)
