@@ -13,7 +13,8 @@ from mxfp4np.cli import main
 from mxfp4np.format import RULES
 from mxfp4np.layouts.table import ENCODED_LAYOUTS
 from mxfp4np.rewrite import encode as encoding
-from mxfp4np.rewrite.encode import FORMS, Errors, plan_encoding
+from mxfp4np.rewrite.choose import FORMS
+from mxfp4np.rewrite.encode import Errors, plan_encoding
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -220,7 +221,8 @@ def test_patterns_choose(tmp_path):
     ("pattern", "layout", "message"),
     [
         ("*.ids.weight", "mlx", r"tensor 'model.layers.0.ids.weight' is I64: expected BF16, F16 or F32"),
-        ("*.up_proj.bias", "mlx", r"expected a name that ends in '.weight'"),
+        ("*.up_proj.bias", "mlx", r"has shape \[96\]: expected 2 or 3 axes"),
+        ("*.table", "mlx", r"expected a name that ends in '.weight'"),
         ("*norm.weight", "mlx", r"has shape \[64\]: expected 2 or 3 axes"),
         ("*odd_proj.weight", "mlx", r"has shape \[64, 100\]: expected a multiple of 32 inputs, found 100"),
         ("*odd_proj.weight", "gpt-oss", r"is none that gpt-oss packs: those are \*.mlp1_weight and \*.mlp2_weight"),
@@ -229,7 +231,7 @@ def test_patterns_choose(tmp_path):
     ],
 )
 def test_what_cannot_be_packed_is_refused(tmp_path, pattern, layout, message):
-    source = write(tmp_path / "source", DENSE)
+    source = write(tmp_path / "source", {**DENSE, "a.table": normal(4, 64)})
     with pytest.raises(ValueError, match=message):
         mxfp4np.encode_checkpoint(source, tmp_path / "out", layout=layout, include=[pattern] if pattern else [])
     assert not (tmp_path / "out").exists()
@@ -326,7 +328,9 @@ class TestCommand:
     def test_dry_run(self, tmp_path, capsys):
         source = write(tmp_path / "source", DENSE)
         assert main(["encode", str(source), str(tmp_path / "out"), "--layout", "mlx", "--dry-run"]) == 0
-        assert capsys.readouterr().out.splitlines()[-1].startswith("1 shard, ")
+        *_, shards, left = capsys.readouterr().out.splitlines()
+        assert shards.startswith("1 shard, ")
+        assert left.startswith("left as they are: 4 tensors, 37.9 kB, the largest model.layers.0.mlp.odd_proj.weight")
         assert not (tmp_path / "out").exists()
 
     def test_one_line_for_what_is_wrong(self, tmp_path, capsys):
