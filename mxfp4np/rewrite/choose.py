@@ -155,6 +155,18 @@ def _axis(first: Shape, second: Shape) -> int | None:
     return -2 if (first[-1], first[-2]) == (2 * second[-2], second[-1]) else None
 
 
+def is_transposed(info: TensorInfo, shapes: Mapping[str, Shape], layout: str, transpose: str) -> bool:
+    """Return whether a tensor is transposed before it is packed in a layout: with "auto", so that its inputs come last.
+
+    ``shapes`` are those of all tensors.
+    """
+    transposed = wants_transpose(layout, info.shape, transpose)
+    if transpose != "auto" or layout not in FORMS or not FORMS[layout].exact:
+        return transposed
+    axis = inputs_of(info.name, shapes).axis
+    return transposed if axis is None else axis == -2
+
+
 class Left(NamedTuple):
     """A matrix of floats that is not packed, and why."""
 
@@ -194,10 +206,8 @@ class Choice:
         return [Left(info.name, info.nbytes, self._reason(info) or "was not included") for info in infos]
 
     def is_transposed(self, info: TensorInfo) -> bool:
-        """Return whether a tensor is transposed before it is packed: with "auto", so that its inputs come last."""
-        transposed = wants_transpose(self._layout, info.shape, self._transpose)
-        axis = inputs_of(info.name, self._shapes).axis
-        return axis == -2 if self._transpose == "auto" and self._form.exact and axis is not None else transposed
+        """Return whether a tensor is transposed before it is packed."""
+        return is_transposed(info, self._shapes, self._layout, self._transpose)
 
     def _reason(self, info: TensorInfo) -> str | None:
         """Return why a tensor is not packed by default, or None."""

@@ -24,9 +24,10 @@ from ..storage.discover import PathLike
 from ..storage.tensorfile import DTYPES, SAFETENSORS_DTYPES
 from ..text import count, escape, patterns, select
 from .config import Source, decoded_config, kept_metadata, small_files
+from .findings import Verification
 from .plan import MAX_SHARD_SIZE, Chunks, Copied, Item, Output, Plan, make_shards
 from .run import Run, refuse_incomplete, run_plan, tasks_of
-from .verify import Verification, compare, count_overflow
+from .verify import compare, count_overflow
 from .workers import Progress
 
 CHUNK_BYTES: Final = 32 << 20

@@ -25,8 +25,10 @@ from ..storage.tensorfile import DTYPES, element
 from ..text import count, escape, format_bytes, patterns
 from .choose import FORMS, LAYOUT_NAMED, Choice, Left
 from .config import Source, encoded_config, kept_metadata, small_files
+from .findings import Verification
 from .plan import MAX_SHARD_SIZE, Chunks, Copied, Item, Output, Plan, make_shards
-from .run import Run, refuse_incomplete, run_plan
+from .run import Run, refuse_incomplete, run_plan, tasks_of
+from .verify import compare, compare_encoded
 from .workers import Progress
 
 CHUNK_BYTES: Final = 8 << 20
@@ -173,6 +175,7 @@ class Encoding(Run):
     """Matrices of floats that are not packed although the caller did not exclude them, largest first."""
     largest: int
     """Bytes of the largest tensor that is packed, before."""
+    verification: Verification | None
 
     @property
     def errors(self) -> Mapping[str, Errors]:
@@ -191,6 +194,7 @@ class Encoding(Run):
             **super().to_json(),
             "packed": self.packed,
             "left": [matrix._asdict() for matrix in self.left],
+            "verification": None if self.verification is None else self.verification.to_json(),
             "relative_error": self.relative_error,
             "errors": {name: errors.to_json() for name, errors in self.errors.items()},
         }
@@ -231,6 +235,8 @@ class Encoding(Run):
         packed = count(len(self.packed), "tensor")
         yield f"{packed} packed; relative error of those written now: {self.relative_error:.4f}"
         yield from self._left_lines()
+        if self.verification is not None:
+            yield from self.verification.lines()
 
 
 def encode_checkpoint(
@@ -248,6 +254,7 @@ def encode_checkpoint(
     task: tuple[int, int] | None = None,
     resume: bool = False,
     force: bool = False,
+    verify: bool = False,
     dry_run: bool = False,
     progress: Callable[[Progress], object] = lambda _: None,
 ) -> Encoding:
@@ -273,6 +280,8 @@ def encode_checkpoint(
         Shell-style patterns of names: those to pack, and those to copy. By default, the experts of gpt-oss are packed;
         in the other layouts all matrices called ``weight`` with a multiple of 32 inputs, except heads, embeddings,
         routers and gates, norms, positions, convolutions and low-rank adapters, by their names.
+    verify : bool
+        Encode again by the reference backend, and compare every byte, as `verify` does later.
     max_shard_size, io, num_threads, task, resume, force, dry_run, progress
         As for `convert`.
 
@@ -313,7 +322,17 @@ def encode_checkpoint(
         target = Path(target).absolute()
         plan = plan_encoding(checkpoint, target, source, rule, layout, transpose, max_shard_size, include, exclude)
         run = run_plan(plan, task, num_threads, progress, resume=resume, force=force, dry_run=dry_run)
+        tasks = tasks_of(plan, task)
+        verification = Verification() if verify and not dry_run else None
+        if verification is not None and tasks:
+            items = [item for task in tasks for item in task.shard.items]
+            with Checkpoint([task.path for task in tasks]) as written:
+                names = [item.name for item in items if not isinstance(item, Encoded)]
+                verification = compare(checkpoint, written, names, "no", num_threads, progress)
+                names = [item.name for item in items if isinstance(item, Encoded)]
+                encoded = compare_encoded(checkpoint, written, names, rule, transpose, num_threads, progress)
+                verification.add(encoded)
         packed = [item.name for item in plan.items if isinstance(item, Encoded)]
         left = [] if patterns(include) else Choice(checkpoint, layout, transpose, (), patterns(exclude)).left
         largest = max(checkpoint.info(name).nbytes for name in packed)
-    return Encoding(**vars(run), packed=packed, left=left, largest=largest)
+    return Encoding(**vars(run), packed=packed, left=left, largest=largest, verification=verification)
