@@ -113,7 +113,7 @@ def plan_encoding(
     folder: Path,
     source: Source = None,
     rule: str = RULES[0],
-    layout: str = ENCODED_LAYOUTS[0],
+    target_layout: str = ENCODED_LAYOUTS[0],
     transpose: str = "auto",
     max_shard_size: int | str = MAX_SHARD_SIZE,
     include: str | Iterable[str] = (),
@@ -125,14 +125,15 @@ def plan_encoding(
     """
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}, found {rule!r}")
-    if layout not in FORMS:
-        raise ValueError(f"layout must be one of {', '.join(FORMS)}, found {layout!r}")
+    if target_layout not in FORMS:
+        raise ValueError(f"target_layout must be one of {', '.join(FORMS)}, found {target_layout!r}")
     include, exclude = patterns(include), patterns(exclude)
-    choice = Choice(checkpoint, layout, transpose, include, exclude)
+    choice = Choice(checkpoint, target_layout, transpose, include, exclude)
     if not choice.chosen:
-        names = ", ".join(include or FORMS[layout].include)
+        names = ", ".join(include or FORMS[target_layout].include)
         raise ValueError(
-            f"{checkpoint.folder}: no tensor called {names} that {layout} could pack: see --layout and --include"
+            f"{checkpoint.folder}: no tensor called {names} that {target_layout} could pack: see --target-layout and "
+            "--include"
         )
     items: list[Item] = []
     for name, info in choice.infos.items():
@@ -142,11 +143,19 @@ def plan_encoding(
         if obstacle is not None:
             raise LayoutError(f"{info.stored[0].file.path}: tensor {name!r} {obstacle}")
         transposed = choice.is_transposed(info)
-        items.append(_encoded(info, layout, rule, transposed=transposed) if name in choice.chosen else Copied.of(info))
+        items.append(
+            _encoded(info, target_layout, rule, transposed=transposed) if name in choice.chosen else Copied.of(info)
+        )
     matrices = (name for name, info in choice.infos.items() if name.endswith(".weight") and len(info.shape) == 2)
     plain = [name for name in matrices if name not in choice.chosen]
-    files = small_files(checkpoint, source, folder, lambda config: encoded_config(config, layout, plain))
-    options = {"rule": rule, "layout": layout, "transpose": transpose, "include": include, "exclude": exclude}
+    files = small_files(checkpoint, source, folder, lambda config: encoded_config(config, target_layout, plain))
+    options = {
+        "rule": rule,
+        "target_layout": target_layout,
+        "transpose": transpose,
+        "include": include,
+        "exclude": exclude,
+    }
     warm_up = partial(_warm_up, rule, {element(choice.infos[name].dtype)[1] for name in choice.chosen})
     shards = make_shards(items, max_shard_size, kept_metadata(checkpoint, items))
     return Plan(folder, shards, files.written, files.copied, options, checkpoint, warm_up, files.left_out)
@@ -244,7 +253,7 @@ def encode_checkpoint(
     target: PathLike,
     *,
     rule: str = RULES[0],
-    layout: str = ENCODED_LAYOUTS[0],
+    target_layout: str = ENCODED_LAYOUTS[0],
     transpose: str = "auto",
     max_shard_size: int | str = MAX_SHARD_SIZE,
     include: str | Iterable[str] = (),
@@ -269,7 +278,7 @@ def encode_checkpoint(
         A new or empty folder that does not contain the source.
     rule : {"even", "floor", "rceil", "ceil"}
         How the scale of a block is chosen from its largest magnitude; see `encode`.
-    layout : {"gpt-oss-hf", "gpt-oss", "compressed-tensors", "mlx"}
+    target_layout : {"gpt-oss-hf", "gpt-oss", "compressed-tensors", "mlx"}
         How packed weights are named and stored.
     transpose : {"auto", "yes", "no"}
         Whether to swap the last two axes before packing, which goes along the last one: that of the inputs.
@@ -320,7 +329,9 @@ def encode_checkpoint(
     with Checkpoint(source, io=io) as checkpoint:
         refuse_incomplete(checkpoint)
         target = Path(target).absolute()
-        plan = plan_encoding(checkpoint, target, source, rule, layout, transpose, max_shard_size, include, exclude)
+        plan = plan_encoding(
+            checkpoint, target, source, rule, target_layout, transpose, max_shard_size, include, exclude
+        )
         run = run_plan(plan, task, num_threads, progress, resume=resume, force=force, dry_run=dry_run)
         tasks = tasks_of(plan, task)
         verification = Verification() if verify and not dry_run else None
@@ -333,6 +344,6 @@ def encode_checkpoint(
                 encoded = compare_encoded(checkpoint, written, names, rule, transpose, num_threads, progress)
                 verification.add(encoded)
         packed = [item.name for item in plan.items if isinstance(item, Encoded)]
-        left = [] if patterns(include) else Choice(checkpoint, layout, transpose, (), patterns(exclude)).left
+        left = [] if patterns(include) else Choice(checkpoint, target_layout, transpose, (), patterns(exclude)).left
         largest = max(checkpoint.info(name).nbytes for name in packed)
     return Encoding(**vars(run), packed=packed, left=left, largest=largest, verification=verification)

@@ -109,7 +109,9 @@ def verify(
             raise
         return Verification(findings=[f"{target}: files are missing, finish with --resume: {error}"])
     with opened as theirs, _open(source, layout) as ours:
-        if (written := options.get("layout")) in FORMS:  # the patterns chose what was packed; all else was copied
+        if (
+            written := options.get("target_layout")
+        ) in FORMS:  # the patterns chose what was packed; all else was copied
             names = select(ours, include or (), exclude or ())
             patterns = options.get("include", ()), options.get("exclude", ())
             encoded = Choice(ours, written, options.get("transpose", TRANSPOSE[0]), *patterns).chosen
