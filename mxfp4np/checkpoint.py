@@ -92,6 +92,8 @@ class Checkpoint(Mapping[str, Any]):
         If a file is missing, or a folder has none.
     CheckpointError
         If a file is malformed, or files contradict each other.
+    LayoutError
+        If two tensors would have the same name, or ``layout`` matches no tensor.
     BackendUnavailableError
         If the device needs a package that is not installed.
 
@@ -148,6 +150,8 @@ class Checkpoint(Mapping[str, Any]):
         self._reopen = partial(Checkpoint, self.index or self.files, self.device, io=io, layout=layout, names=names)
         self._resolver = Resolver(self._others, documents, layout)
         self._resolved: dict[str, PackedTensor | StoredTensor] = {}
+        if layout is not None:
+            self._check_forced(layout)
         for finding in self.findings if not found.named else ():
             warnings.warn(finding, CheckpointWarning, stacklevel=2)
 
@@ -458,6 +462,17 @@ class Checkpoint(Mapping[str, Any]):
         return out
 
     # Names
+
+    def _check_forced(self, layout: str) -> None:
+        """Refuse a forced layout that is none of any tensor's candidates."""
+        candidates = [found for found in self._tensors.values() if isinstance(found, list)]
+        if any(candidate.layout.name == layout for found in candidates for candidate in found):
+            return
+        detected = dict.fromkeys(candidate.layout.name for found in candidates for candidate in found)
+        raise LayoutError(
+            f"{self.folder}: no tensor has names and dtypes of the forced layout {layout!r}: leave it out, detected: "
+            f"{', '.join(detected) or 'no packed tensor'}"
+        )
 
     def _find(self, name: str) -> tuple[PackedTensor | StoredTensor, slice | None]:
         """Return a tensor, and which of its rows the name stands for, None for all."""

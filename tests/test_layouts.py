@@ -218,10 +218,14 @@ NVFP4 = {
 
 
 @pytest.mark.parametrize("case", NVFP4)
-@pytest.mark.parametrize("layout", [None, "quark"])
-def test_nvfp4_is_named(tmp_path, case, layout):
+@pytest.mark.parametrize("forced", [False, True])
+def test_nvfp4_is_named(tmp_path, case, forced):
     path = write_tensors(tmp_path / "m.safetensors", NVFP4[case])
     codes, *others = NVFP4[case]
+    layout = None
+    if forced:
+        layout = {"a.weight_packed": "compressed-tensors", "a._weight_qdata": "torchao"}.get(codes)
+        layout = layout or ("mlx" if case == "MLX" else "quark")
     with mxfp4np.Checkpoint(path, layout=layout) as ckpt:
         assert (ckpt.info(codes).format, ckpt.info(codes).layout) == ("NVFP4", None)
         assert [ckpt.info(name).format for name in others] == [None] * len(others)
@@ -433,13 +437,39 @@ def test_forcing_what_it_is_changes_nothing(sample):
 
 
 def test_forcing_leaves_other_names_alone_and_is_still_checked(tmp_path):
-    with mxfp4np.Checkpoint(DATA / "mlx", layout="quark") as ckpt:
-        assert {ckpt.info(name).layout for name in ckpt} == {"mlx"}
+    mixed = pair_of("a.weight", "a.weight_scale") | pair_of("b.weight_packed", "b.weight_scale")
+    with mxfp4np.Checkpoint(write_tensors(tmp_path / "mixed.safetensors", mixed), layout="quark") as ckpt:
+        assert [ckpt.info(name).layout for name in ckpt] == ["quark", "compressed-tensors"]
     path = write_tensors(tmp_path / "m.safetensors", {"a.weight": ("U8", CODES)})
     assert "expected shape with rows of 17-byte blocks" in problem(path, "a.weight", layout="quark-mx")
     assert "expected 'a.weight_scale'" in problem(path, "a.weight", layout="quark")
     with pytest.raises(ValueError, match=r"layout must be one of gpt-oss, .*, found 'GPTQ'"):
         mxfp4np.Checkpoint(path, layout="GPTQ")
+
+
+@pytest.mark.parametrize(
+    ("sample", "detected"), [("mlx", "mlx"), ("gpt_oss_hf", "gpt-oss-hf"), (None, "no packed tensor")]
+)
+def test_a_forced_layout_that_nothing_has_is_refused(refused, tmp_path, sample, detected):
+    plain = write_tensors(tmp_path / "m.safetensors", {"a.weight": ("F32", FLOATS)})
+    path = plain if sample is None else DATA / sample
+    message = f"no tensor has names and dtypes of the forced layout 'quark': leave it out, detected: {detected}"
+    for call in (mxfp4np.Checkpoint, mxfp4np.load_file, mxfp4np.verify):
+        with pytest.raises(LayoutError, match=message):
+            call(path, layout="quark")
+    with pytest.raises(LayoutError, match=message):
+        mxfp4np.convert(path, tmp_path / "out", layout="quark")
+    for arguments in (
+        ["inspect"],
+        ["verify"],
+        ["bench"],
+        ["convert", tmp_path / "out"],
+        ["decode", "a", "-o", "a.npy"],
+    ):
+        command, *others = arguments
+        assert message in refused(command, path, *others, "--layout", "quark")
+    assert not (tmp_path / "out").exists()
+    assert "expected its path" in refused("bench", "--layout", "quark")
 
 
 def test_codes_with_two_scale_tensors_are_ambiguous(tmp_path):

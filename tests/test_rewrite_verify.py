@@ -219,9 +219,26 @@ def test_a_record_that_is_none(source, target, text):
 def test_what_is_not_all_there(tmp_path):
     result = mxfp4np.convert(HF, tmp_path / "out", max_shard_size=50_000, task=(1, 2))
     assert not result.complete
-    findings = mxfp4np.verify(HF, tmp_path / "out").findings
-    assert findings
-    assert all("no tensor" in finding for finding in findings)
+    total = len(result.shards)
+    (finding,) = mxfp4np.verify(HF, tmp_path / "out").findings
+    assert f"{len(result.missing)} of {total} files model-* are missing" in finding
+    assert finding.endswith(": finish with --resume")
+    mxfp4np.convert(HF, tmp_path / "out", max_shard_size=50_000, resume=True)
+    assert mxfp4np.verify(HF, tmp_path / "out").findings == []
+    (tmp_path / "out" / f"model-00002-of-{total:05}.safetensors").unlink()
+    (finding,) = mxfp4np.verify(HF, tmp_path / "out").findings
+    assert f"finish with --resume: {tmp_path / 'out' / INDEX}: 1 of the {total} files it names are missing" in finding
+    mxfp4np.convert(HF, tmp_path / "out", max_shard_size=50_000, resume=True)
+    (tmp_path / "out" / INDEX).unlink()
+    (finding,) = mxfp4np.verify(HF, tmp_path / "out").findings
+    assert f"all {total} files are there, but no index: finish with --resume" in finding
+    for path in (tmp_path / "out").glob("model-*"):
+        path.unlink()
+    (finding,) = mxfp4np.verify(HF, tmp_path / "out").findings
+    assert "finish with --resume: " in finding
+    (tmp_path / "out" / RECORD).unlink()
+    with pytest.raises(FileNotFoundError):
+        mxfp4np.verify(HF, tmp_path / "out")
 
 
 @pytest.mark.gguf
@@ -462,3 +479,110 @@ def test_nan_blocks_of_zeros_and_missing_shards(tmp_path):
     missing, nan = result.findings
     assert missing.endswith("2 of 3 files model-* are missing, number 1 is the first")
     assert nan == "tensor 'w': 1 of its blocks are NaN"
+
+
+# What was encoded
+
+
+FUSED = "model.layers.0.mlp.experts."
+ENCODED = {  # sources of each layout; the last of them transposed
+    "compressed-tensors": {"a.q_proj.weight": (64, 96), "lm_head.weight": (40, 64), "a.bias": (64,)},
+    "mlx": {"a.switch_mlp.up_proj.weight": (3, 40, 96), "norm.weight": (64,)},
+    "gpt-oss": {"block.0.mlp.mlp1_weight": (2, 192, 64), "block.0.mlp.mlp2_weight": (2, 64, 96), "x": (3, 5)},
+    "gpt-oss-hf": {f"{FUSED}gate_up_proj": (2, 64, 192), f"{FUSED}down_proj": (2, 96, 64), "x": (3, 5)},
+}
+
+
+@pytest.fixture(params=ENCODED)
+def encoded(request, tmp_path):
+    rng = np.random.default_rng(0)
+    tensors = {name: rng.normal(0, 0.02, shape).astype(np.float32) for name, shape in ENCODED[request.param].items()}
+    save(tmp_path / "in" / "model.safetensors", tensors)
+    mxfp4np.encode_checkpoint(
+        tmp_path / "in", tmp_path / "out", target_layout=request.param, rule="floor", max_shard_size=9000
+    )
+    return tmp_path / "in", tmp_path / "out"
+
+
+def packed_name(folder):
+    with mxfp4np.Checkpoint(folder) as checkpoint:
+        return next(info for info in map(checkpoint.info, checkpoint) if info.layout)
+
+
+@pytest.mark.parametrize("piece_bytes", [256, 4 << 20])
+def test_what_was_encoded_is_encoded_again(encoded, command, monkeypatch, piece_bytes):
+    """By the rule and the axes that the record says; one byte of a code or scale is found, and where."""
+    monkeypatch.setattr(verification, "CHUNK_BYTES", piece_bytes)
+    source, target = encoded
+    result = mxfp4np.verify(source, target, num_threads=2)
+    with mxfp4np.Checkpoint(source) as plain:
+        assert (result.findings, result.tensors) == ([], len(plain))
+    info = packed_name(target)
+    codes, scales = info.stored
+    last = int(np.prod(scales.shape)) - 1
+    flip(scales.file.path, scales.name, last)
+    (finding,) = mxfp4np.verify(source, target).findings
+    place = [size - 1 for size in info.shape[:-1]] + [info.shape[-1] // 32 - 1]
+    assert f"tensor {info.name!r} block {place}: expected scale " in finding
+    assert command("verify", source, target)[0] == 1
+    flip(scales.file.path, scales.name, last)
+    flip(codes.file.path, codes.name, 0)
+    (finding,) = mxfp4np.verify(source, target).findings
+    assert f"tensor {info.name!r} block {[0] * len(info.shape)}: expected scale " in finding
+    assert mxfp4np.verify(source, target, exclude=info.name).findings == []
+
+
+def test_what_was_encoded_otherwise(encoded):
+    source, target = encoded
+    assert mxfp4np.verify(source, target, rule="rceil").findings
+    record = target / RECORD
+    said = json.loads(record.read_text())
+    record.unlink()  # of another tool: what is packed there is compared, by the default rule
+    assert all("block" in finding for finding in mxfp4np.verify(source, target).findings)
+    assert mxfp4np.verify(source, target, rule="floor").findings == []
+    record.write_text(json.dumps({**said, "exclude": ["*"]}))
+    assert all("is packed, as" in finding for finding in mxfp4np.verify(source, target).findings)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda t, name: t.pop(name), "no tensor"),
+        (lambda t, name: t.update({name: np.zeros((64, 96), np.float32)}), "expected it packed, found F32"),
+        (lambda t, name: t.update({name: packed(64, 64)}), r"expected shape \[64, 96\], found \[64, 64\]"),
+        (lambda t, _: t.update(more=np.zeros(3)), "tensor 'more': in .*, but not in"),
+        (lambda t, _: t.update(plain=np.zeros(3)), r"'plain'\[0\]: expected 1.0, found 0.0"),
+    ],
+)
+def test_what_does_not_fit_what_was_encoded(tmp_path, change, expected):
+    values = np.random.default_rng(0).normal(0, 1, (64, 96)).astype(np.float32)
+    save(tmp_path / "in" / "model.safetensors", {"a.weight": values, "plain": np.ones(3)})
+    mxfp4np.encode_checkpoint(tmp_path / "in", tmp_path / "out", target_layout="mlx")
+    tensors = {"a.weight": mxfp4np.encode(values), "plain": np.ones(3)}
+    change(tensors, "a.weight")
+    save(tmp_path / "out" / "model.safetensors", tensors)
+    (finding,) = mxfp4np.verify(tmp_path / "in", tmp_path / "out").findings
+    assert re.search(expected, finding)
+
+
+def test_encode_verifies_what_it_wrote(encoded, command, tmp_path):
+    source, target = encoded
+    options = (
+        "--target-layout",
+        json.loads((target / RECORD).read_text())["target_layout"],
+        "--rule",
+        "floor",
+        "--verify",
+    )
+    status, out, _ = command("encode", source, tmp_path / "again", *options)
+    assert status == 0
+    assert "nothing wrong" in out
+    info = packed_name(target)
+    flip(info.stored[0].file.path, info.stored[0].name, 0)
+    status, out, _ = command(
+        "encode", source, target, *options, "--resume", "--rule", "floor", "--max-shard-size", "9000"
+    )
+    assert status == 1
+    assert "1 finding" in out
+    status, out, _ = command("encode", source, target, *options, "--force", "--json")
+    assert (status, json.loads(out)["verification"]["findings"]) == (0, [])

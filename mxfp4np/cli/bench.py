@@ -63,6 +63,8 @@ def run(
     The largest packed tensors of the checkpoint at ``path`` are decoded, from the mapped files, or else random data:
     ``size`` bytes of bfloat16, or fewer where the checkpoint or free memory is smaller. For ``bar`` see `byte_bar`.
     """
+    if path is None and layout is not None:
+        raise ValueError(f"layout {layout!r} is that of a checkpoint: expected its path, found none")
     threads = threads or default_num_threads()
     memory = available_memory() if device == "cpu" else min(available_memory(), _cuda_device(device).mem_info[0])
     # Half of the free memory holds the packed bytes, the output, and a second output while new ones are measured.

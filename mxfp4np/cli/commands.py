@@ -184,8 +184,9 @@ def _convert(args: argparse.Namespace) -> int:
 def _encode(args: argparse.Namespace) -> int:
     from ..rewrite.encode import encode_checkpoint
 
-    _print_run(args, _call(encode_checkpoint, args, "encoding"))
-    return 0
+    result = _call(encode_checkpoint, args, "encoding")
+    _print_run(args, result)
+    return 1 if result.verification is not None and result.verification.findings else 0
 
 
 def _print_run(args: argparse.Namespace, result: Any) -> None:
@@ -324,19 +325,22 @@ def parser() -> argparse.ArgumentParser:
     encode.add_argument("target", type=Path, metavar="DST", help="a new or empty folder")
     encode.add_argument("--rule", choices=RULES, default=RULES[0], help="of the scales (default: even)")
     encode.add_argument(
-        "--layout",
+        "--target-layout",
         choices=ENCODED_LAYOUTS,
         default=ENCODED_LAYOUTS[0],
         help="how DST stores them (default: gpt-oss-hf)",
     )
-    encode.add_argument("--transpose", choices=TRANSPOSE, default="auto", help="auto: only for gpt-oss-hf")
+    what = "auto: experts whose inputs are not the last axis"
+    encode.add_argument("--transpose", choices=TRANSPOSE, default="auto", help=what)
+    encode.add_argument("--verify", action="store_true", help="encode again by the reference, compare every byte")
     shards(encode)
     patterns(encode)
 
-    verify = command("verify", _verify, "Check a checkpoint, or what it was converted to.")
+    verify = command("verify", _verify, "Check a checkpoint, or what it was converted or encoded to.")
     checkpoint(verify, "SRC")
-    verify.add_argument("target", nargs="?", type=Path, metavar="DST", help="what SRC was converted to")
-    verify.add_argument("--transpose", choices=TRANSPOSE, help="default: as DST was converted")
+    verify.add_argument("target", nargs="?", type=Path, metavar="DST", help="what SRC was converted or encoded to")
+    verify.add_argument("--rule", choices=RULES, help="of the scales (default: as DST was encoded)")
+    verify.add_argument("--transpose", choices=TRANSPOSE, help="default: as DST was written")
     patterns(verify)
 
     bench = command("bench", _bench, "Measure how fast this machine decodes, and the limits of its memory.")

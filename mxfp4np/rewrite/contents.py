@@ -53,7 +53,7 @@ def is_matrix(info: TensorInfo) -> bool:
     return info.name.endswith(".weight") and len(info.shape) > 1
 
 
-def choose(
+def contents_of(
     checkpoint: Checkpoint,
     include: str | Iterable[str],
     exclude: str | Iterable[str],

@@ -24,11 +24,12 @@ from ..storage.discover import PathLike
 from ..storage.tensorfile import DTYPES, SAFETENSORS_DTYPES
 from ..text import count, escape, patterns
 from .config import QUANTIZERS_FILES, Change, Source, config_of, decoded_config, kept_metadata, small_files
-from .contents import Contents, choose
+from .contents import Contents, contents_of
+from .findings import Verification
 from .plan import MAX_SHARD_SIZE, Chunks, Copied, Item, Output, Plan, make_shards
 from .quantization import loads_quantized, transforms
 from .run import Run, refuse_incomplete, run_plan, tasks_of
-from .verify import Verification, compare, count_overflow
+from .verify import compare, count_overflow
 from .workers import Progress
 
 CHUNK_BYTES: Final = 32 << 20
@@ -90,7 +91,7 @@ def plan_conversion(
     """
     wanted = decoded_dtype(dtype).name
     include, exclude, drop = patterns(include), patterns(exclude), patterns(drop)
-    contents = choose(checkpoint, include, exclude, drop, config_of(checkpoint, source))
+    contents = contents_of(checkpoint, include, exclude, drop, config_of(checkpoint, source))
     items: list[Item] = []
     for name in checkpoint:
         if info := contents.decoded.get(name):

@@ -17,46 +17,23 @@ from ..checkpoint import Checkpoint
 from ..codec import encode
 from ..errors import LayoutError
 from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, RULES, SCALE_NAN, dtype_named
-from ..format import DTYPES as FLOATS
 from ..layouts.packed import TensorInfo
-from ..layouts.table import ENCODED_LAYOUTS, LAYOUTS, wants_transpose
+from ..layouts.table import ENCODED_LAYOUTS
 from ..shapes import place_in_whole, swapped
 from ..storage.discover import PathLike
 from ..storage.tensorfile import DTYPES, element
-from ..text import count, escape, patterns, select
-from .config import Source, encoded_config, kept_metadata, small_files
+from ..text import count, escape, format_bytes, patterns
+from .choose import FORMS, LAYOUT_NAMED, Choice, Left
+from .config import Change, Source, encoded_config, kept_metadata, small_files
+from .findings import Verification
 from .plan import MAX_SHARD_SIZE, Chunks, Copied, Item, Output, Plan, make_shards
 from .quantization import module_of
-from .run import Run, refuse_incomplete, run_plan
+from .run import Run, refuse_incomplete, run_plan, tasks_of
+from .verify import compare, compare_encoded
 from .workers import Progress
 
 CHUNK_BYTES: Final = 8 << 20
 """Bytes of values that a thread has in memory at a time. Computing the errors takes about ten times as much memory."""
-
-
-class Form(NamedTuple):
-    """Which tensors a layout packs."""
-
-    include: tuple[str, ...]
-    """Patterns of their names, unless the caller gives some."""
-    exclude: tuple[str, ...] = ()
-    axes: tuple[int, ...] = (2, 3)
-    """Numbers of axes that a packed tensor can have."""
-    exact: bool = False
-    """Whether models of this layout pack all of the included tensors and no others."""
-
-
-_NOT_PACKED: Final = ("*embed*", "*lm_head*", "*norm*", "*router*", "*.gate.weight", "*.wte.*", "*.wpe.*")
-
-FORMS: Final = {
-    "gpt-oss-hf": Form(("*.experts.gate_up_proj", "*.experts.down_proj"), axes=(3,), exact=True),
-    "gpt-oss": Form(("*.mlp1_weight", "*.mlp2_weight"), axes=(3,), exact=True),
-    "compressed-tensors": Form(("*.weight",), _NOT_PACKED, axes=(2,)),
-    "mlx": Form(("*.weight",), _NOT_PACKED),
-}
-"""The layouts that checkpoints are encoded to."""
-
-_LAYOUTS: Final = {layout.name: layout for layout in LAYOUTS}
 
 
 class Errors(NamedTuple):
@@ -137,7 +114,7 @@ def plan_encoding(
     folder: Path,
     source: Source = None,
     rule: str = RULES[0],
-    layout: str = ENCODED_LAYOUTS[0],
+    target_layout: str = ENCODED_LAYOUTS[0],
     transpose: str = "auto",
     max_shard_size: int | str = MAX_SHARD_SIZE,
     include: str | Iterable[str] = (),
@@ -149,59 +126,45 @@ def plan_encoding(
     """
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}, found {rule!r}")
-    if layout not in FORMS:
-        raise ValueError(f"layout must be one of {', '.join(FORMS)}, found {layout!r}")
-    form, include, exclude = FORMS[layout], patterns(include), patterns(exclude)
-    infos = {name: checkpoint.info(name) for name in checkpoint}
-    if include:
-        chosen = set(select(infos, include, exclude))
-    else:
-        chosen = set(select(infos, form.include, (*form.exclude, *exclude)))
-        if not form.exact:
-            chosen = {name for name in chosen if _obstacle(infos[name], layout, transpose) is None}
-    if not chosen:
-        names = ", ".join(include or form.include)
+    if target_layout not in FORMS:
+        raise ValueError(f"target_layout must be one of {', '.join(FORMS)}, found {target_layout!r}")
+    include, exclude = patterns(include), patterns(exclude)
+    choice = Choice(checkpoint, target_layout, transpose, include, exclude)
+    if not choice.chosen:
+        names = ", ".join(include or FORMS[target_layout].include)
         raise ValueError(
-            f"{checkpoint.folder}: no tensor called {names} that {layout} could pack: see --layout and --include"
+            f"{checkpoint.folder}: no tensor called {names} that {target_layout} could pack: see --target-layout and "
+            "--include"
         )
     items: list[Item] = []
-    for name, info in infos.items():
-        obstacle = _obstacle(info, layout, transpose) if name in chosen else None
+    for name, info in choice.infos.items():
+        obstacle = choice.obstacle(info) if name in choice.chosen else None
         if info.format is not None:
             how = f"as {info.layout}" if info.layout else f"it is {info.format}"
             obstacle = f"is quantised already, {how}: convert the checkpoint first"
         if obstacle is not None:
             raise LayoutError(f"{info.stored[0].file.path}: tensor {name!r} {obstacle}")
-        items.append(_encoded(info, layout, transpose, rule) if name in chosen else Copied.of(info))
-    plain = [module_of(name) for name, info in infos.items() if name not in chosen and len(info.shape) > 1]
-    files = small_files(
-        checkpoint, source, folder, {"config.json": lambda config: encoded_config(config, layout, plain)}
-    )
-    options = {"rule": rule, "layout": layout, "transpose": transpose, "include": include, "exclude": exclude}
-    warm_up = partial(_warm_up, rule, {element(infos[name].dtype)[1] for name in chosen})
+        transposed = choice.is_transposed(info)
+        items.append(
+            _encoded(info, target_layout, rule, transposed=transposed) if name in choice.chosen else Copied.of(info)
+        )
+    plain = [module_of(x.name) for x in choice.infos.values() if x.name not in choice.chosen and len(x.shape) > 1]
+    changes: dict[str, Change] = {"config.json": lambda config: encoded_config(config, target_layout, plain)}
+    files = small_files(checkpoint, source, folder, changes)
+    options = {
+        "rule": rule,
+        "target_layout": target_layout,
+        "transpose": transpose,
+        "include": include,
+        "exclude": exclude,
+    }
+    warm_up = partial(_warm_up, rule, {element(choice.infos[name].dtype)[1] for name in choice.chosen})
     shards = make_shards(items, max_shard_size, kept_metadata(checkpoint, items))
     return Plan(folder, shards, files.written, files.copied, options, checkpoint, warm_up, files.left_out)
 
 
-def _obstacle(info: TensorInfo, layout: str, transpose: str) -> str | None:
-    """Return why a tensor cannot be packed in this layout, or None."""
-    known, form = _LAYOUTS[layout], FORMS[layout]
-    shape = swapped(info.shape) if wants_transpose(layout, info.shape, transpose) else info.shape
-    if info.layout is None and element(info.dtype)[1] not in FLOATS:
-        return f"is {info.dtype}: expected BF16, F16 or F32"
-    if not info.name.endswith(known.weight):
-        return f"cannot be named as {layout} names packed ones: expected a name that ends in {known.weight!r}"
-    if form.exact and not select([info.name], form.include, ()):
-        return f"is none that {layout} packs: those are {' and '.join(form.include)}"
-    if len(shape) not in form.axes:
-        return f"has shape {list(info.shape)}: expected {' or '.join(map(str, form.axes))} axes"
-    if shape[-1] % BLOCK_SIZE:
-        return f"has shape {list(info.shape)}: expected a multiple of {BLOCK_SIZE} inputs, found {shape[-1]}"
-    return None
-
-
-def _encoded(info: TensorInfo, layout: str, transpose: str, rule: str) -> Encoded:
-    known, transposed = _LAYOUTS[layout], wants_transpose(layout, info.shape, transpose)
+def _encoded(info: TensorInfo, layout: str, rule: str, *, transposed: bool) -> Encoded:
+    known = LAYOUT_NAMED[layout]
     *rows, size = swapped(info.shape) if transposed else info.shape
     scales, dtype = (*rows, size // BLOCK_SIZE), known.codes_dtypes[0]
     codes = (*scales, BYTES_PER_BLOCK) if known.blocks_axis else (*rows, size * 4 // DTYPES[dtype][0])
@@ -219,6 +182,11 @@ class Encoding(Run):
 
     packed: list[str]
     """Names of the tensors that are packed."""
+    left: list[Left]
+    """Matrices of floats that are not packed although the caller did not exclude them, largest first."""
+    largest: int
+    """Bytes of the largest tensor that is packed, before."""
+    verification: Verification | None
 
     @property
     def errors(self) -> Mapping[str, Errors]:
@@ -236,6 +204,8 @@ class Encoding(Run):
         return {
             **super().to_json(),
             "packed": self.packed,
+            "left": [matrix._asdict() for matrix in self.left],
+            "verification": None if self.verification is None else self.verification.to_json(),
             "relative_error": self.relative_error,
             "errors": {name: errors.to_json() for name, errors in self.errors.items()},
         }
@@ -244,6 +214,17 @@ class Encoding(Run):
         """Yield what is going to be written, for a person."""
         yield from (f"packed: {escape(name)}" for name in self.packed)
         yield from super().plan_lines()
+        yield from self._left_lines()
+
+    def _left_lines(self) -> Iterator[str]:
+        """Yield what was left as it is, if any of it is as large as all that is packed."""
+        if self.left and self.left[0].nbytes >= self.largest:
+            name, _, reason = self.left[0]
+            nbytes = format_bytes(sum(matrix.nbytes for matrix in self.left))
+            yield (
+                f"left as they are: {count(len(self.left), 'tensor')}, {nbytes}, the largest {escape(name)}, which "
+                f"{escape(reason)}; --include chooses others"
+            )
 
     def warnings(self) -> Iterator[str]:
         """Yield what a person should know even if nothing else is shown."""
@@ -264,6 +245,9 @@ class Encoding(Run):
         yield from super().lines()
         packed = count(len(self.packed), "tensor")
         yield f"{packed} packed; relative error of those written now: {self.relative_error:.4f}"
+        yield from self._left_lines()
+        if self.verification is not None:
+            yield from self.verification.lines()
 
 
 def encode_checkpoint(
@@ -271,7 +255,7 @@ def encode_checkpoint(
     target: PathLike,
     *,
     rule: str = RULES[0],
-    layout: str = ENCODED_LAYOUTS[0],
+    target_layout: str = ENCODED_LAYOUTS[0],
     transpose: str = "auto",
     max_shard_size: int | str = MAX_SHARD_SIZE,
     include: str | Iterable[str] = (),
@@ -281,6 +265,7 @@ def encode_checkpoint(
     task: tuple[int, int] | None = None,
     resume: bool = False,
     force: bool = False,
+    verify: bool = False,
     dry_run: bool = False,
     progress: Callable[[Progress], object] = lambda _: None,
 ) -> Encoding:
@@ -295,15 +280,19 @@ def encode_checkpoint(
         A new or empty folder that does not contain the source.
     rule : {"even", "floor", "rceil", "ceil"}
         How the scale of a block is chosen from its largest magnitude; see `encode`.
-    layout : {"gpt-oss-hf", "gpt-oss", "compressed-tensors", "mlx"}
+    target_layout : {"gpt-oss-hf", "gpt-oss", "compressed-tensors", "mlx"}
         How packed weights are named and stored.
     transpose : {"auto", "yes", "no"}
-        Whether to swap the last two axes before packing, which goes along the last one. ``"auto"`` does it for
-        ``"gpt-oss-hf"``, whose experts are ``[expert, in, out]`` before and ``[expert, out, in]`` after.
+        Whether to swap the last two axes before packing, which goes along the last one: that of the inputs.
+        ``"auto"`` does it for stacked experts that are ``[expert, in, out]``, as their shapes show; without that, for
+        ``"gpt-oss-hf"``. What would be packed along its outputs is refused, and so is, with ``"auto"``, what may be
+        either.
     include, exclude : str or iterable of str
         Shell-style patterns of names: those to pack, and those to copy. By default, the experts of gpt-oss are packed;
-        in the other layouts all matrices called ``weight`` with a multiple of 32 inputs, except embeddings,
-        ``lm_head``, norms and routers.
+        in the other layouts all matrices called ``weight`` with a multiple of 32 inputs, except heads, embeddings,
+        routers and gates, norms, positions, convolutions and low-rank adapters, by their names.
+    verify : bool
+        Encode again by the reference backend, and compare every byte, as `verify` does later.
     max_shard_size, io, num_threads, task, resume, force, dry_run, progress
         As for `convert`.
 
@@ -342,6 +331,21 @@ def encode_checkpoint(
     with Checkpoint(source, io=io) as checkpoint:
         refuse_incomplete(checkpoint)
         target = Path(target).absolute()
-        plan = plan_encoding(checkpoint, target, source, rule, layout, transpose, max_shard_size, include, exclude)
+        plan = plan_encoding(
+            checkpoint, target, source, rule, target_layout, transpose, max_shard_size, include, exclude
+        )
         run = run_plan(plan, task, num_threads, progress, resume=resume, force=force, dry_run=dry_run)
-    return Encoding(**vars(run), packed=[item.name for item in plan.items if isinstance(item, Encoded)])
+        tasks = tasks_of(plan, task)
+        verification = Verification() if verify and not dry_run else None
+        if verification is not None and tasks:
+            items = [item for task in tasks for item in task.shard.items]
+            with Checkpoint([task.path for task in tasks]) as written:
+                names = [item.name for item in items if not isinstance(item, Encoded)]
+                verification = compare(checkpoint, written, names, names, transpose, num_threads, progress)
+                names = [item.name for item in items if isinstance(item, Encoded)]
+                encoded = compare_encoded(checkpoint, written, names, rule, transpose, num_threads, progress)
+                verification.add(encoded)
+        packed = [item.name for item in plan.items if isinstance(item, Encoded)]
+        left = [] if patterns(include) else Choice(checkpoint, target_layout, transpose, (), patterns(exclude)).left
+        largest = max(checkpoint.info(name).nbytes for name in packed)
+    return Encoding(**vars(run), packed=packed, left=left, largest=largest, verification=verification)

@@ -1,12 +1,10 @@
-"""Check a checkpoint: alone, or against the one that it was converted from. Whatever is wrong becomes a finding."""
+"""Check a checkpoint: alone, or against the one that it was made from. Whatever is wrong becomes a finding."""
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,17 +15,20 @@ from ..array import MXFP4Array
 from ..backends import get_backend
 from ..blocks import BlockArray
 from ..checkpoint import Checkpoint
+from ..codec import encode
 from ..errors import CheckpointError, CheckpointWarning, LayoutError, TensorNotFoundError
+from ..format import BLOCK_SIZE, RULES, SCALE_NAN, decoded_dtype
 from ..format import DTYPES as DECODED
-from ..format import SCALE_BIAS, SCALE_NAN, decoded_dtype
 from ..layouts.packed import TensorInfo
 from ..layouts.table import TRANSPOSE, wants_transpose
 from ..shapes import place_in_whole, split, swapped
 from ..storage.discover import PathLike, repository_hint
-from ..storage.index import weight_map_of
 from ..storage.tensorfile import DTYPES, StoredTensor, element
-from ..text import count, escape, format_bytes, select
-from .contents import choose
+from ..text import select
+from .choose import FORMS, Choice, is_transposed
+from .contents import contents_of
+from .findings import Verification
+from .health import health
 from .run import read_record
 from .workers import Progress, Workers
 
@@ -36,47 +37,12 @@ Stored = tuple[StoredTensor, ...]
 CHUNK_BYTES: Final = 4 << 20
 """Decoded bytes that a thread compares at a time. The reference backend takes about twenty times as much memory."""
 
-PLAUSIBLE: Final = range(SCALE_BIAS - 64, SCALE_BIAS + 33)
-"""Scales of weights. A median outside comes from scale bytes that were converted instead of viewed."""
-
-
-@dataclass
-class Verification:
-    """What was checked, and what was found."""
-
-    tensors: int = 0
-    nbytes: int = 0
-    """Bytes that were compared or inspected."""
-    nan_blocks: int = 0
-    """Blocks whose scale is NaN."""
-    overflow: int = 0
-    """Values that were too large for their dtype, and are infinite."""
-    findings: list[str] = field(default_factory=list)
-    """What is wrong, a sentence each."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Return all of it as plain values."""
-        return {
-            "tensors": self.tensors,
-            "bytes": self.nbytes,
-            "nan_blocks": self.nan_blocks,
-            "overflow": self.overflow,
-            "findings": self.findings,
-        }
-
-    def lines(self) -> Iterator[str]:
-        """Yield a report for a person."""
-        yield from map(escape, self.findings)
-        found = count(len(self.findings), "finding") if self.findings else "nothing wrong"
-        nan = f"; {count(self.nan_blocks, 'NaN block')}" if self.nan_blocks else ""
-        overflow = f"; {count(self.overflow, 'value')} too large for the dtype, and infinite" if self.overflow else ""
-        yield f"verified {count(self.tensors, 'tensor')}, {format_bytes(self.nbytes)} read: {found}{nan}{overflow}"
-
 
 def verify(
     source: PathLike | Sequence[PathLike],
     target: PathLike | None = None,
     *,
+    rule: str | None = None,
     transpose: str | None = None,
     include: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
@@ -84,16 +50,19 @@ def verify(
     num_threads: int | None = None,
     progress: Callable[[Progress], object] = lambda _: None,
 ) -> Verification:
-    """Check a checkpoint by itself or, given what it was converted to, every byte of that.
+    """Check a checkpoint by itself or, given what it was converted or encoded to, every byte of that.
 
     Parameters
     ----------
     source : path, or sequence of paths
-        A checkpoint with packed tensors, as for `Checkpoint`.
+        A checkpoint, as for `Checkpoint`.
     target : path, optional
-        The converted checkpoint. Packed tensors are decoded again, by the reference backend.
+        What it was converted or encoded to. Packed tensors of the source are decoded again, and plain ones that are
+        packed in the target encoded again, by the reference backend; all others are compared byte for byte.
+    rule : {"even", "floor", "rceil", "ceil"}, optional
+        As for `encode_checkpoint`; by default, that which the target was encoded with.
     transpose : {"auto", "yes", "no"}, optional
-        As for `convert`; by default as the target was converted.
+        As for `convert`; by default, that which the target was written with.
     include, exclude : str or iterable of str
         Shell-style patterns of the names of tensors to check, and of those not to.
     layout : str, optional
@@ -128,19 +97,63 @@ def verify(
         try:
             checkpoint = _open(source, layout)
         except (CheckpointError, LayoutError, FileNotFoundError) as error:
+            if layout is not None and isinstance(error, LayoutError):
+                raise
             return Verification(findings=[str(error)])
         with checkpoint:
-            return _health(checkpoint, select(checkpoint, include, exclude), num_threads, progress)
+            names = select(checkpoint, include, exclude)
+            is_folder = isinstance(source, str | os.PathLike) and Path(source).is_dir()
+            with_config = is_folder or checkpoint.index is not None
+            return health(checkpoint, names, num_threads, progress, with_config=with_config)
     options = read_record(Path(target))
-    with _open(source, layout) as ours, _open(target) as theirs:
-        contents = choose(ours, options.get("include", ()), options.get("exclude", ()))
-        there = contents.decoded.keys() | contents.copied.keys()
-        names = [name for name in select(ours, include, exclude) if name in there]
-        transpose = transpose or options.get("transpose", TRANSPOSE[0])
-        result = compare(ours, theirs, names, contents.copied, transpose, num_threads, progress)
+    transpose = transpose or options.get("transpose", TRANSPOSE[0])
+    rule = rule or options.get("rule", RULES[0])
+    try:
+        opened = _open(target)
+    except FileNotFoundError as error:
+        if not options:
+            raise
+        return Verification(findings=[f"{target}: files are missing, finish with --resume: {error}"])
+    with opened as theirs, _open(source, layout) as ours:
+        names = select(ours, include, exclude)
+        patterns = options.get("include", ()), options.get("exclude", ())
+        if (written := options.get("target_layout")) in FORMS:
+            encoded = Choice(ours, written, options.get("transpose", TRANSPOSE[0]), *patterns).chosen
+            copied: Container[str] = set(names) - encoded
+        else:
+            encoded = {name for name in names if name in theirs and _is_packed(ours, theirs, name)}
+            contents = contents_of(ours, *patterns)
+            copied = contents.copied
+            names = [name for name in names if name in contents.decoded or name in copied]
+        unfinished = _unfinished(theirs, options)
+        if unfinished:
+            names = [name for name in names if name in theirs]
+        rest = [name for name in names if name not in encoded]
+        result = compare(ours, theirs, rest, copied, transpose, num_threads, progress)
+        names = [name for name in names if name in encoded]
+        result.add(compare_encoded(ours, theirs, names, rule, transpose, num_threads, progress))
         extra = sorted(set(theirs) - set(ours))
         result.findings += [f"tensor {name!r}: in {theirs.folder}, but not in {ours.folder}" for name in extra]
+        result.findings[:0] = unfinished
         return result
+
+
+def _is_packed(source: Checkpoint, target: Checkpoint, name: str) -> bool:
+    """Tell whether a tensor is packed in the target and was not before."""
+    try:
+        return source.info(name).layout is None and target.info(name).layout is not None
+    except LayoutError:
+        return False
+
+
+def _unfinished(target: Checkpoint, options: Mapping[str, Any]) -> list[str]:
+    """Return what a checkpoint lacks because the run that writes it has not finished, if so."""
+    hint = ": finish with --resume" if options else ""
+    if target.incomplete:
+        return [f"{finding}{hint}" for finding in target.findings]
+    if options and target.index is None and len(target.files) > 1:
+        return [f"{target.folder}: all {len(target.files)} files are there, but no index{hint}"]
+    return []
 
 
 def _open(path: PathLike | Sequence[PathLike], layout: str | None = None) -> Checkpoint:
@@ -215,6 +228,80 @@ def compare(
     return result
 
 
+def compare_encoded(
+    source: Checkpoint,
+    target: Checkpoint,
+    names: Iterable[str],
+    rule: str,
+    transpose: str,
+    num_threads: int | None = None,
+    progress: Callable[[Progress], object] = lambda _: None,
+) -> Verification:
+    """Compare packed tensors with what the reference backend encodes from their source; see `verify`."""
+    result = Verification()
+    pairs: list[tuple[TensorInfo, bool]] = []
+    shapes = {name: source.info(name).shape for name in source}
+    for name in names:
+        info = source.info(name)
+        result.tensors += 1
+        try:
+            found = target.info(name)
+        except TensorNotFoundError:
+            result.findings.append(f"no tensor {name!r} in {target.folder}")
+            continue
+        except LayoutError as error:
+            result.findings.append(str(error))
+            continue
+        transposed = found.layout is not None and is_transposed(info, shapes, found.layout, transpose)
+        shape = swapped(info.shape) if transposed else info.shape
+        problem = None
+        if found.layout is None:
+            problem = f"expected it packed, found {found.dtype}"
+        elif element(info.dtype)[1] not in DECODED:
+            problem = f"is packed, but {info.dtype} in the source"
+        elif shape != found.shape:
+            problem = f"expected shape {list(shape)}, found {list(found.shape)}"
+        if problem is None:
+            pairs.append((found, transposed))
+        else:
+            result.findings.append(f"{found.stored[0].file.path}: tensor {name!r}: {problem}")
+    pool = Workers(num_threads, sum(found.nbytes for found, _ in pairs), progress)
+
+    def check(pair: tuple[TensorInfo, bool]) -> tuple[int, str | None]:
+        """Return the number of NaN blocks, and the first difference."""
+        found, transposed = pair
+        nan_blocks, difference, file = 0, None, found.stored[0].file.path
+        for index, chunk in target.pieces(found.name, CHUNK_BYTES):
+            nan_blocks += int(np.count_nonzero(chunk.scales == SCALE_NAN))
+            if difference is None:
+                place = (*index[:-2], index[-1], index[-2]) if transposed else index
+                values = source.get(found.name, index=place)
+                rows = transposed and isinstance(index[-2], slice)
+                expected = encode(values.swapaxes(-1, -2) if rows else values, rule, backend="numpy")
+                difference = _first_block(index, expected, chunk.in_pairs())
+            pool.advance(file.name, found.name, chunk.nbytes)
+        return nan_blocks, difference and f"{file}: tensor {found.name!r} {difference}"
+
+    get_backend("numpy")  # imported before threads start: see `Workers`
+    decoded_dtype("bfloat16")
+    for nan_blocks, difference in pool.map(check, pairs):
+        result.nan_blocks += nan_blocks
+        result.findings += [difference] if difference else []
+    result.nbytes = pool.done
+    return result
+
+
+def _first_block(index: tuple[int | slice, ...], expected: MXFP4Array, found: MXFP4Array) -> str | None:
+    """Compare the bytes of packed chunks; return the place and the bytes of the first block that differs."""
+    differs = (expected.scales != found.scales) | (expected.blocks != found.blocks).any(axis=-1)
+    if not differs.any():
+        return None
+    at = np.unravel_index(int(differs.argmax()), differs.shape)
+    *rows, first = place_in_whole(index, (*at[:-1], BLOCK_SIZE * at[-1]))
+    one, other = (f"scale {array.scales[at]}, codes {array.blocks[at].tobytes().hex()}" for array in (expected, found))
+    return f"block [{', '.join(map(str, (*rows, first // BLOCK_SIZE)))}]: expected {one}, found {other}"
+
+
 def _mismatch(info: TensorInfo, found: TensorInfo, transpose: str) -> str | None:
     """Return how the headers of a tensor and of what it was decoded to do not fit each other, if they do not."""
     shape = swapped(info.shape) if wants_transpose(info.layout, info.shape, transpose) else info.shape
@@ -262,57 +349,3 @@ def _first_difference(index: tuple[int | slice, ...], expected: NDArray[Any], ac
     at = int(np.flatnonzero(theirs != ours)[0]) // expected.itemsize
     place = place_in_whole(index, np.unravel_index(at, expected.shape))
     return f"[{', '.join(map(str, place))}]: expected {expected.flat[at]!s}, found {actual.flat[at]!s}"
-
-
-def _health(
-    checkpoint: Checkpoint, names: Iterable[str], num_threads: int | None, progress: Callable[[Progress], object]
-) -> Verification:
-    """Look for broken pairs, missing shards, an index that does not match, and implausible scales."""
-    result = Verification(findings=[*checkpoint.findings, *_not_in_index(checkpoint)])
-    packed: list[TensorInfo] = []
-    for name in names:
-        result.tensors += 1
-        try:
-            info = checkpoint.info(name)
-        except LayoutError as error:
-            result.findings.append(str(error))
-        else:
-            packed += [info] if info.format == "MXFP4" else []
-    pool = Workers(num_threads, sum(info.nbytes for info in packed), progress)
-
-    def count_scales(info: TensorInfo) -> NDArray[np.int64]:
-        counts = np.zeros(256, np.int64)
-        for _, chunk in checkpoint.pieces(info.name, 8 * CHUNK_BYTES):
-            # A block of zeros may have any scale.
-            used = chunk.scales[(chunk.blocks & 0x77).any(axis=-1) | (chunk.scales == SCALE_NAN)]
-            counts += np.bincount(used.reshape(-1), minlength=256)
-            pool.advance(info.stored[0].file.path.name, info.name, chunk.nbytes)
-        return counts
-
-    decoded_dtype("bfloat16")  # imported before threads start: see `Workers`
-    for info, counts in zip(packed, pool.map(count_scales, packed), strict=True):
-        result.nan_blocks += int(counts[SCALE_NAN])
-        result.findings += [f"tensor {info.name!r}: {problem}" for problem in _implausible(counts)]
-    result.nbytes = pool.done
-    return result
-
-
-def _not_in_index(checkpoint: Checkpoint) -> Iterator[str]:
-    if checkpoint.index is not None:
-        listed = weight_map_of(checkpoint.index)
-        for name in checkpoint.stored:
-            if name not in listed:
-                yield f"{checkpoint.index}: tensor {name!r} is in a file, but not in the index"
-
-
-def _implausible(counts: NDArray[np.int64]) -> Iterator[str]:
-    """Yield what no weights have, given how often each scale occurs."""
-    if counts[SCALE_NAN]:
-        yield f"{counts[SCALE_NAN]:,} of its blocks are NaN"
-    if counts.any():
-        middle = int(np.searchsorted(np.cumsum(counts), math.ceil(counts.sum() / 2)))
-        if middle not in PLAUSIBLE and middle != SCALE_NAN:
-            yield (
-                f"half of its scales are {'below' if middle < SCALE_BIAS else 'above'} 2**{middle - SCALE_BIAS}: no "
-                "weights are, scale bytes may have been converted instead of viewed"
-            )

@@ -1,0 +1,149 @@
+"""Check a checkpoint by itself: pairs, index, scales, weights that are all zeros, and what config.json says of them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..checkpoint import Checkpoint
+from ..errors import CheckpointError, LayoutError
+from ..format import SCALE_BIAS, SCALE_NAN, decoded_dtype
+from ..layouts.packed import TensorInfo
+from ..storage.index import weight_map_of
+from ..summary import Row, collapse, label
+from .choose import kind_of
+from .findings import Verification
+from .quantization import KEYS
+from .workers import Progress, Workers
+
+CHUNK_BYTES: Final = 32 << 20
+"""Decoded bytes of packed tensors whose scales a thread counts at a time."""
+
+ZERO_BYTES: Final = 1 << 20
+"""Bytes of plain tensors that are read at a time, until one is not zero."""
+
+PLAUSIBLE: Final = range(SCALE_BIAS - 64, SCALE_BIAS + 33)
+"""Scales of weights. A median outside comes from scale bytes that were converted instead of viewed."""
+
+TINY: Final = 256
+"""Values that a tensor must have at least for zeros to be a finding."""
+
+_MAY_BE_ZERO: Final = re.compile("bias|lora_b", re.IGNORECASE)
+_FLOATS: Final = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+_QUANTIZES: Final = ("quant_method", "bits", "mode", "quant_algo", "group_size")
+
+
+def health(
+    checkpoint: Checkpoint,
+    names: Iterable[str],
+    num_threads: int | None,
+    progress: Callable[[Progress], object],
+    *,
+    with_config: bool,
+) -> Verification:
+    """Look for broken pairs, missing shards, an index or a config.json that does not match, and implausible values."""
+    result = Verification(findings=[*checkpoint.findings, *_not_in_index(checkpoint)])
+    packed: list[TensorInfo] = []
+    plain: list[TensorInfo] = []
+    for name in names:
+        result.tensors += 1
+        try:
+            info = checkpoint.info(name)
+        except LayoutError as error:
+            result.findings.append(str(error))
+        else:
+            (plain if info.layout is None else packed).append(info)
+    if with_config and len(plain) + len(packed) == len(checkpoint) and not checkpoint.incomplete:
+        result.findings += _config_mismatch(checkpoint, plain, packed)
+    pool = Workers(num_threads, sum(info.nbytes for info in packed), progress)
+
+    def count_scales(info: TensorInfo) -> NDArray[np.int64]:
+        counts = np.zeros(256, np.int64)
+        for _, chunk in checkpoint.pieces(info.name, CHUNK_BYTES):
+            # A block of zeros may have any scale.
+            used = chunk.scales[(chunk.blocks & 0x77).any(axis=-1) | (chunk.scales == SCALE_NAN)]
+            counts += np.bincount(used.reshape(-1), minlength=256)
+            pool.advance(info.stored[0].file.path.name, info.name, chunk.nbytes)
+        return counts
+
+    def is_zero(info: TensorInfo) -> bool:
+        """Read no further than the first value that is not zero."""
+        return not any(np.any(chunk) for _, chunk in checkpoint.pieces(info.name, ZERO_BYTES))
+
+    decoded_dtype("bfloat16")  # imported before threads start: see `Workers`
+    zeros = []
+    for info, counts in zip(packed, pool.map(count_scales, packed), strict=True):
+        result.nan_blocks += int(counts[SCALE_NAN])
+        result.findings += [f"tensor {info.name!r}: {problem}" for problem in _implausible(counts)]
+        zeros += [] if counts.any() or not _must_have_values(info) else [info]
+    matrices = [info for info in plain if info.dtype in _FLOATS and _must_have_values(info)]
+    zeros += [info for info, zero in zip(matrices, pool.map(is_zero, matrices), strict=True) if zero]
+    for group in collapse(Row(info.name, info, None) for info in zeros).values():
+        several = f"{len(group)} tensors {label(group)!r} are" if len(group) > 1 else f"tensor {group[0].name!r} is"
+        result.findings.append(f"{several} all zeros")
+    result.nbytes = pool.done
+    return result
+
+
+def _not_in_index(checkpoint: Checkpoint) -> Iterator[str]:
+    if checkpoint.index is not None:
+        listed = weight_map_of(checkpoint.index)
+        for name in checkpoint.stored:
+            if name not in listed:
+                yield f"{checkpoint.index}: tensor {name!r} is in a file, but not in the index"
+
+
+def _implausible(counts: NDArray[np.int64]) -> Iterator[str]:
+    """Yield what no weights have, given how often each scale occurs."""
+    if counts[SCALE_NAN]:
+        yield f"{counts[SCALE_NAN]:,} of its blocks are NaN"
+    if counts.any():
+        middle = int(np.searchsorted(np.cumsum(counts), math.ceil(counts.sum() / 2)))
+        if middle not in PLAUSIBLE and middle != SCALE_NAN:
+            yield (
+                f"half of its scales are {'below' if middle < SCALE_BIAS else 'above'} 2**{middle - SCALE_BIAS}: no "
+                "weights are, scale bytes may have been converted instead of viewed"
+            )
+
+
+def _must_have_values(info: TensorInfo) -> bool:
+    """Tell whether a tensor that is all zeros would be wrong: small ones, biases and adapters may begin as zeros."""
+    return len(info.shape) > 1 and math.prod(info.shape) >= TINY and not _MAY_BE_ZERO.search(info.name)
+
+
+def _config_mismatch(
+    checkpoint: Checkpoint, plain: Sequence[TensorInfo], packed: Sequence[TensorInfo]
+) -> Iterator[str]:
+    """Yield what config.json says of the weights, and is not so."""
+    try:
+        config = checkpoint.config
+    except CheckpointError as error:
+        yield str(error)
+        return
+    path = checkpoint.folder / "config.json"
+    parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
+    promise = next((key for part in parts for key in KEYS if _is_of_weights(part.get(key))), None)
+    if promise and not any(info.format for info in (*plain, *packed)):
+        yield f"{path}: {promise!r} says that weights are quantised, but no tensor is: remove it"
+    promised = next((str(part[key]) for part in parts for key in ("dtype", "torch_dtype") if key in part), "")
+    values: Counter[str] = Counter()
+    for info in plain:  # heads, routers and norms are often float32
+        is_weight = info.name.endswith(("weight", "_proj")) and len(info.shape) > 1 and kind_of(info.name) is None
+        if is_weight and info.dtype in _FLOATS:
+            values[_FLOATS[info.dtype]] += math.prod(info.shape)
+    if promised in _FLOATS.values() and 2 * values[promised] < values.total():
+        most = max(values, key=lambda dtype: values[dtype])
+        yield f"{path}: says that the dtype is {promised}, but most weights are {most}"
+
+
+def _is_of_weights(quantization: Any) -> bool:
+    """Tell whether a part of a config.json is about weights, and not about the cache or nothing."""
+    if not isinstance(quantization, dict):
+        return False
+    return bool(quantization.get("config_groups", True)) and any(key in quantization for key in _QUANTIZES)
