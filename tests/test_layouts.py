@@ -218,15 +218,12 @@ NVFP4 = {
 
 
 @pytest.mark.parametrize("case", NVFP4)
-@pytest.mark.parametrize("forced", [False, True])
-def test_nvfp4_is_named(tmp_path, case, forced):
+def test_nvfp4_is_named(tmp_path, case):
     path = write_tensors(tmp_path / "m.safetensors", NVFP4[case])
     codes, *others = NVFP4[case]
-    layout = None
-    if forced:
-        layout = {"a.weight_packed": "compressed-tensors", "a._weight_qdata": "torchao"}.get(codes)
-        layout = layout or ("mlx" if case == "MLX" else "quark")
-    with mxfp4np.Checkpoint(path, layout=layout) as ckpt:
+    with pytest.raises(LayoutError, match="forced layout 'quark'"):
+        mxfp4np.Checkpoint(path, layout="quark")
+    with mxfp4np.Checkpoint(path) as ckpt:
         assert (ckpt.info(codes).format, ckpt.info(codes).layout) == ("NVFP4", None)
         assert [ckpt.info(name).format for name in others] == [None] * len(others)
         with pytest.raises(LayoutError, match=f"{codes}' is NVFP4, not MXFP4"):

@@ -14,12 +14,12 @@ from mxfp4np.storage.tensorfile import nbytes_of
 
 
 def checkpoint(folder, tensors, config=None, metadata=None):
-    """Write tensors of zeros, given as text: name, dtype, shape."""
+    """Write tensors of plausible values, given as text: name, dtype, shape."""
     specs = {}
     for line in tensors:
         name, dtype, *shape = line.split()
         specs[name] = (dtype, tuple(map(int, shape)))
-    data = [np.zeros(nbytes_of(*spec), np.uint8) for spec in specs.values()]
+    data = [np.full(nbytes_of(*spec), 64, np.uint8) for spec in specs.values()]
     write_safetensors(folder / "model.safetensors", specs, data, metadata)
     if config is not None:
         (folder / "config.json").write_text(json.dumps(config))

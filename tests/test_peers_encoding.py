@@ -46,7 +46,7 @@ def test_transformers_loads_a_compressed_tensors_model(llama, tmp_path):  # noqa
     with mxfp4np.Checkpoint(tmp_path / "plain") as plain:  # values that no code has
         noise = {name: rng.normal(0, 0.02, x.shape).astype(ml_dtypes.bfloat16) for name, x in plain.items()}
     mxfp4np.save_file(noise, tmp_path / "plain" / "model.safetensors", {"format": "pt"})
-    result = mxfp4np.encode_checkpoint(tmp_path / "plain", tmp_path / "out", target_layout="compressed-tensors")
+    result = mxfp4np.encode_checkpoint(tmp_path / "plain", tmp_path / "out", layout="compressed-tensors")
     assert len(result.packed) == 14
     assert 0.05 < result.relative_error < 0.2
     how = {"quantization_config": CompressedTensorsConfig(run_compressed=False), "dtype": torch.bfloat16}
@@ -62,7 +62,7 @@ def test_mlx_loads_its_own_form(llama, tmp_path):  # noqa: F811
     import mlx.core as mx
 
     mxfp4np.convert(llama, tmp_path / "plain")
-    mxfp4np.encode_checkpoint(tmp_path / "plain", tmp_path / "out", target_layout="mlx")
+    mxfp4np.encode_checkpoint(tmp_path / "plain", tmp_path / "out", layout="mlx")
     theirs = mx.load(str(tmp_path / "out" / "model.safetensors"))
     with mxfp4np.Checkpoint(tmp_path / "out") as ours:
         names = [name for name in ours if ours.info(name).layout]
@@ -84,7 +84,7 @@ def test_the_original_layout_is_loaded_by_gpt_oss_itself(tmp_path):
     }
     tensors["block.0.mlp.mlp1_bias"] = np.ones((2, 64), ml_dtypes.bfloat16)
     mxfp4np.save_file(tensors, tmp_path / "plain.safetensors")
-    result = mxfp4np.encode_checkpoint(tmp_path / "plain.safetensors", tmp_path / "out", target_layout="gpt-oss")
+    result = mxfp4np.encode_checkpoint(tmp_path / "plain.safetensors", tmp_path / "out", layout="gpt-oss")
     assert len(result.packed) == 2
     theirs = Checkpoint(str(tmp_path / "out"), torch.device("cpu"))
     with mxfp4np.Checkpoint(tmp_path / "out") as ours:

@@ -107,7 +107,7 @@ BLOCK = {"block.0.mlp.mlp1_weight": (2, 192, 64), "block.0.mlp.mlp2_weight": (2,
 def test_stacked_experts_are_packed_along_their_inputs(tmp_path, layout, shapes):
     """However they are stored; the other way is refused."""
     source, tensors = write(tmp_path / "source", shapes)
-    mxfp4np.encode_checkpoint(source, tmp_path / "out", target_layout=layout)
+    mxfp4np.encode_checkpoint(source, tmp_path / "out", layout=layout)
     turned = shapes is IN_OUT
     with mxfp4np.Checkpoint(tmp_path / "out") as packed:
         for name, values in tensors.items():
@@ -116,21 +116,21 @@ def test_stacked_experts_are_packed_along_their_inputs(tmp_path, layout, shapes)
     wrong, right = ("no", "yes") if turned else ("yes", "no")
     message = rf"axis {-2 if turned else -1} is its inputs, as .* shows, and would be packed along its outputs: give "
     with pytest.raises(LayoutError, match=message + f"--transpose {right}"):
-        mxfp4np.encode_checkpoint(source, tmp_path / "other", target_layout=layout, transpose=wrong)
-    assert mxfp4np.encode_checkpoint(source, tmp_path / "other", target_layout=layout, transpose=right).complete
+        mxfp4np.encode_checkpoint(source, tmp_path / "other", layout=layout, transpose=wrong)
+    assert mxfp4np.encode_checkpoint(source, tmp_path / "other", layout=layout, transpose=right).complete
 
 
 def test_what_may_be_either_is_left_alone_or_refused(tmp_path):
     shapes = {"l.0.experts.weight": (4, 64, 64), "l.0.q_proj.weight": (64, 64), "h.0.mlp.c_proj.weight": (64, 64)}
     source, tensors = write(tmp_path / "source", shapes)
-    result = mxfp4np.encode_checkpoint(source, tmp_path / "default", target_layout="mlx")
+    result = mxfp4np.encode_checkpoint(source, tmp_path / "default", layout="mlx")
     assert result.packed == ["l.0.q_proj.weight"]
     for name in ("l.0.experts.weight", "h.0.mlp.c_proj.weight"):
         with pytest.raises(LayoutError, match="nothing says which axis its inputs are: give --transpose no"):
-            mxfp4np.encode_checkpoint(source, tmp_path / "out", target_layout="mlx", include=name)
+            mxfp4np.encode_checkpoint(source, tmp_path / "out", layout="mlx", include=name)
         for transpose in ("yes", "no"):
             target = tmp_path / f"{name}-{transpose}"
-            mxfp4np.encode_checkpoint(source, target, target_layout="mlx", include=name, transpose=transpose)
+            mxfp4np.encode_checkpoint(source, target, layout="mlx", include=name, transpose=transpose)
             values = tensors[name].swapaxes(-1, -2) if transpose == "yes" else tensors[name]
             expected = mxfp4np.encode(np.ascontiguousarray(values))
             with mxfp4np.Checkpoint(target) as packed:
@@ -139,9 +139,9 @@ def test_what_may_be_either_is_left_alone_or_refused(tmp_path):
 
 def test_transposing_leaves_linear_layers_alone_unless_asked_for(tmp_path):
     source, _ = write(tmp_path / "source", {"l.0.experts.weight": (4, 64, 64), "l.0.q_proj.weight": (64, 64)})
-    result = mxfp4np.encode_checkpoint(source, tmp_path / "a", target_layout="mlx", transpose="yes")
+    result = mxfp4np.encode_checkpoint(source, tmp_path / "a", layout="mlx", transpose="yes")
     assert result.packed == ["l.0.experts.weight"]
-    result = mxfp4np.encode_checkpoint(source, tmp_path / "b", target_layout="mlx", transpose="yes", include="*q_proj*")
+    result = mxfp4np.encode_checkpoint(source, tmp_path / "b", layout="mlx", transpose="yes", include="*q_proj*")
     assert result.packed == ["l.0.q_proj.weight"]
 
 
@@ -149,16 +149,16 @@ def test_a_matrix_whose_bias_counts_its_columns_is_no_linear_layer(tmp_path):
     source, _ = write(
         tmp_path / "source", {"a.weight": (64, 96), "a.bias": (96,), "b.weight": (64, 96), "b.bias": (64,)}
     )
-    assert mxfp4np.encode_checkpoint(source, tmp_path / "a", target_layout="mlx").packed == ["b.weight"]
+    assert mxfp4np.encode_checkpoint(source, tmp_path / "a", layout="mlx").packed == ["b.weight"]
     with pytest.raises(LayoutError, match=r"axis -2 is its inputs, as a\.bias shows.*give --transpose yes"):
-        mxfp4np.encode_checkpoint(source, tmp_path / "b", target_layout="mlx", include="a.weight")
+        mxfp4np.encode_checkpoint(source, tmp_path / "b", layout="mlx", include="a.weight")
 
 
 def test_the_summary_says_when_the_largest_were_left(tmp_path, command):
     shapes = {f"model.layers.{i}.mlp.experts.gate_up_proj": (2, 64, 192) for i in range(3)}
     small = {"model.layers.0.self_attn.q_proj.weight": (64, 64), "model.norm.weight": (64,)}
     source, _ = write(tmp_path / "source", {**shapes, **small, "model.embed_tokens.weight": (32, 64)})
-    arguments = ("encode", source, tmp_path / "out", "--target-layout", "compressed-tensors")
+    arguments = ("encode", source, tmp_path / "out", "--layout", "compressed-tensors")
     line = (
         "left as they are: 4 tensors, 303 kB, the largest model.layers.0.mlp.experts.gate_up_proj, which has shape "
         "[2, 64, 192]: expected 2 axes; --include chooses others"

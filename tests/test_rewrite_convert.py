@@ -492,7 +492,7 @@ def test_metadata_of_the_source_is_kept(tmp_path):
     mxfp4np.save_file(
         {"m.weight": np.ones((4, 32), np.float32)}, tmp_path / "m.safetensors", {"m.weight": "", "by": "me"}
     )
-    mxfp4np.encode_checkpoint(tmp_path / "m.safetensors", tmp_path / "mlx", target_layout="mlx")
+    mxfp4np.encode_checkpoint(tmp_path / "m.safetensors", tmp_path / "mlx", layout="mlx")
     assert mxfp4np.Checkpoint(tmp_path / "mlx").metadata == {"format": "pt", "by": "me"}
 
 

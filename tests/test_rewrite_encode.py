@@ -83,7 +83,7 @@ def test_tensors_are_what_encode_makes_of_them(tmp_path, monkeypatch, layout, ru
     monkeypatch.setattr(encoding, "CHUNK_BYTES", piece_bytes)
     tensors = SOURCES[layout]
     source = write(tmp_path / "source", tensors, {"model_type": "x"})
-    result = mxfp4np.encode_checkpoint(source, tmp_path / "out", rule=rule, target_layout=layout, max_shard_size=10_000)
+    result = mxfp4np.encode_checkpoint(source, tmp_path / "out", rule=rule, layout=layout, max_shard_size=10_000)
     assert result.complete
     assert set(result.packed) == PACKED[layout]
     assert len(result.shards) > 1
@@ -106,7 +106,7 @@ def test_tensors_are_what_encode_makes_of_them(tmp_path, monkeypatch, layout, ru
 
 def test_shapes_and_dtypes_on_disk(tmp_path, layout):
     source = write(tmp_path / "source", SOURCES[layout])
-    mxfp4np.encode_checkpoint(source, tmp_path / "out", target_layout=layout)
+    mxfp4np.encode_checkpoint(source, tmp_path / "out", layout=layout)
     with mxfp4np.Checkpoint(tmp_path / "out") as ours:
         stored = {
             name: [(half.name, half.dtype, half.shape) for half in ours.info(name).stored] for name in PACKED[layout]
@@ -134,7 +134,7 @@ def test_shapes_and_dtypes_on_disk(tmp_path, layout):
 def test_config_says_how_weights_are_packed(tmp_path, layout):
     config = {"model_type": "x", "dtype": "bfloat16", "hidden_size": 64}
     source = write(tmp_path / "source", SOURCES[layout], config)
-    mxfp4np.encode_checkpoint(source, tmp_path / "out", target_layout=layout)
+    mxfp4np.encode_checkpoint(source, tmp_path / "out", layout=layout)
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert {key: written.pop(key) for key in config} == config
     how = written.pop("quantization_config", None)
@@ -162,7 +162,7 @@ def test_errors_of_each_tensor_and_of_all(tmp_path, monkeypatch):
     up[37, 32:] = 2.0 ** np.linspace(-3, 0, 32)  # rounds worst of all
     up[5, 3] = np.nan
     source = write(tmp_path / "source", {"up.weight": up, "down.weight": down})
-    result = mxfp4np.encode_checkpoint(source, tmp_path / "out", target_layout="mlx")
+    result = mxfp4np.encode_checkpoint(source, tmp_path / "out", layout="mlx")
     errors = norms = 0.0
     for name, values in (("up.weight", up), ("down.weight", down)):
         blocks = values.astype(np.float64).reshape(len(values), -1, 32)
@@ -188,7 +188,7 @@ def test_errors_of_each_tensor_and_of_all(tmp_path, monkeypatch):
 
 def test_zeros_have_no_error(tmp_path):
     source = write(tmp_path / "source", {"a.weight": np.zeros((4, 64), np.float32)})
-    result = mxfp4np.encode_checkpoint(source, tmp_path / "out", target_layout="mlx")
+    result = mxfp4np.encode_checkpoint(source, tmp_path / "out", layout="mlx")
     assert result.errors["a.weight"] == Errors(0.0, 0.0, 0.0, (), 0)
     assert result.relative_error == 0.0
 
@@ -197,21 +197,21 @@ def test_zeros_have_no_error(tmp_path):
 def test_there_and_back_again(tmp_path, layout, rule):
     """Packed, converted and packed again, a checkpoint decodes to the same values, and then to the same bytes."""
     source = write(tmp_path / "source", SOURCES[layout])
-    mxfp4np.encode_checkpoint(source, tmp_path / "packed", target_layout=layout)
+    mxfp4np.encode_checkpoint(source, tmp_path / "packed", layout=layout)
     mxfp4np.convert(tmp_path / "packed", tmp_path / "plain")
-    result = mxfp4np.encode_checkpoint(tmp_path / "plain", tmp_path / "again", rule=rule, target_layout=layout)
+    result = mxfp4np.encode_checkpoint(tmp_path / "plain", tmp_path / "again", rule=rule, layout=layout)
     assert result.relative_error == 0
     assert mxfp4np.verify(tmp_path / "again", tmp_path / "plain").findings == []
 
 
 def test_patterns_choose(tmp_path):
     source = write(tmp_path / "source", DENSE)
-    kwargs = {"target_layout": "mlx", "include": ["*up_proj.weight", "lm_head.weight"]}
+    kwargs = {"layout": "mlx", "include": ["*up_proj.weight", "lm_head.weight"]}
     assert set(mxfp4np.encode_checkpoint(source, tmp_path / "a", **kwargs).errors) == {
         "model.layers.0.mlp.up_proj.weight",
         "lm_head.weight",
     }
-    kwargs = {"target_layout": "mlx", "exclude": ["*up_proj*"]}
+    kwargs = {"layout": "mlx", "exclude": ["*up_proj*"]}
     assert set(mxfp4np.encode_checkpoint(source, tmp_path / "b", **kwargs).errors) == {
         "model.layers.0.mlp.down_proj.weight"
     }
@@ -226,21 +226,21 @@ def test_patterns_choose(tmp_path):
         ("*norm.weight", "mlx", r"has shape \[64\]: expected 2 or 3 axes"),
         ("*odd_proj.weight", "mlx", r"has shape \[64, 100\]: expected a multiple of 32 inputs, found 100"),
         ("*odd_proj.weight", "gpt-oss", r"is none that gpt-oss packs: those are \*.mlp1_weight and \*.mlp2_weight"),
-        ("nothing", "mlx", "no tensor called nothing that mlx could pack: see --target-layout and --include"),
+        ("nothing", "mlx", "no tensor called nothing that mlx could pack: see --layout and --include"),
         (None, "gpt-oss", r"no tensor called \*.mlp1_weight, \*.mlp2_weight that gpt-oss could pack"),
     ],
 )
 def test_what_cannot_be_packed_is_refused(tmp_path, pattern, layout, message):
     source = write(tmp_path / "source", {**DENSE, "a.table": normal(4, 64)})
     with pytest.raises(ValueError, match=message):
-        mxfp4np.encode_checkpoint(source, tmp_path / "out", target_layout=layout, include=[pattern] if pattern else [])
+        mxfp4np.encode_checkpoint(source, tmp_path / "out", layout=layout, include=[pattern] if pattern else [])
     assert not (tmp_path / "out").exists()
 
 
 def test_experts_go_to_compressed_tensors_one_by_one_only(tmp_path):
     source = write(tmp_path / "source", {"experts.weight": normal(4, 64, 64)})
     with pytest.raises(LayoutError, match=r"has shape \[4, 64, 64\]: expected 2 axes"):
-        mxfp4np.encode_checkpoint(source, tmp_path / "out", target_layout="compressed-tensors", include=["*"])
+        mxfp4np.encode_checkpoint(source, tmp_path / "out", layout="compressed-tensors", include=["*"])
 
 
 def test_transposing_is_the_callers_to_choose(tmp_path):
@@ -269,7 +269,7 @@ def test_a_stale_quantization_config_is_replaced(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"rule": "up"}, {"target_layout": "gguf"}, {"transpose": "maybe"}, {"max_shard_size": 0}]
+    "arguments", [{"rule": "up"}, {"layout": "gguf"}, {"transpose": "maybe"}, {"max_shard_size": 0}]
 )
 def test_wrong_arguments(tmp_path, arguments):
     source = write(tmp_path / "source", GPT_OSS_HF)
@@ -320,7 +320,7 @@ class TestCommand:
 
     def test_json(self, tmp_path, capsys):
         source = write(tmp_path / "source", DENSE)
-        assert main(["encode", str(source), str(tmp_path / "out"), "--target-layout", "mlx", "--json"]) == 0
+        assert main(["encode", str(source), str(tmp_path / "out"), "--layout", "mlx", "--json"]) == 0
         found = json.loads(capsys.readouterr().out)
         assert set(found["packed"]) == PACKED["mlx"]
         assert found["complete"] is True
@@ -334,7 +334,7 @@ class TestCommand:
 
     def test_dry_run(self, tmp_path, capsys):
         source = write(tmp_path / "source", DENSE)
-        assert main(["encode", str(source), str(tmp_path / "out"), "--target-layout", "mlx", "--dry-run"]) == 0
+        assert main(["encode", str(source), str(tmp_path / "out"), "--layout", "mlx", "--dry-run"]) == 0
         *_, shards, left = capsys.readouterr().out.splitlines()
         assert shards.startswith("1 shard, ")
         assert left.startswith("left as they are: 4 tensors, 37.9 kB, the largest model.layers.0.mlp.odd_proj.weight")
@@ -346,7 +346,7 @@ class TestCommand:
         out, err = capsys.readouterr()
         assert out == ""
         assert err.count("\n") == 1
-        assert "that gpt-oss-hf could pack: see --target-layout and --include" in err
+        assert "that gpt-oss-hf could pack: see --layout and --include" in err
 
 
 @pytest.mark.gguf
@@ -363,4 +363,4 @@ def test_gguf_as_a_source(tmp_path):
     writer.write_tensors_to_file()
     writer.close()
     with pytest.raises(LayoutError, match=r"tensor 'b.weight' is quantised already, as gguf: convert"):
-        mxfp4np.encode_checkpoint(tmp_path / "m.gguf", tmp_path / "out", target_layout="mlx")
+        mxfp4np.encode_checkpoint(tmp_path / "m.gguf", tmp_path / "out", layout="mlx")

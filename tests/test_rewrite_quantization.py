@@ -85,6 +85,12 @@ CHANGES = {
     "another": ({"quant_method": "gptq", "bits": 4}, PART, {"quant_method": "gptq", "bits": 4}),
     "not a name": ({"quant_method": ["fp8"]}, PART, {"quant_method": ["fp8"]}),
     "nothing decoded": ({"quant_method": "fp8"}, Modules(frozenset(), {ATTENTION: "FP8"}), {"quant_method": "fp8"}),
+    "integers of an unknown quantiser": (
+        {"quant_method": "new"},
+        Modules(frozenset([MLP]), {}, unknown=True),
+        {"quant_method": "new"},
+    ),
+    "integers, but of a known one": ({"quant_method": "mxfp4"}, Modules(frozenset([MLP]), {}, unknown=True), None),
     "nothing left": ({"quant_method": "fp8"}, Modules(frozenset([MLP]), {}), None),
 }
 
@@ -200,6 +206,15 @@ def test_configs_of_parts_of_a_model(tmp_path):
     config = written(tmp_path / "none")
     assert "quantization_config" not in config["text_config"]
     assert "compression_config" not in config
+
+
+def test_an_unknown_quantiser_keeps_its_config_with_its_integers(tmp_path):
+    config = {"quantization_config": {"quant_method": "new"}}
+    words = {"x.words": np.ones((4, 4), np.int32)}
+    mxfp4np.convert(checkpoint(tmp_path / "in", config, fp8=False, **words), tmp_path / "out")
+    assert written(tmp_path / "out") == config
+    mxfp4np.convert(tmp_path / "in", tmp_path / "without", drop="x.*")
+    assert written(tmp_path / "without") == {}
 
 
 QUANTIZERS_FILES = {

@@ -325,7 +325,7 @@ def parser() -> argparse.ArgumentParser:
     encode.add_argument("target", type=Path, metavar="DST", help="a new or empty folder")
     encode.add_argument("--rule", choices=RULES, default=RULES[0], help="of the scales (default: even)")
     encode.add_argument(
-        "--target-layout",
+        "--layout",
         choices=ENCODED_LAYOUTS,
         default=ENCODED_LAYOUTS[0],
         help="how DST stores them (default: gpt-oss-hf)",

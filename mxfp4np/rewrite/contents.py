@@ -53,6 +53,11 @@ def is_matrix(info: TensorInfo) -> bool:
     return info.name.endswith(".weight") and len(info.shape) > 1
 
 
+def may_be_quantized(info: TensorInfo) -> bool:
+    """Tell whether a tensor is quantised, or a matrix of integers, which may be quantised in an unknown way."""
+    return info.format is not None or (len(info.shape) > 1 and info.dtype in ("U8", "I8", "I16", "U32", "I32"))
+
+
 def contents_of(
     checkpoint: Checkpoint,
     include: str | Iterable[str],
@@ -74,7 +79,9 @@ def contents_of(
     decoded = {name: info for name, info in infos.items() if info.layout is not None and name in chosen}
     quantized = {module_of(x.name): x.format for x in infos.values() if x.format and x.name not in decoded}
     plain = {module_of(x.name) for x in infos.values() if not x.format and is_matrix(x)} - quantized.keys()
-    modules = Modules(frozenset(map(module_of, decoded)), quantized, frozenset(plain), several_parts(config or {}))
+    unknown = any(may_be_quantized(info) for info in infos.values() if info.format is None)
+    parts = several_parts(config or {})
+    modules = Modules(frozenset(map(module_of, decoded)), quantized, frozenset(plain), parts, unknown)
     unneeded = set(unneeded_scales({name: info.shape for name, info in infos.items()}, modules))
     copied = {name: info for name, info in infos.items() if name not in decoded and name not in unneeded}
     return Contents(decoded, copied, dropped, sorted(unneeded), modules)

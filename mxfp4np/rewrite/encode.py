@@ -114,7 +114,7 @@ def plan_encoding(
     folder: Path,
     source: Source = None,
     rule: str = RULES[0],
-    target_layout: str = ENCODED_LAYOUTS[0],
+    layout: str = ENCODED_LAYOUTS[0],
     transpose: str = "auto",
     max_shard_size: int | str = MAX_SHARD_SIZE,
     include: str | Iterable[str] = (),
@@ -126,15 +126,14 @@ def plan_encoding(
     """
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}, found {rule!r}")
-    if target_layout not in FORMS:
-        raise ValueError(f"target_layout must be one of {', '.join(FORMS)}, found {target_layout!r}")
+    if layout not in FORMS:
+        raise ValueError(f"layout must be one of {', '.join(FORMS)}, found {layout!r}")
     include, exclude = patterns(include), patterns(exclude)
-    choice = Choice(checkpoint, target_layout, transpose, include, exclude)
+    choice = Choice(checkpoint, layout, transpose, include, exclude)
     if not choice.chosen:
-        names = ", ".join(include or FORMS[target_layout].include)
+        names = ", ".join(include or FORMS[layout].include)
         raise ValueError(
-            f"{checkpoint.folder}: no tensor called {names} that {target_layout} could pack: see --target-layout and "
-            "--include"
+            f"{checkpoint.folder}: no tensor called {names} that {layout} could pack: see --layout and --include"
         )
     items: list[Item] = []
     for name, info in choice.infos.items():
@@ -145,15 +144,13 @@ def plan_encoding(
         if obstacle is not None:
             raise LayoutError(f"{info.stored[0].file.path}: tensor {name!r} {obstacle}")
         transposed = choice.is_transposed(info)
-        items.append(
-            _encoded(info, target_layout, rule, transposed=transposed) if name in choice.chosen else Copied.of(info)
-        )
+        items.append(_encoded(info, layout, rule, transposed=transposed) if name in choice.chosen else Copied.of(info))
     plain = [module_of(x.name) for x in choice.infos.values() if x.name not in choice.chosen and len(x.shape) > 1]
-    changes: dict[str, Change] = {"config.json": lambda config: encoded_config(config, target_layout, plain)}
+    changes: dict[str, Change] = {"config.json": lambda config: encoded_config(config, layout, plain)}
     files = small_files(checkpoint, source, folder, changes)
     options = {
         "rule": rule,
-        "target_layout": target_layout,
+        "layout": layout,
         "transpose": transpose,
         "include": include,
         "exclude": exclude,
@@ -255,7 +252,7 @@ def encode_checkpoint(
     target: PathLike,
     *,
     rule: str = RULES[0],
-    target_layout: str = ENCODED_LAYOUTS[0],
+    layout: str = ENCODED_LAYOUTS[0],
     transpose: str = "auto",
     max_shard_size: int | str = MAX_SHARD_SIZE,
     include: str | Iterable[str] = (),
@@ -280,7 +277,7 @@ def encode_checkpoint(
         A new or empty folder that does not contain the source.
     rule : {"even", "floor", "rceil", "ceil"}
         How the scale of a block is chosen from its largest magnitude; see `encode`.
-    target_layout : {"gpt-oss-hf", "gpt-oss", "compressed-tensors", "mlx"}
+    layout : {"gpt-oss-hf", "gpt-oss", "compressed-tensors", "mlx"}
         How packed weights are named and stored.
     transpose : {"auto", "yes", "no"}
         Whether to swap the last two axes before packing, which goes along the last one: that of the inputs.
@@ -331,9 +328,7 @@ def encode_checkpoint(
     with Checkpoint(source, io=io) as checkpoint:
         refuse_incomplete(checkpoint)
         target = Path(target).absolute()
-        plan = plan_encoding(
-            checkpoint, target, source, rule, target_layout, transpose, max_shard_size, include, exclude
-        )
+        plan = plan_encoding(checkpoint, target, source, rule, layout, transpose, max_shard_size, include, exclude)
         run = run_plan(plan, task, num_threads, progress, resume=resume, force=force, dry_run=dry_run)
         tasks = tasks_of(plan, task)
         verification = Verification() if verify and not dry_run else None
@@ -346,6 +341,6 @@ def encode_checkpoint(
                 encoded = compare_encoded(checkpoint, written, names, rule, transpose, num_threads, progress)
                 verification.add(encoded)
         packed = [item.name for item in plan.items if isinstance(item, Encoded)]
-        left = [] if patterns(include) else Choice(checkpoint, target_layout, transpose, (), patterns(exclude)).left
+        left = [] if patterns(include) else Choice(checkpoint, layout, transpose, (), patterns(exclude)).left
         largest = max(checkpoint.info(name).nbytes for name in packed)
     return Encoding(**vars(run), packed=packed, left=left, largest=largest, verification=verification)

@@ -18,6 +18,7 @@ from ..layouts.packed import TensorInfo
 from ..storage.index import weight_map_of
 from ..summary import Row, collapse, label
 from .choose import kind_of
+from .contents import may_be_quantized
 from .findings import Verification
 from .quantization import KEYS
 from .workers import Progress, Workers
@@ -61,7 +62,8 @@ def health(
             (plain if info.layout is None else packed).append(info)
     if with_config and len(plain) + len(packed) == len(checkpoint) and not checkpoint.incomplete:
         result.findings += _config_mismatch(checkpoint, plain, packed)
-    pool = Workers(num_threads, sum(info.nbytes for info in packed), progress)
+    scaled = [info for info in packed if info.format == "MXFP4"]
+    pool = Workers(num_threads, sum(info.nbytes for info in scaled), progress)
 
     def count_scales(info: TensorInfo) -> NDArray[np.int64]:
         counts = np.zeros(256, np.int64)
@@ -78,7 +80,7 @@ def health(
 
     decoded_dtype("bfloat16")  # imported before threads start: see `Workers`
     zeros = []
-    for info, counts in zip(packed, pool.map(count_scales, packed), strict=True):
+    for info, counts in zip(scaled, pool.map(count_scales, scaled), strict=True):
         result.nan_blocks += int(counts[SCALE_NAN])
         result.findings += [f"tensor {info.name!r}: {problem}" for problem in _implausible(counts)]
         zeros += [] if counts.any() or not _must_have_values(info) else [info]
@@ -129,7 +131,7 @@ def _config_mismatch(
     path = checkpoint.folder / "config.json"
     parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
     promise = next((key for part in parts for key in KEYS if _is_of_weights(part.get(key))), None)
-    if promise and not any(info.format for info in (*plain, *packed)):
+    if promise and not packed and not any(may_be_quantized(info) for info in plain):
         yield f"{path}: {promise!r} says that weights are quantised, but no tensor is: remove it"
     promised = next((str(part[key]) for part in parts for key in ("dtype", "torch_dtype") if key in part), "")
     values: Counter[str] = Counter()

@@ -60,6 +60,8 @@ class Modules:
     """Those with a matrix that never was quantised."""
     several_parts: bool = False
     """Whether the model has other parts beside the language model, such as a vision tower."""
+    unknown: bool = False
+    """Whether there are matrices of integers whose format is not known."""
 
     @property
     def mixed(self) -> list[str]:
@@ -167,13 +169,16 @@ def change_config(config: Config, change: Callable[[Config], Config | None]) -> 
 
 
 def after_decoding(quantization: Config, modules: Modules) -> Config | None:
-    """Return what a quantization config says once modules were decoded, None if nothing is quantised any more."""
-    if not modules.quantized:
-        return None
-    if not modules.decoded:
-        return quantization
+    """Return what a quantization config says once modules were decoded, None if nothing is quantised any more.
+
+    That of a quantiser that is not known stays while integers could be its weights.
+    """
     method = quantization.get("quant_method")
     change = _mlx if method is None and "bits" in quantization else _CHANGES.get(str(method))
+    if not modules.quantized:
+        return quantization if modules.unknown and change is None else None
+    if not modules.decoded:
+        return quantization
     return quantization if change is None else change(_without_fp4_experts(quantization, modules), modules)
 
 

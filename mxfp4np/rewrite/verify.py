@@ -117,7 +117,7 @@ def verify(
     with opened as theirs, _open(source, layout) as ours:
         names = select(ours, include, exclude)
         patterns = options.get("include", ()), options.get("exclude", ())
-        if (written := options.get("target_layout")) in FORMS:
+        if (written := options.get("layout")) in FORMS:
             encoded = Choice(ours, written, options.get("transpose", TRANSPOSE[0]), *patterns).chosen
             copied: Container[str] = set(names) - encoded
         else:
