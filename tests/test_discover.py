@@ -509,7 +509,7 @@ def test_repository_that_is_no_folder(refused, tmp_path, monkeypatch, name):
 
 @pytest.mark.parametrize(
     "name",
-    ["m.gguf", "b.safetensors", "blob", "model.safetensors.index.json", "config.json", "tokenizer.json", "sub/x.txt"],
+    ["m.gguf", "b.safetensors", "blob", "model.safetensors.index.json", "config.json"],
 )
 def test_pointers_of_git_lfs_are_refused(shards, refused, name):
     path = shards / name
@@ -519,3 +519,14 @@ def test_pointers_of_git_lfs_are_refused(shards, refused, name):
     message = refused("convert", source, shards / "out")
     assert f"{path}: it is a pointer of Git LFS: get the file itself with git lfs pull" in message
     assert not (shards / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "sub/x.txt"])
+def test_pointers_of_git_lfs_beside_weights_are_said(shards, command, name):
+    path = shards / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    status, _, err = command("convert", shards, shards / "out")
+    assert status == 0
+    assert f"{path}: it is a pointer of Git LFS: get the file itself with git lfs pull; it is copied as it is" in err
+    assert (shards / "out" / name).read_bytes() == path.read_bytes()

@@ -14,7 +14,7 @@ from ..errors import CheckpointError
 from ..format import BLOCK_SIZE
 from ..storage.discover import PathLike, is_hidden
 from ..storage.index import read_json
-from ..storage.tensorfile import open_regular
+from ..storage.tensorfile import LFSPointerError, open_regular
 from .plan import METADATA as PT_METADATA
 from .plan import RECORD, Copied, Item, json_bytes
 from .quantization import (
@@ -126,6 +126,8 @@ class SmallFiles(NamedTuple):
     copied: dict[str, Path]
     left_out: list[str]
     """Other weights, and folders that hold some, which do not go along."""
+    notes: list[str]
+    """What is doubtful about files that are copied, a sentence each."""
 
 
 def small_files(checkpoint: Checkpoint, source: Source, target: Path, changes: Mapping[str, Change]) -> SmallFiles:
@@ -134,10 +136,16 @@ def small_files(checkpoint: Checkpoint, source: Source, target: Path, changes: M
     There are none if the checkpoint was opened by the names of its weights: ``source`` is what it was opened by.
     """
     if not _is_folder(checkpoint, source):
-        return SmallFiles({}, {}, [])
+        return SmallFiles({}, {}, [], [])
     copies, left_out = _files_beside(checkpoint.folder, target.resolve(), checkpoint)
-    for path in copies.values():
-        open_regular(path).close()  # refuses pointers of Git LFS
+    notes: list[str] = []
+    for name, path in copies.items():
+        try:
+            open_regular(path).close()
+        except LFSPointerError as error:
+            if name in changes:
+                raise
+            notes.append(f"{error}; it is copied as it is")
     written: dict[str, bytes] = {}
     for name, change in changes.items():
         if name in copies:
@@ -147,7 +155,7 @@ def small_files(checkpoint: Checkpoint, source: Source, target: Path, changes: M
                 written |= {} if document is None else {name: json_bytes(document)}
             except (RecursionError, UnicodeEncodeError) as error:
                 raise CheckpointError(f"{path}: cannot be written again: {error}") from error
-    return SmallFiles(written, copies, left_out)
+    return SmallFiles(written, copies, left_out, notes)
 
 
 def _files_beside(folder: Path, target: Path, checkpoint: Checkpoint) -> tuple[dict[str, Path], list[str]]:

@@ -119,7 +119,16 @@ def plan_conversion(
     warm_up = partial(_warm_up, wanted, checkpoint.device, orders, transposes)
     shards = make_shards(items, max_shard_size, kept_metadata(checkpoint, items))
     return ConversionPlan(
-        folder, shards, files.written, files.copied, options, checkpoint, warm_up, files.left_out, contents=contents
+        folder,
+        shards,
+        files.written,
+        files.copied,
+        options,
+        checkpoint,
+        warm_up,
+        files.left_out,
+        files.notes,
+        contents=contents,
     )
 
 

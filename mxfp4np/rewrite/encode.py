@@ -157,7 +157,7 @@ def plan_encoding(
     }
     warm_up = partial(_warm_up, rule, {element(choice.infos[name].dtype)[1] for name in choice.chosen})
     shards = make_shards(items, max_shard_size, kept_metadata(checkpoint, items))
-    return Plan(folder, shards, files.written, files.copied, options, checkpoint, warm_up, files.left_out)
+    return Plan(folder, shards, files.written, files.copied, options, checkpoint, warm_up, files.left_out, files.notes)
 
 
 def _encoded(info: TensorInfo, layout: str, rule: str, *, transposed: bool) -> Encoded:

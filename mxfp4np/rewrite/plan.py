@@ -197,6 +197,8 @@ class Plan:
     """Imports and compiles what the items need. Called before threads start; see `Workers`."""
     left_out: Sequence[str] = ()
     """Files and folders of weights beside the source that are not part of the plan."""
+    notes: Sequence[str] = ()
+    """What is doubtful about files that are copied, a sentence each."""
 
     @property
     def items(self) -> list[Item]:

@@ -333,7 +333,7 @@ def run_plan(
         reports = run_tasks(tasks, num_threads, progress)
         missing = finish(plan)
     shards = {shard.file: shard.nbytes for shard in plan.shards}
-    notes, left_out = [*plan.source.findings, *plan.source.notes], list(plan.left_out)
+    notes, left_out = [*plan.source.findings, *plan.source.notes, *plan.notes], list(plan.left_out)
     return Run(plan.folder, shards, written, time.perf_counter() - begin, missing, reports, notes, left_out)
 
 

@@ -52,7 +52,12 @@ DTYPES: Final = {
 NumPy has no type for elements below a byte: their packed bytes are viewed as uint8.
 """
 
-_LFS_POINTER: Final = b"version https://git-lfs"
+LFS_POINTER: Final = b"version https://git-lfs"
+
+
+class LFSPointerError(CheckpointError):
+    """A file is the pointer that Git LFS puts in its place."""
+
 
 SAFETENSORS_DTYPES: Final = {numpy: name for name, (bits, numpy) in DTYPES.items() if bits >= 8}
 """The name in safetensors of each NumPy or ml_dtypes type."""
@@ -282,9 +287,9 @@ def open_regular(path: Path) -> BinaryIO:
         os.close(descriptor)
         raise CheckpointError(f"{path}: not a regular file")
     file = os.fdopen(descriptor, "rb", buffering=0)
-    if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+    if file.read(len(LFS_POINTER)) == LFS_POINTER:
         file.close()
-        raise CheckpointError(f"{path}: it is a pointer of Git LFS: get the file itself with git lfs pull")
+        raise LFSPointerError(f"{path}: it is a pointer of Git LFS: get the file itself with git lfs pull")
     file.seek(0)
     return file
 
