@@ -138,6 +138,30 @@ def test_compressed_tensors_with_linear_layers_as_the_target_of_both_groups(llam
     logits_of(load(tmp_path / "out"))
 
 
+def test_experts_of_compressed_tensors(tmp_path):
+    """transformers stacks them; see `quantization.loads_quantized` for what it does not take."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    experts = {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2}
+    config = Qwen3MoeConfig(**SMALL, **experts, intermediate_size=128, num_key_value_heads=4, head_dim=16)
+    tensors = save(tmp_path / "in", config, Qwen3MoeForCausalLM)
+    quantization = {
+        "quant_method": "compressed-tensors",
+        "format": "mixed-precision",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head", "re:.*mlp.gate$"],
+        "config_groups": {
+            "group_0": {"targets": ["re:.*self_attn.*"], "weights": FP8, "format": "float-quantized"},
+            "group_1": {"targets": ["re:.*experts.*"], "weights": FP4, "format": "mxfp4-pack-quantized"},
+        },
+    }
+    packed = compressed(tensors, r"\.experts\.", r"\.self_attn\.._proj")
+    source = rewrite(tmp_path / "in", packed, quantization_config=quantization)
+    assert mxfp4np.convert(source, tmp_path / "out").problem is None
+    assert_same_model(source, tmp_path / "out")
+    assert mxfp4np.convert(source, tmp_path / "half", exclude="*.layers.1.*").problem is not None
+
+
 @pytest.mark.parametrize("gpu", [False, True])
 def test_deepseek_v4(tmp_path, gpu, monkeypatch):
     """DeepSeek's own names, FP4 experts, the rest in FP8 blocks; ``gpu`` as where FP8 runs natively."""

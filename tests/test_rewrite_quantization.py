@@ -121,6 +121,13 @@ def test_complete_lists_of_experts_are_named_as_a_whole(monkeypatch):
     assert after_decoding({"quant_method": "fp8"}, modules)["modules_to_not_convert"][-1] == whole
 
 
+def test_parts_of_one_module_and_experts_of_one_list():
+    decoded = {"layers.0.mlp.experts", "layers.1.mlp.experts.0.up_proj", "layers.2.mlp.experts.0.up_proj"}
+    quantized = ["layers.0.mlp.experts", "layers.1.mlp.experts.1.up_proj", "layers.3.mlp.experts.0.up_proj"]
+    modules = Modules(frozenset(decoded), dict.fromkeys(quantized, "MXFP4"))
+    assert modules.mixed == ["layers.0.mlp.experts", "layers.1.mlp.experts"]
+
+
 @pytest.mark.parametrize(
     ("module", "several_parts", "expected"),
     [
@@ -264,12 +271,23 @@ def test_scales_go_with_their_quantisation(tmp_path):
 ROTATED = CONFIG | {"quantization_config": CONFIG["quantization_config"] | {"transform_config": {"a": 1}}}
 MODELOPT = CONFIG | {"quantization_config": {"quant_method": "modelopt", "quant_algo": "MIXED"}}
 NOTHING = {key: value for key, value in CONFIG.items() if key != "quantization_config"}
+EXPERTS = CONFIG | {"quantization_config": {"quant_method": "compressed-tensors"} | groups((0, (["Linear"], WEIGHTS)))}
+EXPERT = "model.layers.0.mlp.experts.0.up_proj"
 PROBLEMS = {
     "a drop": (CONFIG, {}, {"drop": "*mlp*"}, "1 tensor dropped"),
     "another orientation": (CONFIG, {}, {"transpose": "yes"}, "not as the model expects it"),
     "a rotation": (ROTATED, {}, {}, "transform_config"),
     "scaled inputs": (CONFIG, {f"{MLP}.pre_quant_scale": np.ones(64, np.float32)}, {}, "changes what the weights mean"),
     "modelopt": (MODELOPT, {}, {}, "transformers does not load"),
+    "experts of compressed-tensors beside packed weights": (
+        EXPERTS,
+        {
+            f"{EXPERT}.weight_packed": np.zeros((64, 32), np.uint8),
+            f"{EXPERT}.weight_scale": np.zeros((64, 2), np.uint8),
+        },
+        {"exclude": f"{MLP}*"},
+        "transformers does not load",
+    ),
     "no word of it": (NOTHING, {}, {}, "transformers does not load"),
 }
 

@@ -344,7 +344,7 @@ def _problem(plan: ConversionPlan, before: Mapping[str, Any]) -> str | None:
         if wants_transpose(info.layout, info.shape, transpose) != wants_transpose(info.layout, info.shape, "auto"):
             return f"with transpose {transpose!r}, {info.name} is not as the model expects it"
     config = _config_of(plan)
-    if contents.quantized and "model_type" in config and not loads_quantized(config):
+    if contents.quantized and "model_type" in config and not loads_quantized(config, contents.modules):
         return f"transformers does not load {contents.quantized[0]} as config.json describes it"
     return None
 

@@ -65,8 +65,9 @@ class Modules:
 
     @property
     def mixed(self) -> list[str]:
-        """Modules of which one tensor was decoded and another is still quantised."""
-        return sorted(self.decoded & self.quantized.keys())
+        """Modules, or lists of experts, of which one part was decoded and another is still quantised."""
+        decoded, quantized = ({_owner(module) for module in side} for side in (self.decoded, self.quantized))
+        return sorted(decoded & quantized)
 
     def has(self, format: str) -> bool:
         """Tell whether any module is quantised in a format."""
@@ -90,6 +91,12 @@ class Modules:
 def _parents(module: str) -> list[str]:
     parts = module.split(".")
     return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+
+
+def _owner(module: str) -> str:
+    """Return the list of experts that a module belongs to, which loaders stack; the module itself if there is none."""
+    match = _EXPERTS.fullmatch(module)
+    return match[1] if match else module
 
 
 def module_of(name: str) -> str:
@@ -269,19 +276,20 @@ _CHANGES: Final[Mapping[str, Callable[[Config, Modules], Config]]] = {
 """What to do with each ``quant_method`` when a part of its modules was decoded; others stay as they are."""
 
 
-def loads_quantized(config: Config) -> bool:
+def loads_quantized(config: Config, modules: Modules) -> bool:
     """Tell whether transformers, or mlx_lm, loads what is quantised as a config.json describes it.
 
     transformers loads ModelOpt's weights without their scales, and knows no quantiser that config.json does not name.
+    Of compressed-tensors, it stacks experts only if the group that it takes for theirs has FP8, or if they are packed.
     """
-    found = [
-        part[key]
-        for part in (config, config.get("text_config"))
-        if isinstance(part, dict)
-        for key in KEYS
-        if key in part
-    ]
-    return any(isinstance(x, dict) and x.get("quant_method", "mlx") != "modelopt" for x in found)
+    parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
+    quantization = next((part[key] for part in parts for key in KEYS if isinstance(part.get(key), dict)), None)
+    if quantization is None or quantization.get("quant_method") == "modelopt":
+        return False
+    if quantization.get("quant_method") == "compressed-tensors" and any(map(_EXPERTS.fullmatch, modules.decoded)):
+        groups = [x for x in (quantization.get("config_groups") or {}).values() if isinstance(x, dict)]
+        return all((x.get("weights") or {}).get("num_bits") == 8 for x in groups)
+    return True
 
 
 def transforms(config: Mapping[str, Any]) -> bool:
