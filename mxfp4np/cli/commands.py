@@ -115,7 +115,7 @@ def shard_bar(what: str, *, quiet: bool) -> Iterator[Callable[[Progress], object
 
 
 def _names(args: argparse.Namespace) -> Any:
-    from ..storage.index import read_json
+    from ..storage.jsonfile import read_json
 
     return None if args.named is None else read_json(args.named)
 

@@ -13,8 +13,8 @@ from ..checkpoint import Checkpoint
 from ..errors import CheckpointError
 from ..format import BLOCK_SIZE
 from ..storage.discover import PathLike, is_hidden
-from ..storage.index import read_json
-from ..storage.tensorfile import open_regular
+from ..storage.jsonfile import read_json
+from ..storage.regular import open_regular
 from .plan import METADATA as PT_METADATA
 from .plan import RECORD, Copied, Item, json_bytes
 from .quantization import (

@@ -22,7 +22,8 @@ from ..backends.threads import check_num_threads
 from ..checkpoint import Checkpoint
 from ..errors import CheckpointError
 from ..storage.discover import is_hidden
-from ..storage.index import read_json
+from ..storage.jsonfile import read_json
+from ..storage.regular import open_regular, read_up_to
 from ..storage.safetensors import atomic_file, bytes_of
 from ..text import count, escape, format_bytes
 from .plan import INDEX, RECORD, Plan, Shard
@@ -50,9 +51,9 @@ class Task:
         """Tell whether the shard is there and complete."""
         header = self.shard.header
         try:
-            with self.path.open("rb") as file:
+            with open_regular(self.path) as file:
                 size = os.fstat(file.fileno()).st_size
-                return size == len(header) + self.shard.nbytes and file.read(len(header)) == header
+                return size == len(header) + self.shard.nbytes and read_up_to(file, len(header)) == header
         except FileNotFoundError:
             return False
 
@@ -160,9 +161,9 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 def _check_record(plan: Plan) -> None:
     """Refuse to resume what another plan began, and say which of its options differ from those of this plan."""
-    if (plan.folder / RECORD).read_bytes() == plan.record:
-        return
     earlier, ours = read_record(plan.folder), json.loads(plan.record)
+    if earlier == ours:
+        return
     changed = [
         f"{key} {earlier.get(key)!r}, not {value!r}"
         for key, value in plan.options.items()
@@ -207,7 +208,7 @@ def _put(path: Path, data: bytes) -> None:
 def _copy(source: Path, target: Path) -> None:
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        with source.open("rb") as original:
+        with open_regular(source) as original:
             _create(target, lambda file: shutil.copyfileobj(original, file))
 
 

@@ -24,7 +24,6 @@ from ..layouts.packed import TensorInfo
 from ..layouts.table import TRANSPOSE, wants_transpose
 from ..shapes import place_in_whole, split, swapped
 from ..storage.discover import PathLike, repository_hint
-from ..storage.index import weight_map_of
 from ..storage.tensorfile import DTYPES, StoredTensor, element
 from ..text import count, escape, format_bytes, select
 from .contents import choose
@@ -268,7 +267,9 @@ def _health(
     checkpoint: Checkpoint, names: Iterable[str], num_threads: int | None, progress: Callable[[Progress], object]
 ) -> Verification:
     """Look for broken pairs, missing shards, an index that does not match, and implausible scales."""
-    result = Verification(findings=[*checkpoint.findings, *_not_in_index(checkpoint)])
+    result = Verification(findings=[*checkpoint.findings])
+    for name in checkpoint.unlisted:
+        result.findings.append(f"{checkpoint.index}: tensor {name!r} is in a file, but not in the index")
     packed: list[TensorInfo] = []
     for name in names:
         result.tensors += 1
@@ -295,14 +296,6 @@ def _health(
         result.findings += [f"tensor {info.name!r}: {problem}" for problem in _implausible(counts)]
     result.nbytes = pool.done
     return result
-
-
-def _not_in_index(checkpoint: Checkpoint) -> Iterator[str]:
-    if checkpoint.index is not None:
-        listed = weight_map_of(checkpoint.index)
-        for name in checkpoint.stored:
-            if name not in listed:
-                yield f"{checkpoint.index}: tensor {name!r} is in a file, but not in the index"
 
 
 def _implausible(counts: NDArray[np.int64]) -> Iterator[str]:
