@@ -485,7 +485,9 @@ class Checkpoint(Mapping[str, Any]):
             return f"{where}: names are strings"
         if name in self._stored:
             packed = ((whole, found) for whole, found in self._tensors.items() if isinstance(found, list))
-            whole = next(whole for whole, found in packed if name in [half.name for half in stored_of(found)])
+            whole = next((whole for whole, found in packed if name in [half.name for half in stored_of(found)]), None)
+            if whole is None:
+                return f"{where}: it was given another name, and is in .stored under this one"
             return f"{where}: it is the packed half of {whole!r}; raw halves are in .stored"
         names: Sequence[str] = list(self._tensors)
         if len(names) > 5000:  # comparing is slow: compare with names of the same ending only

@@ -13,7 +13,7 @@ from ..checkpoint import Checkpoint
 from ..errors import CheckpointError
 from ..format import BLOCK_SIZE
 from ..storage.discover import PathLike, is_hidden
-from ..storage.jsonfile import read_json
+from ..storage.jsonfile import parse_json, read_json
 from ..storage.regular import open_regular
 from .plan import METADATA as PT_METADATA
 from .plan import RECORD, Copied, Item, json_bytes
@@ -103,8 +103,8 @@ def kept_metadata(checkpoint: Checkpoint, items: Iterable[Item]) -> dict[str, st
     kept = {} if "GGUF.version" in checkpoint.metadata else {**checkpoint.metadata}
     if "tensor_names" in kept and gone & kept.keys():  # torchao's list of the tensors that its metadata describes
         try:
-            names = [name for name in json.loads(kept.pop("tensor_names")) if name not in gone]
-        except (ValueError, TypeError, RecursionError):
+            names = [name for name in parse_json(kept.pop("tensor_names")) if name not in gone]
+        except (ValueError, TypeError):
             names = []
         kept |= {"tensor_names": json.dumps(names)} if names else {}
     return {key: text for key, text in kept.items() if key not in gone} | PT_METADATA
@@ -142,10 +142,11 @@ def small_files(checkpoint: Checkpoint, source: Source, target: Path, changes: M
     for name, change in changes.items():
         if name in copies:
             path = copies.pop(name)
+            document = read_json(path)
             try:
-                document = change(read_json(path))
-                written |= {} if document is None else {name: json_bytes(document)}
-            except (RecursionError, UnicodeEncodeError) as error:
+                changed = change(document)
+                written |= {} if changed is None else {name: json_bytes(changed)}
+            except ValueError as error:
                 raise CheckpointError(f"{path}: cannot be written again: {error}") from error
     return SmallFiles(written, copies, left_out)
 

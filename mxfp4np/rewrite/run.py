@@ -21,11 +21,12 @@ from typing import Any, BinaryIO, Final
 from ..backends.threads import check_num_threads
 from ..checkpoint import Checkpoint
 from ..errors import CheckpointError
+from ..layouts.table import TRANSPOSE
 from ..storage.discover import is_hidden
 from ..storage.jsonfile import read_json
 from ..storage.regular import open_regular, read_up_to
 from ..storage.safetensors import atomic_file, bytes_of
-from ..text import count, escape, format_bytes
+from ..text import CELL_WIDTH, count, escape, format_bytes, shorten
 from .plan import INDEX, RECORD, Plan, Shard
 from .workers import Progress, Workers
 
@@ -154,9 +155,16 @@ def finish(plan: Plan) -> list[str]:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """Return the record of a folder, empty if there is none."""
-    record = folder / RECORD
-    return read_json(record) if record.exists() else {}
+    """Return the record of a folder, empty if there is none; refuse one whose options no run has."""
+    path = folder / RECORD
+    record = read_json(path) if path.exists() else {}
+    for key in ("include", "exclude", "drop"):
+        found = record.get(key, [])
+        if not isinstance(found, list) or not all(isinstance(pattern, str) for pattern in found):
+            raise CheckpointError(f"{path}: {key!r}: expected a list of patterns, found another value")
+    if record.get("transpose", TRANSPOSE[0]) not in TRANSPOSE:
+        raise CheckpointError(f"{path}: 'transpose': expected {' or '.join(TRANSPOSE)}, found another value")
+    return record
 
 
 def _check_record(plan: Plan) -> None:
@@ -165,7 +173,7 @@ def _check_record(plan: Plan) -> None:
     if earlier == ours:
         return
     changed = [
-        f"{key} {earlier.get(key)!r}, not {value!r}"
+        f"{key} {shorten(repr(earlier.get(key)), CELL_WIDTH)}, not {shorten(repr(value), CELL_WIDTH)}"
         for key, value in plan.options.items()
         if earlier.get(key) != ours[key]
     ]
