@@ -76,7 +76,7 @@ def test_files_of_the_kernel_are_not_read(source, file, name):
         lambda: mxfp4np.Checkpoint(source).config if name == "config.json" else mxfp4np.Checkpoint(source / name)
     )
     if isinstance(error, CheckpointError):
-        assert "Expecting value" in str(error) or "is empty" in str(error)
+        assert "Expecting value" in str(error) or "is empty" in str(error) or "after 0 of" in str(error)
     else:
         assert isinstance(error, PermissionError)
 

@@ -42,8 +42,7 @@ class SafetensorsFile(TensorFile):
 
     def _read_header(self, file: BinaryIO) -> None:
         if not self.stamp[0]:  # the parser cannot map all files that say so
-            reason = wrong_beginning(b"", "")
-            raise CheckpointError(f"{self.path}: not a valid safetensors file: {reason}")
+            raise CheckpointError(f"{self.path}: not a valid safetensors file: {_what_is_wrong(file)}")
         try:
             with self._to_parse(file) as path, safe_open(path, framework="np") as handle:
                 file.seek(0)
