@@ -66,9 +66,15 @@ def check_patterns(wild: Sequence[str]) -> None:
 
 
 def _closed(pattern: str) -> str:
-    # From each bracket that is never closed, `translate` searches the rest of the pattern.
-    closed, bracket, rest = pattern.rpartition("]")
-    return closed + bracket + rest.replace("[", "[[]")
+    """Return a pattern with brackets that are never closed as sets of one: `translate` looks for the end of each."""
+    at = pattern.find("[")
+    while at >= 0:
+        first = at + 1 + pattern.startswith("!", at + 1)
+        end = pattern.find("]", first + pattern.startswith("]", first))
+        if end < 0:
+            return pattern[:at] + pattern[at:].replace("[", "[[]")
+        at = pattern.find("[", end)
+    return pattern
 
 
 def select(names: Iterable[str], include: str | Iterable[str], exclude: str | Iterable[str] = ()) -> list[str]:
