@@ -462,3 +462,26 @@ def test_nan_blocks_of_zeros_and_missing_shards(tmp_path):
     missing, nan = result.findings
     assert missing.endswith("2 of 3 files model-* are missing, number 1 is the first")
     assert nan == "tensor 'w': 1 of its blocks are NaN"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"include": 5}, "'include': expected a list of patterns"),
+        ({"exclude": [["*"]]}, "'exclude': expected a list of patterns"),
+        ({"drop": "*"}, "'drop': expected a list of patterns"),
+        ({"transpose": ["auto"]}, "'transpose': expected auto or yes or no"),
+        ({"include": ["[" * 100_000]}, "expected at most 1,000 patterns"),
+        ({"include": ["?*"] * 2000}, "expected at most 1,000 patterns"),
+        ({"include": json.loads("[" * 500 + "]" * 500)}, "nested more than 64 deep"),
+    ],
+)
+def test_a_record_of_options_that_no_run_has(source, target, refused, options, says):
+    folder = target.parent
+    record = json.loads((folder / RECORD).read_text()) | options
+    (folder / RECORD).write_text(json.dumps(record))
+    assert says in refused("verify", source, folder)
+    if "at most" not in says:
+        message = refused("convert", source, folder, "--resume")
+        assert says in message
+        assert RECORD in message
