@@ -457,6 +457,7 @@ def run_case(folder, seed):
     run_command(failures, nbytes, count, "inspect", path, *(["--json"] if seed % 5 == 0 else []))
     run_command(failures, nbytes, count, "verify", path, *([folder] if seed % 3 == 0 else []))
     run_command(failures, nbytes, count, "convert", path, target, "--dry-run", "--io", mode)
+    run_command(failures, nbytes, count, "encode", path, target, "--dry-run")
     name = next((name for name in names if len(name) < 1000 and not name.startswith("-")), "none")
     run_command(failures, nbytes, count, "decode", path, name, "-o", target.with_suffix(".safetensors"))
     return [f"seed {seed}: {failure}" for failure in failures]
