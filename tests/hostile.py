@@ -19,7 +19,7 @@ import warnings
 from pathlib import Path
 
 import mxfp4np
-from mxfp4np import CheckpointError, MXFP4Error
+from mxfp4np import BackendUnavailableError, CheckpointError, MXFP4Error
 from mxfp4np.cli import main
 
 DATA = Path(__file__).parent / "data"
@@ -466,7 +466,8 @@ def run_case(folder, seed):
 def run_cases(first, count):
     """Yield what is wrong with each of several cases."""
     for sample in SAMPLES:  # imports and compiles
-        read_all(sample.parent, "mmap")
+        with contextlib.suppress(BackendUnavailableError):  # without the gguf package
+            read_all(sample.parent, "mmap")
     for seed in range(first, first + count):
         faulthandler.dump_traceback_later(60, exit=True)
         with tempfile.TemporaryDirectory() as folder:

@@ -18,7 +18,6 @@ FIRST = int(os.environ.get("MXFP4NP_HOSTILE_FIRST", "0"))
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is measured by Linux")
 @pytest.mark.parametrize("part", [0, 1])
 def test_hostile_files(part):
-    pytest.importorskip("gguf", reason="needs the gguf extra")
     begin, end = (FIRST + CASES * i // 2 for i in (part, part + 1))
     command = [sys.executable, Path(__file__).with_name("hostile.py"), str(begin), str(end - begin)]
     found = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
