@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -37,6 +37,9 @@ QUANTIZERS_FILES: Final = {
     "dtypes.json": lambda document, modules: document if modules.has("MXFP4") else None,
 }
 """Files that describe quantised tensors, and what becomes of them when some were decoded."""
+
+MAX_FOLDERS: Final = 32
+"""Deepest nesting of folders beside the weights."""
 
 Change = Callable[[dict[str, Any]], dict[str, Any] | None]
 """Returns a JSON object of the target, given that of the source; None if it goes."""
@@ -181,8 +184,19 @@ def _files_beside(folder: Path, target: Path, checkpoint: Checkpoint) -> tuple[d
 
 def _is_other(folder: Path, target: Path) -> bool:
     """Tell whether a folder holds another checkpoint, or one that is being written, besides the target."""
-    inside = (path for path in folder.rglob("*") if not path.is_relative_to(target))
+    inside = (path for path in _below(folder) if not path.is_relative_to(target))
     return any(_is_weights(path) or path.name == RECORD for path in inside)
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """Yield everything below a folder, without following links; refuse very deep ones."""
+    level = [folder]
+    for _ in range(MAX_FOLDERS):
+        inside = [path for parent in level for path in parent.iterdir()]
+        yield from inside
+        level = [path for path in inside if path.is_dir() and not path.is_symlink()]
+    if level:
+        raise CheckpointError(f"{folder}: folders are nested more than {MAX_FOLDERS} deep: move it elsewhere")
 
 
 def _is_weights(path: Path) -> bool:
