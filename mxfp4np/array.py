@@ -61,9 +61,7 @@ class MXFP4Array(BlockArray):
     array([1., 2., 1., 2.], dtype=float32)
     """
 
-    __slots__ = ("order", "scales")
-
-    block_size = BLOCK_SIZE
+    __slots__ = ("_order", "_scales")
 
     def __init__(self, blocks: ArrayLike, scales: ArrayLike, order: str = "pairs") -> None:
         blocks, scales = as_array(blocks), as_array(scales)
@@ -85,10 +83,25 @@ class MXFP4Array(BlockArray):
             raise LayoutError(
                 f"blocks are on {device_of(blocks)!r} and scales on {device_of(scales)!r}: copy one of them"
             )
-        self.blocks: NDArray[np.uint8] = blocks
-        self.scales: NDArray[np.uint8] = scales
-        self.order, self.start = order, 0
-        self.shape: tuple[int, ...] = (*scales.shape[:-1], scales.shape[-1] * BLOCK_SIZE)
+        self._blocks: NDArray[np.uint8] = blocks
+        self._scales: NDArray[np.uint8] = scales
+        self._order, self._start = order, 0
+        self._shape = (*scales.shape[:-1], scales.shape[-1] * BLOCK_SIZE)
+
+    @property
+    def scales(self) -> NDArray[np.uint8]:
+        """The scales, uint8."""
+        return self._scales
+
+    @property
+    def order(self) -> str:
+        """Order of the elements of a block."""
+        return self._order
+
+    @property
+    def block_size(self) -> int:
+        """Values of a block: 32."""
+        return BLOCK_SIZE
 
     @property
     def inputs(self) -> tuple[NDArray[np.uint8], ...]:
@@ -118,18 +131,14 @@ class MXFP4Array(BlockArray):
 
     def replace(self, blocks: NDArray[np.uint8], scales: NDArray[np.uint8]) -> MXFP4Array:
         """Return the same view of other arrays, which have the same shapes."""
-        part = MXFP4Array(blocks, scales, self.order)
-        part.start, part.shape = self.start, self.shape
-        return part
+        return self._cut(MXFP4Array(blocks, scales, self.order), self.start, self.shape)
 
     def in_pairs(self) -> MXFP4Array:
         """Return the same values in the order "pairs": the array itself, or a copy of its blocks from "halves"."""
         if self.order == "pairs":
             return self
         codes = np.concatenate([self.blocks & 15, self.blocks >> 4], axis=-1)
-        part = self.replace(codes[..., 0::2] | codes[..., 1::2] << 4, self.scales)
-        part.order = "pairs"
-        return part
+        return self._cut(MXFP4Array(codes[..., 0::2] | codes[..., 1::2] << 4, self.scales), self.start, self.shape)
 
     def decode(
         self,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -18,9 +18,11 @@ from .format import decoded_dtype
 from .shapes import full_index, split, swapped
 from .text import parse_bytes
 
+_Array = TypeVar("_Array", bound="BlockArray")
+
 
 class BlockArray:
-    """An array of values in blocks.
+    """An array of values in blocks. Its attributes cannot be set: other arrays make another one.
 
     Attributes
     ----------
@@ -33,12 +35,31 @@ class BlockArray:
         Elements of each row's first block that are not part of the array: 0 unless a slice began inside a block.
     """
 
-    __slots__ = ("blocks", "shape", "start")
+    __slots__ = ("_blocks", "_shape", "_start")
 
-    blocks: NDArray[np.uint8]
-    shape: tuple[int, ...]
-    start: int
-    block_size: int
+    _blocks: NDArray[np.uint8]
+    _shape: tuple[int, ...]
+    _start: int
+
+    @property
+    def blocks(self) -> NDArray[np.uint8]:
+        """The blocks, uint8."""
+        return self._blocks
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the values."""
+        return self._shape
+
+    @property
+    def start(self) -> int:
+        """Elements of each row's first block that are not part of the array."""
+        return self._start
+
+    @property
+    def block_size(self) -> int:
+        """Values of a block."""
+        raise NotImplementedError
 
     @property
     def inputs(self) -> tuple[NDArray[np.uint8], ...]:
@@ -48,6 +69,12 @@ class BlockArray:
     def _of_blocks(self, span: tuple[Any, ...]) -> Self:
         """Return what an index of the leading axes and of whole blocks selects."""
         raise NotImplementedError
+
+    @staticmethod
+    def _cut(part: _Array, start: int, shape: tuple[int, ...]) -> _Array:
+        """Return a new array as one of this shape, which begins inside its first block."""
+        part._start, part._shape = start, shape  # noqa: SLF001
+        return part
 
     def decode(
         self,
@@ -101,8 +128,7 @@ class BlockArray:
         begin, end = begin + self.start, end + self.start
         first = begin // self.block_size
         part = self._of_blocks((*lead, slice(first, -(-end // self.block_size) if end > begin else first)))
-        part.start, part.shape = begin % self.block_size, (*part.shape[:-1], end - begin)
-        return part
+        return self._cut(part, begin % self.block_size, (*part.shape[:-1], end - begin))
 
     def _split_index(self, index: Any) -> tuple[tuple[Any, ...], tuple[int, int]]:
         """Split an index into items for the leading axes, and begin and end along the last."""

@@ -28,7 +28,8 @@ from .layouts.resolve import Resolver
 from .layouts.table import LAYOUTS
 from .shapes import split_both
 from .storage.discover import PathLike, find_files, open_file
-from .storage.index import merge_tensors, read_json
+from .storage.index import merge_tensors
+from .storage.jsonfile import read_json
 from .storage.tensorfile import DTYPES, StoredArrays, StoredTensor, element
 from .summary import html_table
 from .text import parse_bytes
@@ -71,6 +72,8 @@ class Checkpoint(Mapping[str, Any]):
     files : list of Path
     index : Path or None
         The index that named the files.
+    unlisted : list of str
+        Names of stored tensors that the index does not name.
     beside : list of Path
         Files of weights in the same folder that are not part of the checkpoint.
     findings : list of str
@@ -130,12 +133,14 @@ class Checkpoint(Mapping[str, Any]):
         # On the host it only checks and copies arrays, for which Numba need not be imported.
         self._backend = get_backend("numpy" if self.device == "cpu" else None, self.device)
         found = find_files(path)
-        self.files, self.index, self.beside = found.files, found.index, found.beside
+        self.files, self.beside = found.files, found.beside
+        self.index = None if found.index is None else found.index.path
         self.findings, self.notes = found.findings, found.notes
         self.incomplete = bool(found.missing) and not found.named
         self.folder = (self.index or self.files[0]).parent
         self._files = [open_file(file, io) for file in self.files]
-        self._stored = merge_tensors(self._files, self.index)
+        self._stored = merge_tensors(self._files, found.index)
+        self.unlisted = [name for name in self._stored if found.index and name not in found.index.weight_map]
         if (parts := max(file.parts for file in self._files)) > len(self._files) and not found.missing:
             self.findings.append(
                 f"{self.files[0]}: the header says that it is one of {parts:,} files, {len(self.files)} opened: open "
@@ -495,7 +500,9 @@ class Checkpoint(Mapping[str, Any]):
             return f"{where}: names are strings"
         if name in self._stored:
             packed = ((whole, found) for whole, found in self._tensors.items() if isinstance(found, list))
-            whole = next(whole for whole, found in packed if name in [half.name for half in stored_of(found)])
+            whole = next((whole for whole, found in packed if name in [half.name for half in stored_of(found)]), None)
+            if whole is None:
+                return f"{where}: it was given another name, and is in .stored under this one"
             return f"{where}: it is the packed half of {whole!r}; raw halves are in .stored"
         names: Sequence[str] = list(self._tensors)
         if len(names) > 5000:  # comparing is slow: compare with names of the same ending only

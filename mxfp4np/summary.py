@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple, Protocol
 
 from .errors import CheckpointError, LayoutError
 from .layouts.packed import TensorInfo
-from .text import format_bytes, select
+from .text import CELL_WIDTH, escape, format_bytes, select
 
 _NUMBER: Final = re.compile(r"(?<![^.])\d+(?![^.])")
 
@@ -88,5 +88,5 @@ def html_table(checkpoint: Source) -> str:
             stored = sum(row.info.nbytes for row in group if row.info is not None)
             shape = "x".join(map(str, info.shape)) or "scalar"
             lines.append((name, times, shape, info.label, info.layout or "-", format_bytes(stored)))
-    cells = ("".join(f"<td>{html.escape(cell)}</td>" for cell in line) for line in lines)
+    cells = ("".join(f"<td>{html.escape(escape(cell, CELL_WIDTH))}</td>" for cell in line) for line in lines)
     return "<table>" + "".join(f"<tr>{line}</tr>" for line in cells) + "</table>"

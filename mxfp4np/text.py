@@ -7,9 +7,21 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
-from fnmatch import fnmatchcase
+from fnmatch import translate
+from typing import Final
+
+LINE_WIDTH: Final = 1000
+"""Most characters of a line that is printed."""
+
+CELL_WIDTH: Final = 100
+"""Most characters of a cell of a table."""
+
+MAX_PATTERNS, MAX_PATTERN_CHARACTERS = 1000, 20_000
+"""Most patterns with wildcards that are matched with each name, and most characters that they have together."""
+
+_WILDCARD: Final = re.compile(r"[*?\[]")
 
 
 def patterns(given: str | Iterable[str]) -> list[str]:
@@ -17,19 +29,76 @@ def patterns(given: str | Iterable[str]) -> list[str]:
     return [given] if isinstance(given, str) else sorted(given)
 
 
+def has_wildcard(pattern: str) -> bool:
+    """Return whether a pattern may match several names."""
+    return _WILDCARD.search(pattern) is not None
+
+
+def matcher(given: Iterable[str]) -> Callable[[str], bool]:
+    """Return a function that tells whether a name matches any of several shell-style patterns.
+
+    Raises
+    ------
+    ValueError
+        If there are too many.
+
+    Examples
+    --------
+    >>> matcher(["layers.*", "head"])("layers.0.w")
+    True
+    """
+    given = list(given)
+    names = {pattern for pattern in given if not has_wildcard(pattern)}
+    wild = [pattern for pattern in given if pattern not in names]
+    check_patterns(wild)
+    matches = [re.compile(translate(_closed(pattern))).match for pattern in wild]
+    return lambda name: name in names or any(match(name) for match in matches)
+
+
+def check_patterns(wild: Sequence[str]) -> None:
+    """Refuse so many patterns with wildcards that to match them would take long."""
+    characters = sum(map(len, wild))
+    if len(wild) > MAX_PATTERNS or characters > MAX_PATTERN_CHARACTERS:
+        raise ValueError(
+            f"expected at most {MAX_PATTERNS:,} patterns with wildcards, of {MAX_PATTERN_CHARACTERS:,} characters, "
+            f"found {len(wild):,}, of {characters:,}"
+        )
+
+
+def _closed(pattern: str) -> str:
+    """Return a pattern with brackets that are never closed as sets of one: `translate` looks for the end of each."""
+    at = pattern.find("[")
+    while at >= 0:
+        first = at + 1 + pattern.startswith("!", at + 1)
+        end = pattern.find("]", first + pattern.startswith("]", first))
+        if end < 0:
+            return pattern[:at] + pattern[at:].replace("[", "[[]")
+        at = pattern.find("[", end)
+    return pattern
+
+
 def select(names: Iterable[str], include: str | Iterable[str], exclude: str | Iterable[str] = ()) -> list[str]:
     """Return the names that match any of the patterns to include, if there are any, and none of those to exclude."""
-    wanted, unwanted = patterns(include) or ["*"], patterns(exclude)
-    return [name for name in names if _matches(name, wanted) and not _matches(name, unwanted)]
+    wanted, unwanted = matcher(patterns(include) or ["*"]), matcher(patterns(exclude))
+    return [name for name in names if wanted(name) and not unwanted(name)]
 
 
-def _matches(name: str, several: list[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in several)
+def shorten(text: str, width: int) -> str:
+    """Return the text, or its beginning and its end if it has more characters.
+
+    Examples
+    --------
+    >>> shorten("layers.0.self_attn.q_proj.weight", 15)
+    'layers...weight'
+    """
+    half = (width - 3) // 2
+    return text if len(text) <= width else f"{text[:half]}...{text[-half:]}"
 
 
-def escape(text: str) -> str:
-    """Return the text with every character that a terminal would not print as such escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+def escape(text: str, width: int = LINE_WIDTH) -> str:
+    """Return the text with every character that a terminal would not print as such escaped, shortened to a width."""
+    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shorten(text, width))
+    return shorten(escaped, width)
 
 
 def format_bytes(count: float) -> str:
@@ -71,11 +140,14 @@ def count(number: int, what: str) -> str:
 def align(rows: Sequence[Sequence[str]], left: int | None = None) -> list[str]:
     """Return rows of cells as lines with columns aligned: the first ``left``, or all, to the left, others to the right.
 
+    Cells are made safe to print, and of bounded width.
+
     Examples
     --------
     >>> align([("NAME", "BYTES"), ("w", "17")], left=1)
     ['NAME  BYTES', 'w        17']
     """
+    rows = [[escape(cell, CELL_WIDTH) for cell in cells] for cells in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     left = len(widths) if left is None else left
     lines = []

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mxfp4np
+from mxfp4np import LayoutError
 from mxfp4np.shapes import split
 
 
@@ -188,3 +189,24 @@ def test_chunks_are_the_array(pair):
             assert part.size * 4 <= max_bytes
             part.decode(out=again[index])
         assert np.array_equal(again, whole)
+
+
+@pytest.mark.parametrize("name", ["blocks", "scales", "shape", "start", "order", "block_size"])
+def test_attributes_cannot_be_set(pair, name):
+    packed = mxfp4np.MXFP4Array(*pair)
+    with pytest.raises(AttributeError, match=name):
+        setattr(packed, name, getattr(packed, name))
+
+
+@pytest.mark.filterwarnings("ignore:Setting the shape")
+@pytest.mark.parametrize(
+    ("what", "shape"),
+    [("blocks", (2, 1, 48)), ("blocks", (6, 16)), ("scales", (1, 6)), ("scales", (3, 2)), ("scales", (6,))],
+)
+def test_shapes_that_were_changed_in_place_are_refused_where_addresses_are_taken(what, shape):
+    packed = mxfp4np.MXFP4Array(np.zeros((2, 3, 16), np.uint8), np.zeros((2, 3), np.uint8))
+    getattr(packed, what).shape = shape
+    with pytest.raises(LayoutError, match="do not change the shapes of packed arrays"):
+        packed.decode(backend="cpu")
+    with pytest.raises(LayoutError, match="do not change the shapes of packed arrays"):
+        mxfp4np.encode(np.zeros((2, 96), np.float32), out=packed, backend="cpu")

@@ -835,3 +835,19 @@ def test_layer_of_true_shape_whole_by_expert_and_in_chunks(true_layer, name, io)
         assert by_whole.digest() == by_expert.digest() == by_chunk.digest()
         for dtype in ("bfloat16", "float32"):
             assert_same(ckpt.get(name, index=17, dtype=dtype), ckpt.get(name, index=17, dtype=dtype, backend="numpy"))
+
+
+@both_io
+@pytest.mark.parametrize("ending", ["/gate", "/up"])
+def test_halves_of_what_has_no_rows(tmp_path, io, ending):
+    arrays = {"a.mlp1_weight": pair(2), "a.mlp1_bias": np.float32(1), "b.mlp1_weight": pair(6, 2)}
+    mxfp4np.save_file(arrays | {"b.mlp1_bias": np.ones(6)}, tmp_path / "m.safetensors")
+    with mxfp4np.Checkpoint(tmp_path, io=io) as ckpt:
+        for name in ("a.mlp1_weight", "a.mlp1_bias"):
+            assert name + ending not in ckpt
+            for call in (ckpt.info, ckpt.get, ckpt.packed):
+                with pytest.raises(mxfp4np.TensorNotFoundError):
+                    call(name + ending)
+        for name, shape in (("b.mlp1_weight", (3, 64)), ("b.mlp1_bias", (3,))):
+            assert name + ending in ckpt
+            assert ckpt[name + ending].shape == ckpt.info(name + ending).shape == shape

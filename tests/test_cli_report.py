@@ -151,8 +151,24 @@ def test_table_of_scalars_and_strange_names():
     assert lines[1].split() == ["a\\x1b[1m\\n", "scalar", "BF16", "-", "0", "B", "0", "B"]
 
 
-def test_table_of_problems_escapes_them():
-    assert "\x1b" not in "".join(table_lines(collapse([Row("a\x1b", None, "b\x1b")])))
+def test_problems_are_printed_escaped_and_shortened(tmp_path, command):
+    blocks = np.zeros((2, 1, 16), np.uint8)
+    mxfp4np.save_file({"a\x1b.blocks": blocks, "b" * 10_000 + ".blocks": blocks}, tmp_path / "m.safetensors")
+    status, out, _ = command("inspect", tmp_path)
+    assert status == 0
+    assert out.replace("\n", "").isprintable()
+    assert "'a\\x1b.blocks' is half of an MXFP4 pair" in out
+    assert max(map(len, out.splitlines())) <= 1000
+    assert json.loads(command("inspect", tmp_path, "--json")[1])["tensors"][1]["name"] == "b" * 10_000
+
+
+def test_one_long_name_widens_nothing(tmp_path, command):
+    names = ["x" * 1_000_000, *(f"name.{i}.{i % 7}x{i}" for i in range(1000))]
+    mxfp4np.save_file({name: np.zeros(1, np.uint8) for name in names}, tmp_path / "m.safetensors")
+    for arguments in (["inspect"], ["verify"], ["convert", "--dry-run", tmp_path / "dst"]):
+        status, out, err = command(arguments[0], tmp_path / "m.safetensors", *arguments[:0:-1])
+        assert status == 0
+        assert len(out + err) < 200 * 1000
 
 
 def test_axes_of_packed_matrices():

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from helpers import assert_same, both_io, pair, save_raw
 
 import mxfp4np
 from mxfp4np import CheckpointError, LayoutError
+from mxfp4np.storage.jsonfile import read_json
 
 
 def bits(array):
@@ -530,3 +532,44 @@ def test_pointers_of_git_lfs_beside_weights_are_said(shards, command, name):
     assert status == 0
     assert f"{path}: it is a pointer of Git LFS: get the file itself with git lfs pull; it is copied as it is" in err
     assert (shards / "out" / name).read_bytes() == path.read_bytes()
+
+
+def test_index_is_parsed_once_and_fast(tmp_path, monkeypatch):
+    save_raw(tmp_path / "a.safetensors", {"w": np.zeros(1)})
+    names = {f"model.layers.{i}.weight": "gone.safetensors" for i in range(500_000)}
+    write_index(tmp_path, {"w": "./a.safetensors"} | names)
+    reads = []
+    monkeypatch.setattr("mxfp4np.storage.index.read_json", lambda path: reads.append(path) or read_json(path))
+    begin = time.process_time()
+    with pytest.raises(FileNotFoundError, match="1 of the 2 files it names are missing"):
+        mxfp4np.Checkpoint(tmp_path)
+    assert len(reads) == 1
+    assert time.process_time() - begin < 6
+    write_index(tmp_path, {"w": "./a.safetensors"})
+    assert mxfp4np.verify(tmp_path).findings == []
+    assert len(reads) == 2
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "found"),
+    [
+        (5, "found int"),
+        ({}, "found no name"),
+        (None, "found NoneType"),
+        ({"w": 5}, "tensor 'w': expected a file below this folder, found int"),
+        ({"w": ["a"]}, "found list"),
+        ({"w": "x" * 5000 + "/../y"}, "expected a file below this folder"),
+    ],
+)
+def test_index_of_other_values(shards, weight_map, found):
+    write_index(shards, weight_map or {})
+    (shards / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CheckpointError, match=found):
+        mxfp4np.Checkpoint(shards)
+
+
+def test_set_of_very_many_parts(tmp_path):
+    name = f"model-00001-of-{10**30}.safetensors"
+    save_raw(tmp_path / name, {"w": np.zeros(1)})
+    (finding,) = mxfp4np.verify(tmp_path).findings
+    assert f"{10**30 - 1:,} of {10**30:,} files model-* are missing" in finding

@@ -518,6 +518,7 @@ def test_names_of_conventions_that_no_layout_knows(unknown, io, names):
         ({"w": ("l0/q", "l9/s")}, "no tensor 'l9/s' is stored"),
         ({"w": ("l0/q", "l0/s", "norm")}, "codes and scales: found"),
         ({"w": 3}, "codes and scales: found 3"),
+        ({"w": [["l0/q"], ["l0/s"]]}, "codes and scales: found "),
         ({"norm": "l0/b"}, "two tensors would have the same name"),
         ({"norm": ("l0/q", "l0/s")}, "two tensors would have the same name"),
         ({"w": "nothing"}, "found no 'nothing'"),
@@ -533,6 +534,12 @@ def test_named_pairs_are_checked_as_those_of_any_layout(unknown):
         for name in "wv":
             with pytest.raises(LayoutError, match="expected"):
                 ckpt.info(name)
+
+
+def test_stored_name_of_a_renamed_tensor(unknown):
+    ckpt = mxfp4np.Checkpoint(unknown[0], names={"x": "norm"})
+    with pytest.raises(mxfp4np.TensorNotFoundError, match=r"'norm' .* it was given another name"):
+        ckpt.get("norm")
 
 
 def test_half_of_a_pair_is_not_renamed(path):

@@ -1,14 +1,17 @@
 """GGUF files, read through the gguf package and compared with what it decodes."""
 
 import pickle
+import struct
 import sys
+import time
+import tracemalloc
 from functools import partial
 
 import ml_dtypes
 import numpy as np
 import pytest
 from contract import assert_same_bits, oracle
-from helpers import BACKENDS, DATA, answers, both_io, write_gguf
+from helpers import BACKENDS, DATA, answers, both_io, error_of, write_gguf
 
 import mxfp4np
 from mxfp4np import CheckpointError, LayoutError
@@ -315,3 +318,113 @@ class TestGGUF:
     def test_file_without_the_usual_ending(self, tmp_path, name):
         (tmp_path / name).write_bytes((DATA / "gguf" / "model.gguf").read_bytes())
         assert set(mxfp4np.Checkpoint(tmp_path / name)) == set(answers("gguf"))
+
+
+# Files of strangers: numbers are bounded by the file, whatever they claim
+
+
+def text(value):
+    data = value if isinstance(value, bytes) else value.encode()
+    return len(data).to_bytes(8, "little") + data
+
+
+def array(kind, count, data=b""):
+    return struct.pack("<IIQ", 9, kind, count) + data
+
+
+def gguf_bytes(values=(), tensors=(), data=b"", counts=None, alignment=32):
+    """Build a file by hand: values are (key, type and bytes), tensors (name, dims, type, offset)."""
+    counts = counts or (len(tensors), len(values))
+    head = b"GGUF" + struct.pack("<IQQ", 3, *counts) + b"".join(text(key) + value for key, value in values)
+    for name, dims, kind, offset in tensors:
+        head += text(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind, offset)
+    return head + bytes(-len(head) % alignment) + data
+
+
+DEEP = array(9, 1)[4:] * 30_000
+HOSTILE = {
+    "an array of 2**60 numbers": (gguf_bytes([("a", array(4, 2**60))]), "goes on after the end"),
+    "of 2**60 texts": (gguf_bytes([("a", array(8, 2**60))]), "goes on after the end"),
+    "of 2**60 arrays": (gguf_bytes([("a", array(9, 2**60))]), "goes on after the end"),
+    "of 2**64 - 1 arrays": (gguf_bytes([("a", array(9, 2**64 - 1, DEEP))]), "goes on after the end"),
+    "text of 2**63 bytes": (gguf_bytes([("a", struct.pack("<IQ", 8, 2**63))]), "goes on after the end"),
+    "a text in an array of 2**64 - 1": (gguf_bytes([("a", array(8, 2, b"\xff" * 8))]), "goes on after the end"),
+    "2**62 values": (gguf_bytes(counts=(0, 2**62)), "goes on after the end"),
+    "2**62 tensors": (gguf_bytes(counts=(2**62, 0)), "goes on after the end"),
+    "2**31 axes": (gguf_bytes([], [("w", [1], 0, 0)]).replace(b"w\1", b"w\xff"), "at most 64 axes, found 255"),
+    "an unknown type of value": (gguf_bytes([("a", struct.pack("<I", 13))]), "type of metadata, found number 13"),
+    "unknown in an array": (gguf_bytes([("a", array(77, 1))]), "type of metadata, found number 77"),
+    "a key twice": (gguf_bytes([("a", b"\4\0\0\0" * 2)] * 2), "two values are called 'a'"),
+    "alignment 3": (gguf_bytes([("general.alignment", struct.pack("<II", 4, 3))]), "power of two"),
+    "alignment of text": (gguf_bytes([("general.alignment", struct.pack("<I", 8) + text("x"))]), "found 'x'"),
+    "version 4": (b"GGUF" + struct.pack("<IQQ", 4, 0, 0), "expected version 2 or 3, found 4"),
+    "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "found a big-endian one"),
+    "header as data": (gguf_bytes([], [("w", [4], 0, 2**64 - 64)], bytes(64)), "expected bytes up to"),
+    "beyond the end": (gguf_bytes([], [("w", [4], 0, 64)], bytes(64)), "found a file of"),
+    "not aligned": (gguf_bytes([], [("w", [4], 0, 8)], bytes(64)), "multiple of 32, found 8"),
+    "overlap": (gguf_bytes([], [("w", [16], 0, 0), ("v", [8], 0, 32)], bytes(64)), "'w' and 'v' overlap"),
+    "the same bytes": (gguf_bytes([], [("w", [8], 0, 0), ("v", [8], 0, 0)], bytes(64)), "overlap"),
+    "a shape of 2**62": (gguf_bytes([], [("w", [2**31, 2**31], 0, 0)], bytes(64)), "no array can have shape"),
+    "no rows of blocks": (gguf_bytes([], [("w", [32, 0], 39, 0)], bytes(64)), "rows of MXFP4"),
+    "a name that is no text": (gguf_bytes([], [(b"\xff", [8], 0, 0)], bytes(64)), "codec can't decode"),
+    "parts that are no number": (gguf_bytes([("split.count", struct.pack("<I", 8) + text("x"))]), "invalid literal"),
+}
+
+
+@pytest.mark.gguf
+class TestHostile:
+    @pytest.fixture(autouse=True)
+    def package(self):
+        return pytest.importorskip("gguf", reason="needs the gguf extra; tox -e peers has it")
+
+    @both_io
+    @pytest.mark.parametrize(("content", "says"), HOSTILE.values(), ids=HOSTILE)
+    def test_hostile_file_is_refused_by_name_and_fast(self, tmp_path, content, says, io):
+        (tmp_path / "m.gguf").write_bytes(content)
+        error = error_of(lambda: mxfp4np.Checkpoint(tmp_path / "m.gguf", io=io))
+        assert isinstance(error, CheckpointError), repr(error)
+        assert str(error).startswith(f"{tmp_path}/m.gguf: not a valid GGUF file: ")
+        assert says in str(error)
+
+    def test_what_is_unusual_and_true(self, tmp_path):
+        values = [
+            ("deep", array(9, 1, DEEP + array(4, 2, bytes(8))[4:])),
+            ("several", array(9, 2, array(8, 1, text("x"))[4:] + array(0, 3, b"abc")[4:])),
+            ("general.alignment", struct.pack("<II", 4, 8)),
+            ("true", struct.pack("<I?", 7, True)),
+            ("half", struct.pack("<If", 6, 0.5)),
+            ("large", struct.pack("<IQ", 10, 2**64 - 1)),
+            ("größe", struct.pack("<I", 8) + text("中")),
+        ]
+        tensors = [("b", [2, 3], 0, 32), ("scalar", [], 0, 8), ("none", [0], 0, 8), ("x", [3], 99, 16)]
+        data = np.arange(14, dtype=np.float32).tobytes()
+        (tmp_path / "m.gguf").write_bytes(gguf_bytes(values, tensors, data, alignment=8))
+        with mxfp4np.Checkpoint(tmp_path / "m.gguf") as ckpt:
+            assert {key: ckpt.metadata[key] for key in ("true", "half", "large", "größe")} == {
+                "true": "True",
+                "half": "0.5",
+                "large": str(2**64 - 1),
+                "größe": "中",
+            }
+            assert not {"deep", "several"} & ckpt.metadata.keys()
+            assert ckpt["b"].tolist() == [[8, 9], [10, 11], [12, 13]]
+            assert ckpt["scalar"] == 2
+            assert ckpt["none"].shape == (0,)
+            assert ckpt.stored["x"].nbytes == 16
+
+    def test_vocabulary_is_skipped(self, tmp_path):
+        tokens = b"".join(text(f"token {i}") for i in range(201_088))
+        merges = b"".join(text(f"one{i} two{i}") for i in range(446_189))
+        values = [("tokens", array(8, 201_088, tokens)), ("types", array(5, 201_088, bytes(4 * 201_088)))]
+        values += [("merges", array(8, 446_189, merges)), ("name", struct.pack("<I", 8) + text("x"))]
+        (tmp_path / "m.gguf").write_bytes(gguf_bytes(values, [("w", [8], 0, 0)], bytes(32)))
+        mxfp4np.Checkpoint(tmp_path / "m.gguf").close()
+        tracemalloc.start()
+        begin = time.process_time()
+        with mxfp4np.Checkpoint(tmp_path / "m.gguf") as ckpt:
+            assert ckpt.metadata["name"] == "x"
+            assert list(ckpt) == ["w"]
+        seconds, peak = time.process_time() - begin, tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 4 << 20
+        assert seconds < 5

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import socket
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -1319,3 +1320,18 @@ class TestCommand:
         assert not (tmp_path / "out" / INDEX).exists()
         convert(HF, tmp_path / "out", max_shard_size=50_000, resume=True)
         assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("depth", [33, 1200])
+def test_folders_nested_very_deep(tmp_path, refused, depth):
+    (tmp_path / "in").mkdir()
+    mxfp4np.save_file({"w": np.zeros(3)}, tmp_path / "in" / "model.safetensors")
+    folder = os.open(tmp_path / "in", os.O_RDONLY)
+    for _ in range(depth):
+        os.mkdir("d", dir_fd=folder)
+        below = os.open("d", os.O_RDONLY, dir_fd=folder)
+        os.close(folder)
+        folder = below
+    os.close(folder)
+    assert "in/d: folders are nested more than 32 deep" in refused("convert", tmp_path / "in", tmp_path / "out")
+    subprocess.run(["rm", "-rf", tmp_path / "in"], check=True)  # pytest cannot

@@ -320,3 +320,30 @@ def test_the_line_that_loads_it(tmp_path, change, expected):
     assert result.loader == expected.format(repr(str(tmp_path / "out")))
     mlx = mxfp4np.convert(DATA / "mlx", tmp_path / "mlx")
     assert mlx.loader.startswith("mxfp4np.Checkpoint")  # its config.json names no architecture
+
+
+@pytest.mark.parametrize("method", ["compressed-tensors", "quark", "modelopt", "fp8", "torchao"])
+@pytest.mark.parametrize("value", [5, "text", {"a": 1}, [["a"]], [5]])
+def test_lists_that_are_none_are_refused(method, value):
+    keys = ("ignore", "exclude", "exclude_modules", "modules_to_not_convert")
+    with pytest.raises(ValueError, match="expected a list of names as"):
+        after_decoding({"quant_method": method} | dict.fromkeys(keys, value), PART)
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"quant_method": "compressed-tensors", "ignore": 5}, "expected a list of names as 'ignore'"),
+        (
+            {"quant_method": "quark", "layer_quant_config": dict.fromkeys([f"{i}*" for i in range(2000)])},
+            "expected at most 1,000 patterns with wildcards",
+        ),
+    ],
+)
+def test_config_that_cannot_be_changed_is_named(tmp_path, refused, config, says):
+    halves = {"weight_packed": np.zeros((2, 32), np.uint8), "weight_scale": np.zeros((2, 2), np.uint8)}
+    arrays = {f"{module}.{half}": array for module in "ab" for half, array in halves.items()}
+    save_raw(tmp_path / "model.safetensors", arrays)
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
+    message = refused("convert", tmp_path, tmp_path / "out", "--exclude", "b.*", "--dry-run")
+    assert f"config.json: cannot be written again: {says}" in message

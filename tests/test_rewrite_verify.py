@@ -580,3 +580,26 @@ def test_encode_verifies_what_it_wrote(encoded, command, tmp_path):
     assert "1 finding" in out
     status, out, _ = command("encode", source, target, *options, "--force", "--json")
     assert (status, json.loads(out)["verification"]["findings"]) == (0, [])
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"include": 5}, "'include': expected a list of patterns"),
+        ({"exclude": [["*"]]}, "'exclude': expected a list of patterns"),
+        ({"drop": "*"}, "'drop': expected a list of patterns"),
+        ({"transpose": ["auto"]}, "'transpose': expected auto or yes or no"),
+        ({"include": ["[" * 100_000]}, "expected at most 1,000 patterns"),
+        ({"include": ["?*"] * 2000}, "expected at most 1,000 patterns"),
+        ({"include": json.loads("[" * 500 + "]" * 500)}, "nested more than 64 deep"),
+    ],
+)
+def test_a_record_of_options_that_no_run_has(source, target, refused, options, says):
+    folder = target.parent
+    record = json.loads((folder / RECORD).read_text()) | options
+    (folder / RECORD).write_text(json.dumps(record))
+    assert says in refused("verify", source, folder)
+    if "at most" not in says:
+        message = refused("convert", source, folder, "--resume")
+        assert says in message
+        assert RECORD in message

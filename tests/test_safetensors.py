@@ -38,6 +38,7 @@ HOSTILE = {
     "pointer of Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "git lfs pull"),
     "a file of GGUF": (b"GGUF\x03\0\0\0" + bytes(100), r"begins with b'GGUF\x03\x00\x00\x00', which is not the length"),
     "a page of HTML": (b"<!DOCTYPE html>" + bytes(100), "it is a file of another kind"),
+    "an offset of 400 digits": (file_bytes({"x": entry("U8", [4], 1.5, 10**400)}, b"abcd"), "not a valid"),
     "no header": (bytes(8), "it begins with zeros: it is damaged, download or copy it again"),
     "truncated header": (file_bytes({"x": X})[:20], "it ends after 20 of at least "),
     "truncated data": (file_bytes({"x": X}, b"abc"), "bytes: download or copy it again"),

@@ -13,6 +13,7 @@ from helpers import assert_same, both_io, entry, error_of, write_raw
 
 import mxfp4np
 from mxfp4np import CheckpointError, MXFP4Array
+from mxfp4np.storage import safetensors
 
 # io="pread" gives what io="mmap" gives
 
@@ -330,3 +331,38 @@ def test_files_do_not_stay_open(tmp_path, io):
     ckpt.close()
     del array
     assert held() == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "preadv"), reason="needs preadv")
+def test_closed_during_a_read(mixed, tmp_path, monkeypatch):
+    path, tensors = mixed
+    (tmp_path / "other").write_bytes(b"another file's bytes" * 100_000)
+    ckpt, opened, preadv = mxfp4np.Checkpoint(path, io="pread"), [], os.preadv
+
+    def close_then_read(descriptor, buffers, offset):
+        if not opened:
+            ckpt.close()
+            opened.extend(os.open(tmp_path / "other", os.O_RDONLY) for _ in range(20))
+        return preadv(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", close_then_read)
+    assert_same(ckpt["f32"], tensors["f32"])
+    with pytest.raises(CheckpointError, match="closed"):
+        _ = ckpt["f32"]
+    for descriptor in opened:
+        os.close(descriptor)
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs files in memory")
+def test_pread_does_not_map_the_header(mixed, tmp_path, monkeypatch):
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(mixed[0].read_bytes())
+    parse = safetensors.safe_open
+
+    def truncate_then_parse(parsed, **options):  # a map of the file would end the process here
+        os.truncate(path, 0)
+        return parse(parsed, **options)
+
+    monkeypatch.setattr(safetensors, "safe_open", truncate_then_parse)
+    with pytest.raises(CheckpointError, match="changed while it was being opened"):
+        mxfp4np.Checkpoint(path, io="pread")

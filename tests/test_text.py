@@ -1,10 +1,13 @@
 """Text: patterns choose names, nothing steers the terminal, sizes are close and plain, columns are aligned."""
 
+import time
+from fnmatch import fnmatchcase
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mxfp4np.text import align, escape, format_bytes, select
+from mxfp4np.text import CELL_WIDTH, LINE_WIDTH, align, escape, format_bytes, matcher, select, shorten
 
 
 @pytest.mark.parametrize(
@@ -77,3 +80,35 @@ def test_columns_are_aligned():
 )
 def test_patterns_select_names_in_order(include, exclude, chosen):
     assert select(["a.w", "a.b", "c.w"], include, exclude) == chosen
+
+
+@pytest.mark.parametrize("text", ["x" * 1_000_000, "\x1b" * 1_000_000, "\U000e0001" * 999, "a" * 1001])
+def test_what_is_printed_has_a_bounded_width(text):
+    assert len(escape(text)) <= LINE_WIDTH
+    (line,) = align([(text, text)])
+    assert len(line) <= 2 * CELL_WIDTH + 2
+    assert line.isprintable()
+
+
+@pytest.mark.parametrize(("width", "short"), [(10, "0123456789"), (9, "012...789"), (8, "01...89"), (7, "01...89")])
+def test_shortened_in_the_middle(width, short):
+    assert shorten("0123456789", width) == short
+
+
+@given(st.text("ab*?[]!-", max_size=8), st.text("ab*?[]!-", max_size=8))
+def test_patterns_are_those_of_fnmatch(pattern, name):
+    assert matcher([pattern])(name) == fnmatchcase(name, pattern)
+
+
+@pytest.mark.parametrize("pattern", ["[" * 20_000, "*a" * 10_000, "[!" * 10_000, "[]" * 10_000, "?" * 20_000])
+def test_patterns_take_no_time(pattern):
+    begin = time.process_time()
+    assert select([pattern[::-1], "a" * 10_000], pattern) in ([], [pattern[::-1]], ["a" * 10_000])
+    assert time.process_time() - begin < 3
+
+
+@pytest.mark.parametrize("patterns", [["*"] * 1001, ["*" * 20_001], ["[" * 100_000]])
+def test_too_many_patterns(patterns):
+    with pytest.raises(ValueError, match="expected at most 1,000 patterns with wildcards, of 20,000 characters"):
+        select(["x"], patterns)
+    assert len(select(map(str, range(5000)), list(map(str, range(4000))))) == 4000

@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import LayoutError
+from ..format import BLOCK_SIZE, BYTES_PER_BLOCK
+
 ALIGNMENT = 64
 """Bytes."""
 
@@ -70,6 +73,32 @@ def address_of(array: NDArray[Any]) -> int:
     `__array_interface__` says the same after a microsecond, the best part of the time for a few blocks.
     """
     return ctypes.c_size_t.from_address(id(array) + object.__basicsize__).value
+
+
+def check_shapes(blocks: Any, scales: Any, values: Any, start: int = 0) -> None:
+    """Refuse arrays that do not fit each other, whose addresses a kernel would follow beyond their ends.
+
+    Shapes were checked before, but those of NumPy's arrays can be set at any time.
+
+    Parameters
+    ----------
+    blocks : (..., G, 16) array
+    scales : (..., G) array
+    values : (..., L) array
+    start : int
+        Elements of each row's first block to skip.
+
+    Raises
+    ------
+    LayoutError
+    """
+    *lead, groups = scales.shape
+    fitting = 0 <= start < BLOCK_SIZE and -(-(start + values.shape[-1]) // BLOCK_SIZE) == groups
+    if not fitting or blocks.shape != (*lead, groups, BYTES_PER_BLOCK) or values.shape[:-1] != tuple(lead):
+        raise LayoutError(
+            f"shapes do not fit each other: blocks {list(blocks.shape)}, scales {list(scales.shape)}, values "
+            f"{list(values.shape)} from element {start} on: do not change the shapes of packed arrays"
+        )
 
 
 def is_transposed(out: NDArray[Any]) -> bool:

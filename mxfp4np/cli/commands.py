@@ -115,7 +115,7 @@ def shard_bar(what: str, *, quiet: bool) -> Iterator[Callable[[Progress], object
 
 
 def _names(args: argparse.Namespace) -> Any:
-    from ..storage.index import read_json
+    from ..storage.jsonfile import read_json
 
     return None if args.named is None else read_json(args.named)
 
@@ -139,12 +139,11 @@ def _inspect(args: argparse.Namespace) -> int:
             print(json.dumps(to_json(checkpoint, table, stats)))
             return 0
         groups = collapse(table)
-        print("\n".join([*table_lines(groups), *file_lines(checkpoint)]))
+        _show([*table_lines(groups), *file_lines(checkpoint)])
         for group in groups.values():
             members = [stats[row.name] for row in group if row.name in stats]
             if members:
-                print(f"\n{escape(label(group))}")
-                print("\n".join(f"  {line}" for line in Stats.merged(members).lines()))
+                _show(["", label(group), *(f"  {line}" for line in Stats.merged(members).lines())])
     return 0
 
 
@@ -157,8 +156,8 @@ def _decode(args: argparse.Namespace) -> int:
         with byte_bar(selection.nbytes, "decoding", quiet=args.quiet) as progress:
             selection.write(args.output, progress)
         if not args.quiet:
-            print(f"wrote {escape(str(args.output))}: {format_bytes(selection.nbytes)} of tensor data")
-        _warn(map(escape, checkpoint.findings))
+            _show([f"wrote {args.output}: {format_bytes(selection.nbytes)} of tensor data"])
+        _warn(checkpoint.findings)
     return 0
 
 
@@ -170,7 +169,15 @@ def _call(function: Callable[..., Any], args: argparse.Namespace, what: str) -> 
 
 
 def _print(args: argparse.Namespace, found: dict[str, Any], lines: Iterator[str]) -> None:
-    print(json.dumps(found) if args.json else "\n".join(lines))
+    if args.json:
+        print(json.dumps(found))
+    else:
+        _show(lines)
+
+
+def _show(lines: Iterable[str]) -> None:
+    """Print lines for a person: whatever names are in them, safe to print and of bounded length."""
+    print("\n".join(map(escape, lines)))
 
 
 def _convert(args: argparse.Namespace) -> int:
@@ -197,7 +204,7 @@ def _print_run(args: argparse.Namespace, result: Any) -> None:
 
 def _warn(messages: Iterable[str]) -> None:
     for message in messages:
-        print(f"mxfp4np: warning: {message}", file=sys.stderr)
+        print(f"mxfp4np: warning: {escape(message)}", file=sys.stderr)
 
 
 def _verify(args: argparse.Namespace) -> int:

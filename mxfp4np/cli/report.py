@@ -17,7 +17,7 @@ from ..format import FP4_VALUES, SCALE_BIAS, SCALE_NAN
 from ..layouts.packed import TensorInfo
 from ..layouts.table import wants_transpose
 from ..summary import Row, label
-from ..text import align, count, escape, format_bytes
+from ..text import align, count, format_bytes
 
 STATS_BYTES: Final = 4 << 20
 """Packed bytes that are counted at a time; counting takes about eight times as much memory."""
@@ -105,11 +105,11 @@ def table_lines(groups: dict[tuple[Any, ...], list[Row]]) -> list[str]:
     formats = Counter(MXFP4=0)
     total = stored = decoded = 0
     for kind, group in groups.items():
-        name, times = escape(label(group)), f"x{len(group)}" if len(group) > 1 else ""
+        name, times = label(group), f"x{len(group)}" if len(group) > 1 else ""
         infos = [row.info for row in group if row.info is not None]
         total += len(group)
         if not infos:
-            problems.append(escape(kind[1]))
+            problems.append(kind[1])
             lines.append((name, times, "", "broken", "", "", ""))
             continue
         shape, dtype, layout = kind[1:]
@@ -117,7 +117,7 @@ def table_lines(groups: dict[tuple[Any, ...], list[Row]]) -> list[str]:
         stored, decoded = stored + sizes[0], decoded + sizes[1]
         formats.update(info.format for info in infos if info.format)
         if layout:
-            reasons |= dict.fromkeys(escape(f"layout {layout}: {info.reason}{_orientation(info)}") for info in infos)
+            reasons |= dict.fromkeys(f"layout {layout}: {info.reason}{_orientation(info)}" for info in infos)
         cells = "x".join(map(str, shape)) or "scalar", dtype, layout or "-"
         lines.append((name, times, *cells, *map(format_bytes, sizes)))
     kinds = ", ".join(f"{number:,} of them {name}" for name, number in formats.items())
@@ -131,7 +131,7 @@ def file_lines(checkpoint: Checkpoint) -> list[str]:
     lines = [*checkpoint.findings, *checkpoint.notes]
     if checkpoint.beside:
         lines.append(f"not part of it: {', '.join(file.name for file in checkpoint.beside)}")
-    return [escape(line) for line in lines]
+    return lines
 
 
 def to_json(checkpoint: Checkpoint, table: Sequence[Row], stats: dict[str, Stats]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ between them when the tensor is asked for, by the documents that say which tool 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from functools import partial
@@ -14,7 +13,9 @@ from typing import Any, Final, NamedTuple
 
 from ..errors import CheckpointError, LayoutError
 from ..format import BYTES_PER_BLOCK
+from ..storage.jsonfile import parse_json
 from ..storage.tensorfile import StoredTensor
+from ..text import CELL_WIDTH, shorten
 from .table import LAYOUTS, METADATA, Layout
 
 GATE_UP: Final = {"/gate": slice(0, None, 2), "/up": slice(1, None, 2)}
@@ -36,6 +37,7 @@ class Documents:
         self._metadata, self._read = metadata, read
         self._files: dict[str, Any] = {}
         self._values: dict[tuple[str, str], set[str]] = {}
+        self._matches: dict[tuple[str, str, tuple[str | None, ...]], str | None] = {}
         self.problem = ""
 
     def support(self, layout: Layout, name: str) -> str | None:
@@ -53,23 +55,27 @@ class Documents:
 
     def values(self, source: str, name: str, key: str) -> set[str]:
         """Return all values under a key of a document, at any depth, as lower-case text."""
-        place = (source if source != METADATA else METADATA + name, key)
+        place = _place(source, name), key
         if place not in self._values:
             self._values[place] = set(_values_under(self._document(source, name), key))
         return self._values[place]
 
     def _match(self, source: str, name: str, key: str, patterns: tuple[str | None, ...]) -> str | None:
         """Return which value matches; if the key is missing, empty text if it may be; otherwise None."""
-        values = self.values(source, name, key)
-        if not values:
-            return "" if None in patterns else None
-        return next((f"{key} {v}" for v in sorted(values) if any(p and fnmatchcase(v, p) for p in patterns)), None)
+        place = _place(source, name), key, patterns
+        if place not in self._matches:
+            values = self.values(source, name, key)
+            matching = (v for v in values if any(p and fnmatchcase(v, p) for p in patterns))
+            value = min(matching, default=None)
+            missing = "" if not values and None in patterns else None
+            self._matches[place] = missing if value is None else f"{key} {shorten(value, CELL_WIDTH)}"
+        return self._matches[place]
 
     def _document(self, source: str, name: str) -> Any:
         if source == METADATA:
             try:
-                return json.loads(self._metadata[name])
-            except (KeyError, ValueError, RecursionError):
+                return parse_json(self._metadata[name])
+            except (KeyError, ValueError):
                 return None
         if source not in self._files:
             try:
@@ -80,15 +86,21 @@ class Documents:
         return self._files[source]
 
 
-def _values_under(document: Any, key: str, *, inside: bool = False) -> Iterator[str]:
-    if isinstance(document, dict):
-        for name, value in document.items():
-            yield from _values_under(value, key, inside=inside or name == key)
-    elif isinstance(document, list):
-        for value in document:
-            yield from _values_under(value, key, inside=inside)
-    elif inside:
-        yield str(document).lower()
+def _place(source: str, name: str) -> str:
+    return METADATA + name if source == METADATA else source
+
+
+def _values_under(document: Any, key: str) -> Iterator[str]:
+    """Yield all values under a key, at any depth, as lower-case text."""
+    left = [(document, False)]
+    while left:
+        value, inside = left.pop()
+        if isinstance(value, dict):
+            left += [(inner, inside or name == key) for name, inner in value.items()]
+        elif isinstance(value, list):
+            left += [(inner, inside) for inner in value]
+        elif inside:
+            yield str(value).lower()
 
 
 class Candidate(NamedTuple):
@@ -210,10 +222,17 @@ def split_gate_up(name: object, tensors: Mapping[str, StoredTensor | list[Candid
         return None
     for ending, rows in GATE_UP.items():
         whole = name.removesuffix(ending)
-        if whole != name and whole in tensors:
+        if whole != name and whole in tensors and _has_rows(tensors[whole]):
             for weight, bias in (layout.gate_up for layout in LAYOUTS if layout.gate_up):
                 other = whole.removesuffix(bias) + weight if whole.endswith(bias) else whole
                 found = tensors.get(other) if other.endswith(weight) else None
                 if isinstance(found, list) and any(candidate.layout.gate_up for candidate in found):
                     return whole, rows
     return None
+
+
+def _has_rows(tensor: StoredTensor | list[Candidate]) -> bool:
+    """Return whether a tensor has the axis of rows: of plain ones, which are biases, it is the last."""
+    if isinstance(tensor, StoredTensor):
+        return len(tensor.shape) > 0
+    return all(len(x.codes.shape) - x.layout.blocks_axis > 1 for x in tensor if x.codes is not None)

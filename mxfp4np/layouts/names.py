@@ -39,6 +39,7 @@ def find_named(
     renamed: dict[str, str] = {}
     for name, given in names.items():
         halves = [given] if isinstance(given, str) else list(given) if isinstance(given, list | tuple) else []
+        halves = halves if all(isinstance(half, str) for half in halves) else []
         missing = [half for half in halves if half not in stored]
         if len(halves) not in (1, 2) or (len(halves) == 2 and len(missing) == 1):
             problem = f"no tensor {missing[0]!r} is stored" if missing else f"found {given!r}"

@@ -7,7 +7,9 @@ here is decoded: the tensors stay as they are stored, under their own names.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import Final, NamedTuple
 
 from ..format import BYTES_PER_BLOCK
@@ -106,10 +108,9 @@ class Others:
         if tensor.dtype in ("F4", *_FLOAT6):
             return f"FP{tensor.dtype[1]}"
         if len(tensor.shape) > 1 and tensor.dtype in _FLOAT8:
-            return "FP8" if self._says_quantised() else None
+            return "FP8" if self._says_quantised else None
         if len(tensor.shape) > 1 and tensor.dtype == "U8" and tensor.name.endswith(".weight"):
-            elements = self._documents.values("config.json", tensor.name, "mx_element_dtype")
-            return next((f"MX{element[:3].upper()}" for element in sorted(elements) if element[:2] == "fp"), None)
+            return self._mx_format
         return None
 
     def _signature(self, tensor: StoredTensor, stem: str, suffix: str) -> str | None:
@@ -155,25 +156,34 @@ class Others:
         if scales.dtype not in _FLOATS or codes.dtype not in ("U8", "I8", "I32") or len(codes.shape) < 2:
             return None
         could_be_mxfp4 = codes.dtype == "U8" or (codes.dtype == "I8" and scales.name.endswith(".scale"))
-        if could_be_mxfp4 and fitting.get(BYTES_PER_BLOCK) == scales.shape and not self._says_integers():
+        if could_be_mxfp4 and fitting.get(BYTES_PER_BLOCK) == scales.shape and not self._says_integers:
             return None  # MXFP4, of which scales were converted
-        return "INT8" if codes.dtype == "I8" else f"INT{self._bits()}"
+        return "INT8" if codes.dtype == "I8" else f"INT{self._bits}"
 
     def _has_second_scale(self, codes: StoredTensor) -> bool:
         stem = codes.name.removesuffix("_packed").removesuffix("_qdata")
         return any(stem + suffix in self._stored for suffix in _SECOND_SCALES)
 
+    @cached_property
     def _bits(self) -> str:
-        """Return the bits of packed integers, by config.json; 4 unless it says otherwise."""
-        found = self._documents.values("config.json", "", "num_bits")
+        """Bits of packed integers, by config.json; 4 unless it says otherwise."""
+        found = self._documents.values("config.json", "", "num_bits").intersection(map(str, range(1, 17)))
         return "4" if not found or "4" in found else min(found)
 
+    @cached_property
+    def _mx_format(self) -> str | None:
+        """Format of the elements of blocks, by config.json."""
+        elements = sorted(self._documents.values("config.json", "", "mx_element_dtype"))
+        return next((f"MX{element[:3].upper()}" for element in elements if re.match(r"fp[468]", element)), None)
+
+    @cached_property
     def _says_integers(self) -> bool:
         found = (self._documents.values("config.json", "", key) for key in ("type", "dtype", "quant_algo"))
         return any(value.startswith(("int", "uint")) for values in found for value in values)
 
+    @cached_property
     def _says_quantised(self) -> bool:
-        """Return whether a document says that weights have scales, which FP8 weights without any may lack."""
+        """Whether a document says that weights have scales, which FP8 weights without any may lack."""
         return bool(
             self._documents.values("config.json", "", "quant_method")
             or self._documents.values("hf_quant_config.json", "", "quant_algo")

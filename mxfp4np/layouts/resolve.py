@@ -11,6 +11,7 @@ from typing import Final
 
 from ..errors import LayoutError
 from ..storage.tensorfile import DTYPES, StoredTensor
+from ..text import CELL_WIDTH, shorten
 from .find import Candidate, Documents
 from .gguf import block_of
 from .others import Others
@@ -49,8 +50,8 @@ class Resolver:
         block = None if kind in DTYPES or self._others.format_of(tensor) != kind else block_of(kind)
         if block is None:
             return tensor
-        *rows, nbytes = tensor.byte_shape
-        blocks = (*rows, nbytes // block[1], block[1])
+        *rows, length = tensor.shape
+        blocks = (*rows, length // block[0], block[1])
         return PackedTensor(_GGUF, tensor, None, blocks, f"tensor type, {kind}", kind)
 
     def _supported(self, layout: Layout, name: str) -> bool:
@@ -91,7 +92,8 @@ class Resolver:
         codes = choices[0].codes
         names = [packed.layout.name for packed in choices]
         methods = sorted(self._documents.values("config.json", name, "quant_method"))
-        found = f"config.json says quant_method {', '.join(methods)}" if methods else "no file beside it says"
+        said = shorten(", ".join(methods[:3]), CELL_WIDTH)
+        found = f"config.json says quant_method {said}" if methods else "no file beside it says"
         return LayoutError(
             f"{codes.file.path}: tensor {codes.name!r}: expected one layout, found that it could be "
             f"{' or '.join(names)}, and {found}{self._documents.problem}: force one, as with layout={names[0]!r}"

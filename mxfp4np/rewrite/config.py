@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -13,8 +13,8 @@ from ..checkpoint import Checkpoint
 from ..errors import CheckpointError
 from ..format import BLOCK_SIZE
 from ..storage.discover import PathLike, is_hidden
-from ..storage.index import read_json
-from ..storage.tensorfile import LFSPointerError, open_regular
+from ..storage.jsonfile import parse_json, read_json
+from ..storage.regular import LFSPointerError, open_regular
 from .plan import METADATA as PT_METADATA
 from .plan import RECORD, Copied, Item, json_bytes
 from .quantization import (
@@ -37,6 +37,9 @@ QUANTIZERS_FILES: Final = {
     "dtypes.json": lambda document, modules: document if modules.has("MXFP4") else None,
 }
 """Files that describe quantised tensors, and what becomes of them when some were decoded."""
+
+MAX_FOLDERS: Final = 32
+"""Deepest nesting of folders beside the weights."""
 
 Change = Callable[[dict[str, Any]], dict[str, Any] | None]
 """Returns a JSON object of the target, given that of the source; None if it goes."""
@@ -103,8 +106,8 @@ def kept_metadata(checkpoint: Checkpoint, items: Iterable[Item]) -> dict[str, st
     kept = {} if "GGUF.version" in checkpoint.metadata else {**checkpoint.metadata}
     if "tensor_names" in kept and gone & kept.keys():  # torchao's list of the tensors that its metadata describes
         try:
-            names = [name for name in json.loads(kept.pop("tensor_names")) if name not in gone]
-        except (ValueError, TypeError, RecursionError):
+            names = [name for name in parse_json(kept.pop("tensor_names")) if name not in gone]
+        except (ValueError, TypeError):
             names = []
         kept |= {"tensor_names": json.dumps(names)} if names else {}
     return {key: text for key, text in kept.items() if key not in gone} | PT_METADATA
@@ -150,10 +153,11 @@ def small_files(checkpoint: Checkpoint, source: Source, target: Path, changes: M
     for name, change in changes.items():
         if name in copies:
             path = copies.pop(name)
+            document = read_json(path)
             try:
-                document = change(read_json(path))
-                written |= {} if document is None else {name: json_bytes(document)}
-            except (RecursionError, UnicodeEncodeError) as error:
+                changed = change(document)
+                written |= {} if changed is None else {name: json_bytes(changed)}
+            except ValueError as error:
                 raise CheckpointError(f"{path}: cannot be written again: {error}") from error
     return SmallFiles(written, copies, left_out, notes)
 
@@ -188,8 +192,19 @@ def _files_beside(folder: Path, target: Path, checkpoint: Checkpoint) -> tuple[d
 
 def _is_other(folder: Path, target: Path) -> bool:
     """Tell whether a folder holds another checkpoint, or one that is being written, besides the target."""
-    inside = (path for path in folder.rglob("*") if not path.is_relative_to(target))
+    inside = (path for path in _below(folder) if not path.is_relative_to(target))
     return any(_is_weights(path) or path.name == RECORD for path in inside)
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """Yield everything below a folder, without following links; refuse very deep ones."""
+    level = [folder]
+    for _ in range(MAX_FOLDERS):
+        inside = [path for parent in level for path in parent.iterdir()]
+        yield from inside
+        level = [path for path in inside if path.is_dir() and not path.is_symlink()]
+    if level:
+        raise CheckpointError(f"{folder}: folders are nested more than {MAX_FOLDERS} deep: move it elsewhere")
 
 
 def _is_weights(path: Path) -> bool:

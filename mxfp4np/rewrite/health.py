@@ -15,7 +15,6 @@ from ..checkpoint import Checkpoint
 from ..errors import CheckpointError, LayoutError
 from ..format import SCALE_BIAS, SCALE_NAN, decoded_dtype
 from ..layouts.packed import TensorInfo
-from ..storage.index import weight_map_of
 from ..summary import Row, collapse, label
 from .choose import kind_of
 from .contents import may_be_quantized
@@ -49,7 +48,9 @@ def health(
     with_config: bool,
 ) -> Verification:
     """Look for broken pairs, missing shards, an index or a config.json that does not match, and implausible values."""
-    result = Verification(findings=[*checkpoint.findings, *_not_in_index(checkpoint)])
+    result = Verification(findings=[*checkpoint.findings])
+    for name in checkpoint.unlisted:
+        result.findings.append(f"{checkpoint.index}: tensor {name!r} is in a file, but not in the index")
     packed: list[TensorInfo] = []
     plain: list[TensorInfo] = []
     for name in names:
@@ -91,14 +92,6 @@ def health(
         result.findings.append(f"{several} all zeros")
     result.nbytes = pool.done
     return result
-
-
-def _not_in_index(checkpoint: Checkpoint) -> Iterator[str]:
-    if checkpoint.index is not None:
-        listed = weight_map_of(checkpoint.index)
-        for name in checkpoint.stored:
-            if name not in listed:
-                yield f"{checkpoint.index}: tensor {name!r} is in a file, but not in the index"
 
 
 def _implausible(counts: NDArray[np.int64]) -> Iterator[str]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, Final
 
 from ..format import BLOCK_SIZE
+from ..text import check_patterns, has_wildcard, matcher
 
 Config = dict[str, Any]
 
@@ -196,7 +196,10 @@ def _without_fp4_experts(quantization: Config, modules: Modules) -> Config:
 
 def _added(quantization: Config, key: str, names: Iterable[str]) -> Config:
     """Return the object with names added to one of its lists."""
-    return {**quantization, key: list(dict.fromkeys([*(quantization.get(key) or []), *names]))}
+    there = quantization.get(key) or []
+    if not isinstance(there, list) or not all(isinstance(name, str) for name in there):
+        raise ValueError(f"expected a list of names as {key!r}, found another value")
+    return {**quantization, key: list(dict.fromkeys([*there, *names]))}
 
 
 def _compressed_tensors(quantization: Config, modules: Modules) -> Config:
@@ -229,28 +232,31 @@ def _wildcards(modules: Modules) -> list[str]:
 
 def _quark(quantization: Config, modules: Modules) -> Config:
     changed = _added(quantization, "exclude", _wildcards(modules))
-    layers = quantization.get("layer_quant_config")
-    if isinstance(layers, dict):
-        changed["layer_quant_config"] = {key: value for key, value in layers.items() if not _only_decoded(key, modules)}
-    return changed
+    return changed | _without_decoded(quantization, "layer_quant_config", modules)
+
+
+def _without_decoded(quantization: Config, key: str, modules: Modules) -> Config:
+    """Return one of its objects, if it has it, without the patterns and names of what was decoded."""
+    layers = quantization.get(key)
+    if not isinstance(layers, dict):
+        return {}
+    check_patterns([pattern for pattern in layers if has_wildcard(pattern)])
+    return {key: {pattern: value for pattern, value in layers.items() if not _only_decoded(pattern, modules)}}
 
 
 def _only_decoded(pattern: str, modules: Modules) -> bool:
     """Tell whether a pattern matches decoded modules, and none that are quantised."""
-    if not re.search(r"[*?\[]", pattern):
+    if not has_wildcard(pattern):
         return pattern in modules.decoded and pattern not in modules.quantized
-    decoded = any(fnmatchcase(module, pattern) for module in modules.decoded)
-    return decoded and not any(fnmatchcase(module, pattern) for module in modules.quantized)
+    matches = matcher([pattern])
+    return any(map(matches, modules.decoded)) and not any(map(matches, modules.quantized))
 
 
 def _modelopt(quantization: Config, modules: Modules) -> Config:
     """Change the object in config.json, or the one in hf_quant_config.json, whose list has another name."""
     key = "exclude_modules" if "exclude_modules" in quantization else "ignore"
     changed = _added(_shrink_groups(quantization, modules), key, _wildcards(modules))
-    layers = quantization.get("quantized_layers")
-    if isinstance(layers, dict):
-        changed["quantized_layers"] = {key: value for key, value in layers.items() if not _only_decoded(key, modules)}
-    return changed
+    return changed | _without_decoded(quantization, "quantized_layers", modules)
 
 
 def _transformers(quantization: Config, modules: Modules) -> Config:

@@ -21,10 +21,12 @@ from typing import Any, BinaryIO, Final
 from ..backends.threads import check_num_threads
 from ..checkpoint import Checkpoint
 from ..errors import CheckpointError
+from ..layouts.table import TRANSPOSE
 from ..storage.discover import is_hidden
-from ..storage.index import read_json
+from ..storage.jsonfile import read_json
+from ..storage.regular import open_regular, read_up_to
 from ..storage.safetensors import atomic_file, bytes_of
-from ..text import count, escape, format_bytes
+from ..text import CELL_WIDTH, count, escape, format_bytes, shorten
 from .plan import INDEX, RECORD, Plan, Shard
 from .workers import Progress, Workers
 
@@ -50,9 +52,9 @@ class Task:
         """Tell whether the shard is there and complete."""
         header = self.shard.header
         try:
-            with self.path.open("rb") as file:
+            with open_regular(self.path) as file:
                 size = os.fstat(file.fileno()).st_size
-                return size == len(header) + self.shard.nbytes and file.read(len(header)) == header
+                return size == len(header) + self.shard.nbytes and read_up_to(file, len(header)) == header
         except FileNotFoundError:
             return False
 
@@ -153,18 +155,25 @@ def finish(plan: Plan) -> list[str]:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """Return the record of a folder, empty if there is none."""
-    record = folder / RECORD
-    return read_json(record) if record.exists() else {}
+    """Return the record of a folder, empty if there is none; refuse one whose options no run has."""
+    path = folder / RECORD
+    record = read_json(path) if path.exists() else {}
+    for key in ("include", "exclude", "drop"):
+        found = record.get(key, [])
+        if not isinstance(found, list) or not all(isinstance(pattern, str) for pattern in found):
+            raise CheckpointError(f"{path}: {key!r}: expected a list of patterns, found another value")
+    if record.get("transpose", TRANSPOSE[0]) not in TRANSPOSE:
+        raise CheckpointError(f"{path}: 'transpose': expected {' or '.join(TRANSPOSE)}, found another value")
+    return record
 
 
 def _check_record(plan: Plan) -> None:
     """Refuse to resume what another plan began, and say which of its options differ from those of this plan."""
-    if (plan.folder / RECORD).read_bytes() == plan.record:
-        return
     earlier, ours = read_record(plan.folder), json.loads(plan.record)
+    if earlier == ours:
+        return
     changed = [
-        f"{key} {earlier.get(key)!r}, not {value!r}"
+        f"{key} {shorten(repr(earlier.get(key)), CELL_WIDTH)}, not {shorten(repr(value), CELL_WIDTH)}"
         for key, value in plan.options.items()
         if earlier.get(key) != ours[key]
     ]
@@ -207,7 +216,7 @@ def _put(path: Path, data: bytes) -> None:
 def _copy(source: Path, target: Path) -> None:
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        with source.open("rb") as original:
+        with open_regular(source) as original:
             _create(target, lambda file: shutil.copyfileobj(original, file))
 
 

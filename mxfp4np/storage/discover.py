@@ -17,9 +17,10 @@ from typing import Final
 
 from ..errors import CheckpointError
 from .gguf import GGUF_MAGIC, GGUFFile
-from .index import weight_map_of
+from .index import Index, read_index
+from .regular import open_regular, read_regular, read_up_to
 from .safetensors import SafetensorsFile
-from .tensorfile import TensorFile, open_regular
+from .tensorfile import TensorFile
 
 PathLike = str | os.PathLike[str]
 
@@ -44,8 +45,8 @@ class FileSet:
     """The files of one checkpoint, and what a user should know of the choice."""
 
     files: list[Path]
-    index: Path | None = None
-    """The index that names the files."""
+    index: Index | None = None
+    """What names the files."""
     beside: list[Path] = field(default_factory=list)
     """Files of weights in the same folder that are not part of it."""
     missing: list[str] = field(default_factory=list)
@@ -78,7 +79,7 @@ def find_files(path: PathLike | Sequence[PathLike]) -> FileSet:
     if path.is_dir():
         return _find_in_folder(path)
     if path.suffix.lower() == ".json":
-        return _of_index(path)
+        return _of_index(read_index(path))
     match = _NUMBERED.fullmatch(path.name)
     if match and match[4].lower() == ".gguf" and int(match[2]) == 1:
         # As llama.cpp, which opens a split file by the name of its first part.
@@ -107,7 +108,7 @@ def open_file(path: Path, io: str) -> TensorFile:
     is_gguf = path.suffix.lower() == ".gguf"
     if path.suffix.lower() not in ENDINGS:
         with open_regular(path) as file:
-            is_gguf = file.read(len(GGUF_MAGIC)) == GGUF_MAGIC
+            is_gguf = read_up_to(file, len(GGUF_MAGIC)) == GGUF_MAGIC
     return (GGUFFile if is_gguf else SafetensorsFile)(path, io)
 
 
@@ -134,7 +135,7 @@ def _snapshot_of(folder: Path) -> Path:
     """Return the snapshot that ``refs/main`` names in a repository's folder of the Hub's cache, or the only one."""
     there = sorted(path for path in (folder / "snapshots").iterdir() if path.is_dir() and not is_hidden(path))
     ref = folder / "refs" / "main"
-    wanted = ref.read_text(errors="replace").strip() if ref.is_file() else None
+    wanted = read_regular(ref, 4096).decode(errors="replace").strip() if ref.is_file() else None
     for path in there:
         if path.name == wanted or (wanted is None and len(there) == 1):
             return path
@@ -150,22 +151,25 @@ def _find_index(folder: Path, weights: Sequence[Path]) -> tuple[FileSet | None, 
         if path.name.lower().endswith(_INDEX) and not is_hidden(path)
     }
     single = next((file for file in weights if file.name.lower() == SINGLE and file.exists()), None)
-    index = indexes.get("model" + _INDEX)
-    if index is None:  # one of another name decides unless there are weights as transformers names them
+    main = indexes.get("model" + _INDEX)
+    if main is None:  # one of another name decides unless there are weights as transformers names them
         models = {file for file in weights if file.name.lower().startswith("model")}
-        if not indexes or models - {file for other in indexes.values() for file in _files_of(other)}:
+        others = [read_index(path) for path in indexes.values()]
+        if not others or models - {file for other in others for file in other.files}:
             return None, []
-        if len(indexes) > 1:
+        if len(others) > 1:
             listed = ", ".join(path.name for path in indexes.values())
             raise CheckpointError(f"{folder}: several indexes, open one of them: {listed}")
-        return _of_index(*indexes.values()), []
-    if single is None or single in (files := _files_of(index)):
+        return _of_index(*others), []
+    index = read_index(main)
+    if single is None or single in index.files:
         return _of_index(index), []
-    if not any(file.exists() for file in files):
-        return FileSet([single]), [f"{index}: none of its {len(files)} files is there: {single.name} is opened instead"]
-    newer = ", which is newer" if single.stat().st_mtime_ns > index.stat().st_mtime_ns else ""
+    if not any(file.exists() for file in index.files):
+        doubt = f"{main}: none of its {len(index.files)} files is there: {single.name} is opened instead"
+        return FileSet([single]), [doubt]
+    newer = ", which is newer" if single.stat().st_mtime_ns > main.stat().st_mtime_ns else ""
     doubt = (
-        f"{index}: does not name {single.name}{newer}: the files of the index are opened, and transformers would load "
+        f"{main}: does not name {single.name}{newer}: the files of the index are opened, and transformers would load "
         f"{single.name}: remove one of them, or open {single.name} by its own name"
     )
     return _of_index(index), [doubt]
@@ -219,7 +223,7 @@ def _missing_parts(files: Sequence[Path]) -> Iterator[str]:
         there = {int(other[2]) for part in parts if (other := _NUMBERED.fullmatch(part.name))}
         total, start = int(match[3]), min(1, *there)
         expected = range(start, start + total)
-        if lacking := total - len(there.intersection(expected)):
+        if lacking := total - sum(number in expected for number in there):
             first = list(islice((number for number in expected if number not in there), 3))
             names = ", ".join(f"{match[1]}-{n:0{len(match[2])}}-of-{match[3]}{match[4]}" for n in first)
             more = ", ..." if lacking > len(first) else ""
@@ -229,17 +233,14 @@ def _missing_parts(files: Sequence[Path]) -> Iterator[str]:
             )
 
 
-def _files_of(index: Path) -> list[Path]:
-    return [index.parent / name for name in sorted(set(weight_map_of(index).values()))]
-
-
-def _of_index(index: Path) -> FileSet:
-    files = _files_of(index)
-    missing = [file.relative_to(index.parent).as_posix() for file in files if not file.exists()]
+def _of_index(index: Index) -> FileSet:
+    files, folder = index.files, index.path.parent
+    missing = [file.relative_to(folder).as_posix() for file in files if not file.exists()]
     if missing:
         listed = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
-        hint = f"; {SINGLE} is there, open it by its own name" if (index.parent / SINGLE).exists() else ""
+        hint = f"; {SINGLE} is there, open it by its own name" if (folder / SINGLE).exists() else ""
         raise FileNotFoundError(
-            f"{index}: {len(missing)} of the {len(files)} files it names are missing, download them: {listed}{hint}"
+            f"{index.path}: {len(missing)} of the {len(files)} files it names are missing, download them: "
+            f"{listed}{hint}"
         )
     return FileSet(files, index, doubts=list(_missing_parts(files)))

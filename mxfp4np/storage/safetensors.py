@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import math
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,17 +21,15 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
-from .tensorfile import StoredTensor, TensorFile, nbytes_of, wrong_beginning
+from .jsonfile import parse_json
+from .regular import read_up_to
+from .tensorfile import StoredTensor, TensorFile, is_possible, nbytes_of, wrong_beginning
 
 HEADER_LIMIT: Final = 100_000_000
 """Largest header that the format allows, in bytes."""
 
 HEADER_ROOM: Final = 1 << 20
 """Bytes reserved for a header that is written last; enough for about ten thousand tensors."""
-
-MAX_AXES: Final = 64
-MAX_ELEMENTS: Final = 1 << 56
-"""What NumPy can hold, decoded sizes included; files can claim more if an axis is empty."""
 
 _DISK_FULL: Final = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
 
@@ -44,19 +41,22 @@ class SafetensorsFile(TensorFile):
     """A safetensors file: its header, checked and read when it is opened."""
 
     def _read_header(self, file: BinaryIO) -> None:
+        if not self.stamp[0]:  # the parser cannot map all files that say so
+            raise CheckpointError(f"{self.path}: not a valid safetensors file: {_what_is_wrong(file)}")
         try:
-            with safe_open(self.path, framework="np") as handle:
-                offset = 8 + int.from_bytes(file.read(8), "little")
+            with self._to_parse(file) as path, safe_open(path, framework="np") as handle:
+                file.seek(0)
+                offset = 8 + int.from_bytes(read_up_to(file, 8), "little")
                 names = handle.offset_keys()
                 self.metadata = handle.metadata() or {}
-                self._refuse_duplicates(file.read(offset - 8), len(names))
+                self._refuse_duplicates(read_up_to(file, offset - 8), len(names))
                 kinds: dict[Spec, tuple[str, tuple[int, ...], int]] = {}
                 for name in names:
                     entry = handle.get_slice(name)
                     kind = entry.get_dtype(), tuple(entry.get_shape())
                     # Tensors of one kind share these objects: most of the memory that half a million tensors take.
                     dtype, shape, nbytes = kinds.get(kind) or kinds.setdefault(kind, (*kind, nbytes_of(*kind)))
-                    if len(shape) > MAX_AXES or (not nbytes and math.prod(n for n in shape if n) > MAX_ELEMENTS):
+                    if not is_possible(shape):
                         raise CheckpointError(f"{self.path}: tensor {name!r}: no array can have shape {list(shape)}")
                     self.tensors[name] = StoredTensor(name, dtype, shape, self, offset, nbytes)
                     offset += nbytes
@@ -70,35 +70,56 @@ class SafetensorsFile(TensorFile):
         if offset != os.fstat(file.fileno()).st_size:
             raise CheckpointError(f"{self.path}: changed while it was being opened: open it again")
 
+    @contextlib.contextmanager
+    def _to_parse(self, file: BinaryIO) -> Iterator[Path | str]:
+        """Yield what the parser is to open, which maps it: the file or, if it is not to be mapped, a stand-in.
+
+        That is in memory, has the same header, and says that it has the same size. Only Linux has such files.
+        """
+        if self.io != "pread" or not hasattr(os, "memfd_create"):
+            yield self.path
+            return
+        with os.fdopen(os.memfd_create("header"), "wb", buffering=0) as copy:
+            beginning = read_up_to(file, 8)
+            copy.write(beginning)
+            length = int.from_bytes(beginning, "little")
+            for at in range(0, length if length <= HEADER_LIMIT else 0, 1 << 20):
+                copy.write(read_up_to(file, min(1 << 20, length - at)))
+            copy.truncate(os.fstat(file.fileno()).st_size)
+            yield f"/proc/self/fd/{copy.fileno()}"
+
     def _refuse_duplicates(self, header: bytes, tensors: int) -> None:
         # The parser lets a later entry replace an earlier one of the same name. An entry has at least two lists, its
         # shape and its offsets, so that only a header with more than two for each tensor can have a duplicate.
         if header.count(b"[") <= 2 * tensors:
             return
-        seen: set[str] = set()
-        for name, _ in json.loads(header, object_pairs_hook=list):
-            if name in seen:
-                raise CheckpointError(f"{self.path}: the header has two tensors called {name!r}")
-            seen.add(name)
+
+        def check(pairs: list[tuple[str, None]]) -> None:  # of each object; values of objects become None
+            seen: set[str] = set()
+            for name, _ in pairs:
+                if name in seen:
+                    raise CheckpointError(f"{self.path}: the header has two tensors called {name!r}")
+                seen.add(name)
+
+        json.loads(header, object_pairs_hook=check)
 
 
 def _what_is_wrong(file: BinaryIO) -> str | None:
     """Return why a file that cannot be parsed has the wrong size, or what else it is; None if neither is known."""
     size = os.fstat(file.fileno()).st_size
     file.seek(0)
-    beginning = file.read(8)
+    beginning = read_up_to(file, 8)
     expected = 8 + int.from_bytes(beginning, "little")
     if expected > 8 + HEADER_LIMIT or beginning == bytes(8):
         return wrong_beginning(beginning, "the length of a header")
     if expected <= size:
-        file.seek(8)
         try:
-            entries = json.loads(file.read(expected - 8)).items()
+            entries = parse_json(read_up_to(file, expected - 8)).items()
             ranges = [entry["data_offsets"] for name, entry in entries if name != "__metadata__"]
             end = max((end for _, end in ranges), default=0)
             if end != sum(end - begin for begin, end in ranges):
                 return None  # the offsets are wrong
-        except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
             return None
         expected += end
     if size < expected:

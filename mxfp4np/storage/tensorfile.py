@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import mmap
 import os
-import stat
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from ..backends.memory import address_of, aligned_empty
 from ..errors import CheckpointError
 from ..format import dtype_named
 from ..shapes import basic_indices, full_index, is_advanced
+from .regular import open_regular
 
 DTYPES: Final = {
     "BOOL": (8, "bool"),
@@ -52,12 +52,9 @@ DTYPES: Final = {
 NumPy has no type for elements below a byte: their packed bytes are viewed as uint8.
 """
 
-LFS_POINTER: Final = b"version https://git-lfs"
-
-
-class LFSPointerError(CheckpointError):
-    """A file is the pointer that Git LFS puts in its place."""
-
+MAX_AXES: Final = 64
+MAX_ELEMENTS: Final = 1 << 56
+"""What NumPy can hold, decoded sizes included; files can claim more if an axis is empty."""
 
 SAFETENSORS_DTYPES: Final = {numpy: name for name, (bits, numpy) in DTYPES.items() if bits >= 8}
 """The name in safetensors of each NumPy or ml_dtypes type."""
@@ -71,6 +68,11 @@ def element(dtype: str) -> tuple[int, str]:
 def nbytes_of(dtype: str, shape: tuple[int, ...]) -> int:
     """Return the bytes of a tensor of a safetensors dtype."""
     return math.prod(shape) * DTYPES[dtype][0] // 8
+
+
+def is_possible(shape: tuple[int, ...]) -> bool:
+    """Tell whether an array can have this shape, which may be any if it has no elements."""
+    return len(shape) <= MAX_AXES and math.prod(n for n in shape if n) <= MAX_ELEMENTS
 
 
 class StoredTensor(NamedTuple):
@@ -171,7 +173,7 @@ class TensorFile:
         self.metadata: dict[str, str] = {}
         self.parts = 1
         self._map: NDArray[np.uint8] | None = None
-        self._file: BinaryIO | None = None
+        self._descriptor: _Descriptor | None = None
         self._closed = False
         self._lock = threading.Lock()
         with open_regular(path) as file:
@@ -196,15 +198,14 @@ class TensorFile:
         return {"path": self.path, "io": self.io, "stamp": self.stamp}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, tensors={}, metadata={}, _map=None, _file=None, _closed=False, _lock=threading.Lock())
+        vars(self).update(
+            state, tensors={}, metadata={}, _map=None, _descriptor=None, _closed=False, _lock=threading.Lock()
+        )
 
     def close(self) -> None:
-        """Release the file. A map stays as long as there is a view of it."""
+        """Release the file. A map stays as long as there is a view of it, a descriptor until reads that began end."""
         with self._lock:
-            self._closed, self._map = True, None
-            if self._file is not None:
-                self._file.close()
-                self._file = None
+            self._closed, self._map, self._descriptor = True, None, None
 
     def view(self, tensor: StoredTensor) -> NDArray[np.uint8]:
         """Return the tensor's bytes, flat: a view of the map, or of reserved memory that stands for it (see `read`)."""
@@ -212,8 +213,9 @@ class TensorFile:
             if self._closed:
                 raise CheckpointError(f"{self.path}: this checkpoint is closed")
             if self.io == "pread":
-                if self._file is None:
-                    self._file = self._reopen()
+                if self._descriptor is None:
+                    with self._reopen() as file:
+                        self._descriptor = _Descriptor(os.dup(file.fileno()))
                 return _reserved(tensor.nbytes)
             if self._map is None:
                 with self._reopen() as file:  # the map keeps the file open
@@ -248,21 +250,24 @@ class TensorFile:
             nbytes *= part.shape[axis]
         begin = tensor.offset + address_of(part) - address_of(memory)
         target = out.reshape(-1).view(np.uint8).data
+        descriptor = self._descriptor
+        if descriptor is None:
+            raise CheckpointError(f"{self.path}: this checkpoint is closed")
         for i, index in enumerate(np.ndindex(part.shape[:axis])):
             offset = begin + sum(k * stride for k, stride in zip(index, part.strides[:axis], strict=True))
-            self._read_into(target[i * nbytes : (i + 1) * nbytes], offset, tensor)
+            self._read_into(target[i * nbytes : (i + 1) * nbytes], offset, tensor, descriptor)
         return out
 
-    def _read_into(self, target: memoryview, offset: int, tensor: StoredTensor) -> None:
+    def _read_into(self, target: memoryview, offset: int, tensor: StoredTensor, descriptor: _Descriptor) -> None:
         while target:
-            if self._file is None:
-                raise CheckpointError(f"{self.path}: this checkpoint is closed")
             if hasattr(os, "preadv"):
-                count = os.preadv(self._file.fileno(), [target], offset)
+                count = os.preadv(descriptor.number, [target], offset)
             else:
                 with self._lock:
-                    self._file.seek(offset)
-                    count = self._file.readinto(target)  # type: ignore[attr-defined]
+                    os.lseek(descriptor.number, offset, os.SEEK_SET)
+                    data = os.read(descriptor.number, len(target))
+                count = len(data)
+                target[:count] = data
             if not count:
                 raise CheckpointError(
                     f"{self.path}: truncated after it was opened: tensor {tensor.name!r} ends at byte "
@@ -271,27 +276,27 @@ class TensorFile:
             target, offset = target[count:], offset + count
 
 
+class _Descriptor:
+    """A file descriptor that is closed when nothing refers to it any more: never during a read.
+
+    The number of one that is closed may be that of another file a moment later.
+    """
+
+    __slots__ = ("number",)
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        os.close(self.number)
+
+
 def _reserved(nbytes: int) -> NDArray[np.uint8]:
     """Return pages that are reserved and never touched: only their addresses matter."""
     options = {}
     if hasattr(mmap, "MAP_PRIVATE"):  # private and read-only, so that they count against no limit
         options = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, "prot": mmap.PROT_READ}
     return np.frombuffer(mmap.mmap(-1, max(1, nbytes), **options), np.uint8)[:nbytes]
-
-
-def open_regular(path: Path) -> BinaryIO:
-    """Open a file to read, unbuffered; refuse pipes and devices, and pointers of Git LFS that stand for a file."""
-    # Without O_NONBLOCK, opening a pipe that nobody writes to would wait for ever.
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise CheckpointError(f"{path}: not a regular file")
-    file = os.fdopen(descriptor, "rb", buffering=0)
-    if file.read(len(LFS_POINTER)) == LFS_POINTER:
-        file.close()
-        raise LFSPointerError(f"{path}: it is a pointer of Git LFS: get the file itself with git lfs pull")
-    file.seek(0)
-    return file
 
 
 def wrong_beginning(beginning: bytes, expected: str) -> str:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ...errors import BackendUnavailableError
 from ...format import BLOCK_SIZE, BYTES_PER_BLOCK
-from ..memory import ALIGNMENT, HostBackend, address_of, is_transposed, merged_axes
+from ..memory import ALIGNMENT, HostBackend, address_of, check_shapes, is_transposed, merged_axes
 from ..reference import ReferenceBackend
 from ..threads import default_num_threads
 from .compiler import CompiledFunction, build_once, compiled_kernel
@@ -64,6 +64,7 @@ class CPUBackend(HostBackend):
     ) -> None:
         if out.size == 0:
             return
+        check_shapes(blocks, scales, out, start)
         if blocks.strides[-1] != 1:  # kernels load whole blocks
             blocks = np.ascontiguousarray(blocks)
         columns = is_transposed(out)
@@ -94,6 +95,7 @@ class CPUBackend(HostBackend):
     ) -> None:
         if x.size == 0:
             return
+        check_shapes(blocks, scales, x)
         columns = is_transposed(x) and x.shape[-2] >= BLOCK_SIZE
         codes = blocks if blocks.strides[-1] == 1 else np.empty(blocks.shape, np.uint8)  # kernels store whole blocks
         job = _describe(codes, scales, x, columns=columns)

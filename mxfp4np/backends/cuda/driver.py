@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from ...errors import BackendUnavailableError, DeviceMemoryError
 from ...format import BLOCK_SIZE, BYTES_PER_BLOCK, name_of
 from ...shapes import split
-from ..memory import is_transposed, merged_axes, type_of
+from ..memory import check_shapes, is_transposed, merged_axes, type_of
 from ..threads import default_num_threads
 from . import kernels
 from .cupy import first_line, working_cupy
@@ -122,6 +122,7 @@ class CUDABackend:
     ) -> None:
         if not out.size:
             return
+        check_shapes(blocks, scales, out, start)
         halves = order == "halves"
         with out.device:
             if not isinstance(blocks, np.ndarray):
@@ -164,6 +165,7 @@ class CUDABackend:
     ) -> None:
         if not x.size:
             return
+        check_shapes(blocks, scales, x)
         with blocks.device:
             if isinstance(x, np.ndarray):
                 x = self.asarray(x)

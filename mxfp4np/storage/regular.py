@@ -1,0 +1,56 @@
+"""Open and read files of others: regular ones only, without waiting, and no more bytes than the file says it has.
+
+Everything that is read from a checkpoint, or from the folder of a conversion, is opened here.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO, Final
+
+from ..errors import CheckpointError
+
+_LFS_POINTER: Final = b"version https://git-lfs"
+
+
+class LFSPointerError(CheckpointError):
+    """A file is the pointer that Git LFS puts in its place."""
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file to read, unbuffered; refuse pipes and devices, and pointers of Git LFS that stand for a file."""
+    # Without O_NONBLOCK, opening a pipe that nobody writes to would wait for ever.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise CheckpointError(f"{path}: not a regular file")
+    file = os.fdopen(descriptor, "rb", buffering=0)
+    if read_up_to(file, len(_LFS_POINTER)) == _LFS_POINTER:
+        file.close()
+        raise LFSPointerError(f"{path}: it is a pointer of Git LFS: get the file itself with git lfs pull")
+    file.seek(0)
+    return file
+
+
+def read_up_to(file: BinaryIO, count: int) -> bytes:
+    """Return the next ``count`` bytes of a file from `open_regular`, or fewer where it ends.
+
+    Files of the kernel, such as /proc/kmsg, say that they are empty. They are not read, as that may wait.
+    """
+    parts: list[bytes] = []
+    left = min(count, os.fstat(file.fileno()).st_size - file.tell())
+    while left > 0 and (part := file.read(left)):
+        parts.append(part)
+        left -= len(part)
+    return b"".join(parts)
+
+
+def read_regular(path: Path, limit: int) -> bytes:
+    """Return all bytes of a file; refuse one that has more than ``limit``."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise CheckpointError(f"{path}: expected a file of at most {limit:,} bytes, found one of {size:,}")
+        return read_up_to(file, limit)
