@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any, Final, Self
 
 import numpy as np
@@ -81,8 +82,9 @@ class Checkpoint(Mapping[str, Any]):
         Whether the folder, or the split GGUF file, lacks parts of a numbered set.
     folder : Path
         Of the index, or else of the first file.
-    stamps : tuple of (str, int, int)
-        Of each file as it was opened: name, size in bytes, time of the last change in nanoseconds.
+    stamps : tuple of (str, int, int, int)
+        Of each file as it was opened: name, size in bytes, times of the last changes of its bytes and of its inode in
+        nanoseconds.
     metadata : dict of str to str
         The ``__metadata__`` of all files, merged; of values that differ, that of the first file.
 
@@ -253,6 +255,10 @@ class Checkpoint(Mapping[str, Any]):
             raise TensorNotFoundError(self._not_found(name))
         tensor = self._tensors[name]
         return (tensor,) if isinstance(tensor, StoredTensor) else stored_of(tensor)
+
+    def changed_files(self) -> list[Path]:
+        """Return the files that are no longer those that were opened."""
+        return [file.path for file in self._files if not file.is_unchanged()]
 
     # Arrays
 

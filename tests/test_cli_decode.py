@@ -184,6 +184,9 @@ def test_pieces_in_order(data):
     class Stub:
         files = ()
 
+        def changed_files(self):
+            return []
+
         def info(self, _):
             return mxfp4np.TensorInfo("w", array.shape, "MXFP4", "gpt-oss", ())
 

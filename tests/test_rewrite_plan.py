@@ -19,6 +19,7 @@ from mxfp4np.rewrite import run
 from mxfp4np.rewrite.convert import plan_conversion
 from mxfp4np.rewrite.plan import INDEX, RECORD, Copied, Output, Plan, Shard, make_shards, split_into_shards
 from mxfp4np.rewrite.run import Task, finish, run_tasks, tasks_of
+from mxfp4np.storage.atomic import temporary_path
 from mxfp4np.storage.safetensors import SafetensorsFile, header_bytes
 from mxfp4np.storage.tensorfile import DTYPES, nbytes_of
 
@@ -68,7 +69,7 @@ def plan(source, tmp_path):
 
 def prepare(plan, **options):
     options = {"resume": False, "force": False, "shared": False, **options}
-    run.prepare(plan, tasks_of(plan), **options)
+    return run.prepare(plan, tasks_of(plan), **options)
 
 
 def tree(folder):
@@ -344,9 +345,9 @@ def test_what_killed_processes_left_is_removed(plan, resume):
     plan.folder.mkdir()
     if resume:
         prepare(plan)
-        (plan.folder / "below" / ".copy.txt.123-0123abcd.tmp").write_text("left")
+        temporary_path(plan.folder / "below" / "copy.txt").write_text("left")
     for name in (RECORD, INDEX, "config.json", plan.shards[1].file):
-        (plan.folder / f".{name}.123-0123abcd.tmp").write_text("left")
+        temporary_path(plan.folder / name).write_text("left")
     prepare(plan, resume=resume)
     assert not [name for name in tree(plan.folder) if name.endswith(".tmp")]
     assert write(plan, resume=True) == expected
@@ -354,19 +355,21 @@ def test_what_killed_processes_left_is_removed(plan, resume):
 
 def test_a_task_removes_what_was_left_of_its_shard(plan):
     """Room on the disk, long before all shards are there."""
-    prepare(plan, shared=True)
-    first, second, _ = tasks_of(plan)
-    for task in (first, second):
-        (plan.folder / f".{task.shard.file}.123-0123abcd.tmp").write_text("left")
+    plan.folder.mkdir()
+    left = [temporary_path(plan.folder / shard.file) for shard in plan.shards]
+    for path in left:
+        path.write_text("left")
+    first, *_ = prepare(plan, shared=True)
     first.run()
-    assert [path.name for path in plan.folder.glob(".*.tmp")] == [f".{second.shard.file}.123-0123abcd.tmp"]
+    assert sorted(plan.folder.glob(".*.tmp")) == sorted(left[1:])
 
 
 def test_leftovers_of_others_are_left_alone(plan):
     write(plan)
-    (plan.folder / ".other.txt.123-0123abcd.tmp").write_text("not ours")
+    other = temporary_path(plan.folder / "other.txt")
+    other.write_text("not ours")
     write(plan, resume=True)
-    assert (plan.folder / ".other.txt.123-0123abcd.tmp").exists()
+    assert other.exists()
 
 
 def test_a_full_disk_is_noticed_before_the_start(plan, monkeypatch):
@@ -386,28 +389,34 @@ def test_a_file_is_at_its_final_size_from_the_beginning(plan):
     prepare(plan)
     task, *_ = tasks_of(plan)
     sizes = set()
-    task.run(lambda *_: sizes.update(path.stat().st_size for path in plan.folder.glob(".model*.tmp")))
+    task.run(lambda *_: sizes.update(path.stat().st_size for path in plan.folder.glob(".*.tmp")))
     assert sizes == {task.path.stat().st_size}
 
 
 def test_what_has_its_name_is_on_disk(plan, monkeypatch):
-    synced, named, fsync, rename = {}, [], os.fsync, os.replace
+    plan = replace(plan, folder=plan.folder / "new" / "folder")
+    synced, named, fsync = {}, [], os.fsync
 
     def sync(descriptor):
         synced[os.fstat(descriptor).st_ino] = os.fstat(descriptor).st_size
         fsync(descriptor)
 
-    def replace(source, target):
-        found = Path(source).stat()
-        assert synced[found.st_ino] == found.st_size
-        named.append(Path(target).name)
-        rename(source, target)
+    def naming(call):
+        def name(source, target):
+            found = Path(source).stat()
+            assert synced[found.st_ino] == found.st_size
+            named.append(Path(target).name)
+            call(source, target)
+
+        return name
 
     monkeypatch.setattr(os, "fsync", sync)
-    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(os, "replace", naming(os.replace))
+    monkeypatch.setattr(os, "link", naming(os.link))
     write(plan)
     assert named == [RECORD, "config.json", "copy.txt", *(shard.file for shard in plan.shards), INDEX]
-    assert plan.folder.stat().st_ino in synced
+    for folder in (plan.folder, plan.folder.parent, plan.folder.parent.parent, plan.folder / "below"):
+        assert folder.stat().st_ino in synced, "folders are on disk too"
 
 
 # Many at once
@@ -454,7 +463,7 @@ def test_a_folder_that_vanishes_is_an_error(plan):
     task, *_ = tasks_of(plan)
 
     def progress(*_):
-        for path in plan.folder.glob(".model*.tmp"):
+        for path in plan.folder.glob(".*.tmp"):
             path.unlink()
 
     with pytest.raises(FileNotFoundError):

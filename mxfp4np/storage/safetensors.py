@@ -1,19 +1,16 @@
 """Safetensors files: read their headers, and write them whole or tensor by tensor.
 
 The Rust parser of the safetensors package validates headers: it refuses overlaps, gaps, wrong sizes and oversized ones.
-Tensor data is never read through that package; see `tensorfile`. A file that is written appears under its name only
-when it is complete. This module knows names, dtypes, shapes and bytes, and nothing of what they mean.
+Tensor data is never read through that package; see `tensorfile`. This module knows names, dtypes, shapes and bytes,
+and nothing of what they mean.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import math
 import os
-import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -22,6 +19,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
+from .atomic import atomic_file
 from .tensorfile import StoredTensor, TensorFile, nbytes_of, wrong_beginning
 
 HEADER_LIMIT: Final = 100_000_000
@@ -34,7 +32,7 @@ MAX_AXES: Final = 64
 MAX_ELEMENTS: Final = 1 << 56
 """What NumPy can hold, decoded sizes included; files can claim more if an axis is empty."""
 
-_DISK_FULL: Final = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
+_ENCODER: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 Spec = tuple[str, tuple[int, ...]]
 """Dtype, as the format spells it, and shape of a tensor."""
@@ -108,33 +106,16 @@ def _what_is_wrong(file: BinaryIO) -> str | None:
     return None
 
 
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file that is renamed to ``path`` when it is complete and on disk, and removed on an error."""
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("x+b") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None and error.errno in _DISK_FULL:
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
-    with contextlib.suppress(OSError):  # write the new name to disk too, where a folder can be opened
-        descriptor = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def header_bytes(
+    tensors: Mapping[str, Spec], metadata: Mapping[str, str] | None, file: Path | str = "a safetensors file"
+) -> bytes:
+    """Return the header of a file of these tensors, in this order, its length included.
 
-
-def header_bytes(tensors: Mapping[str, Spec], metadata: Mapping[str, str] | None) -> bytes:
-    """Return the header of a file of these tensors, in this order, its length included."""
+    Raises
+    ------
+    ValueError
+        If the format allows no such header; the message names the ``file``.
+    """
     for item in (metadata or {}).items():
         if not all(isinstance(text, str) for text in item):
             raise ValueError(f"metadata must be strings, found {item!r}")
@@ -146,9 +127,30 @@ def header_bytes(tensors: Mapping[str, Spec], metadata: Mapping[str, str] | None
         end = begin + nbytes_of(dtype, shape)
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
         begin = end
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text = _ENCODER.encode(header).encode()
     text += b" " * (-len(text) % 8)
+    _check_header(len(text), file)
     return len(text).to_bytes(8, "little") + text
+
+
+def _check_header(nbytes: int, file: Path | str) -> None:
+    if nbytes > HEADER_LIMIT:
+        raise ValueError(
+            f"{file}: the header would have {nbytes:,} bytes, and the format allows {HEADER_LIMIT:,}: write fewer "
+            "tensors to a file, or give them shorter names"
+        )
+
+
+def header_room(metadata: Mapping[str, str] | None) -> int:
+    """Return how many bytes of a header are left for tensors; see `entry_size`."""
+    return HEADER_LIMIT - len(header_bytes({}, metadata))
+
+
+def entry_size(name: str, spec: Spec, end: int) -> int:
+    """Return how many bytes a tensor takes in a header at most, given the largest offset in the file."""
+    dtype, shape = spec
+    fixed = len(':{"dtype":"","shape":[],"data_offsets":[]},') + len(dtype) + len(_ENCODER.encode(name).encode())
+    return fixed + sum(len(str(number)) + 1 for number in (*shape, end, end))
 
 
 def write_safetensors(
@@ -170,7 +172,7 @@ def write_safetensors(
     expected = sum(nbytes_of(dtype, shape) for dtype, shape in tensors.values())
     written = 0
     with atomic_file(path) as file:
-        file.write(header_bytes(tensors, metadata))
+        file.write(header_bytes(tensors, metadata, path))
         for chunk in data:
             written += file.write(bytes_of(chunk))
         if written != expected:
@@ -187,15 +189,18 @@ def stream_safetensors(
     The data of a tensor comes as chunks: C-contiguous arrays.
     """
     specs: dict[str, Spec] = {}
+    size = len(header_bytes({}, metadata, path))
     with atomic_file(path) as file:
         file.seek(HEADER_ROOM)
         for name, spec, data in tensors:
             if name in specs:
                 raise ValueError(f"two tensors would both be called {name!r}")
             specs[name] = spec
+            size += entry_size(name, spec, file.tell())
+            _check_header(size, path)  # before all data is written
             for chunk in data:
                 file.write(bytes_of(chunk))
-        end, header = file.tell(), header_bytes(specs, metadata)
+        end, header = file.tell(), header_bytes(specs, metadata, path)
         if len(header) > HEADER_ROOM or end < 16 * HEADER_ROOM:
             _move(file, HEADER_ROOM, len(header), end - HEADER_ROOM)
         else:  # the format allows spaces at the end of a header

@@ -22,6 +22,7 @@ from ..backends.memory import address_of, aligned_empty
 from ..errors import CheckpointError
 from ..format import dtype_named
 from ..shapes import basic_indices, full_index, is_advanced
+from .named import NamedFile, named
 
 DTYPES: Final = {
     "BOOL": (8, "bool"),
@@ -162,7 +163,7 @@ class TensorFile:
     parts : int
         Number of files that the checkpoint is split into, if the header says so.
     stamp : tuple of int
-        Size in bytes, and time of the last change in nanoseconds.
+        See `stamp_of`.
     """
 
     def __init__(self, path: Path, io: str = "mmap") -> None:
@@ -175,7 +176,7 @@ class TensorFile:
         self._closed = False
         self._lock = threading.Lock()
         with open_regular(path) as file:
-            self.stamp = _stamp(file)
+            self.stamp = stamp_of(os.fstat(file.fileno()))
             self._read_header(file)
 
     def _read_header(self, file: BinaryIO) -> None:
@@ -223,10 +224,15 @@ class TensorFile:
                         raise CheckpointError(f"{self.path}: cannot be mapped ({error}): try io='pread'") from error
             return self._map[tensor.offset : tensor.offset + tensor.nbytes]
 
+    def is_unchanged(self) -> bool:
+        """Tell whether the file is still the one that was opened."""
+        with named(self.path, "read"):
+            return stamp_of(self.path.stat()) == self.stamp
+
     def _reopen(self) -> BinaryIO:
         # A checkpoint may have more files than a process may keep open, so each is opened again when first needed.
         file = open_regular(self.path)
-        if _stamp(file) != self.stamp:
+        if stamp_of(os.fstat(file.fileno())) != self.stamp:
             file.close()
             raise CheckpointError(f"{self.path}: was replaced or changed after it was opened: open it again")
         return file
@@ -258,7 +264,8 @@ class TensorFile:
             if self._file is None:
                 raise CheckpointError(f"{self.path}: this checkpoint is closed")
             if hasattr(os, "preadv"):
-                count = os.preadv(self._file.fileno(), [target], offset)
+                with named(self.path, "read"):
+                    count = os.preadv(self._file.fileno(), [target], offset)
             else:
                 with self._lock:
                     self._file.seek(offset)
@@ -279,15 +286,16 @@ def _reserved(nbytes: int) -> NDArray[np.uint8]:
     return np.frombuffer(mmap.mmap(-1, max(1, nbytes), **options), np.uint8)[:nbytes]
 
 
-def open_regular(path: Path) -> BinaryIO:
-    """Open a file to read, unbuffered; refuse pipes and devices, and pointers of Git LFS that stand for a file."""
+def open_regular(path: Path, *, pointers: bool = False) -> BinaryIO:
+    """Open a file to read, unbuffered; refuse pipes and devices, and ``pointers`` of Git LFS that stand for a file."""
     # Without O_NONBLOCK, opening a pipe that nobody writes to would wait for ever.
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with named(path, "read"):
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise CheckpointError(f"{path}: not a regular file")
-    file = os.fdopen(descriptor, "rb", buffering=0)
-    if file.read(len(LFS_POINTER)) == LFS_POINTER:
+    file: BinaryIO = NamedFile(descriptor, "rb", path, "read")
+    if not pointers and file.read(len(LFS_POINTER)) == LFS_POINTER:
         file.close()
         raise LFSPointerError(f"{path}: it is a pointer of Git LFS: get the file itself with git lfs pull")
     file.seek(0)
@@ -301,6 +309,10 @@ def wrong_beginning(beginning: bytes, expected: str) -> str:
     return f"it begins with {beginning!r}, which is not {expected}: it is a file of another kind"
 
 
-def _stamp(file: BinaryIO) -> tuple[int, int]:
-    found = os.fstat(file.fileno())
-    return found.st_size, found.st_mtime_ns
+def stamp_of(found: os.stat_result) -> tuple[int, int, int]:
+    """Return by what a file that has changed is known: its size, and the times of changes of its bytes and its inode.
+
+    The last one cannot be set, unlike that of the bytes. Numbers of inodes are left out: some network file systems give
+    a file another one after a while.
+    """
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
