@@ -130,12 +130,9 @@ def prepare(plan: Plan, tasks: Sequence[Task], *, resume: bool, force: bool, sha
     # Listed before the record is looked for: another process writes its record before anything else.
     with named(folder, "read"):
         found = [path for path in folder.iterdir() if not is_temporary(path.name)]
-    names = plan.files
-    earlier: list[Path] = []
+    recorded: set[str] = set()
     if force:
         recorded = _recorded_files(folder)
-        names |= recorded
-        earlier = _files_of_earlier_run(plan, found, recorded)
     elif (folder / RECORD).exists():
         _check_record(plan, resume=resume)
     elif found:
@@ -143,20 +140,23 @@ def prepare(plan: Plan, tasks: Sequence[Task], *, resume: bool, force: bool, sha
             f"{folder}: expected a new or empty folder, found {found[0].name!r}: with --force, files of the same "
             "names are replaced"
         )
+    names = plan.files | recorded
     for name in names:
         _check_place(folder, name)
+    earlier = _files_of_earlier_run(plan, found, recorded) if force else []
     removed = {path: path.lstat() for path in earlier if os.path.lexists(path)}
     left = [task for task in tasks if task.path in removed or not task.is_done()]
     nbytes = sum(task.shard.nbytes for task in left)
-    free = shutil.disk_usage(folder).free + sum(found.st_size for found in removed.values())
+    free = shutil.disk_usage(folder).free + sum(file.st_size for file in removed.values())
     if nbytes > free:
         raise OSError(f"{folder}: {format_bytes(nbytes)} are to be written, but the disk has {format_bytes(free)} free")
     for path in removed:
         with named(path, "removed"):
             path.unlink(missing_ok=True)
     try:
-        _put(folder / RECORD, record, exclusive=True)
-    except FileExistsError:  # an earlier run, or another process that was faster
+        with atomic_file(folder / RECORD, exclusive=True) as file:
+            file.write(record)
+    except (FileExistsError, FileNotFoundError):  # an earlier run, or another process that was faster
         _check_record(plan, resume=resume)
     unfinished = leftovers(folder / name for name in names)
     if not shared:
@@ -196,9 +196,10 @@ def _read_record(folder: Path) -> bytes:
 def _check_record(plan: Plan, *, resume: bool) -> None:
     """Refuse a folder that holds an earlier run, unless this plan ``resume``s it: say which of its options differ."""
     folder = plan.folder
+    found = _read_record(folder)
     if not resume:
         raise FileExistsError(f"{folder}: holds an earlier run: continue it with --resume, or start over with --force")
-    if _read_record(folder) == plan.record:
+    if found == plan.record:
         return
     earlier, ours = read_record(folder), json.loads(plan.record)
     changed = [
@@ -248,18 +249,18 @@ def _check_place(folder: Path, name: str) -> None:
         raise FileExistsError(f"{path}: expected a regular file, found something else: remove it")
 
 
-def _create(path: Path, write: Callable[[BinaryIO], object], *, exclusive: bool = False) -> None:
+def _create(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file that appears when it is complete, unless another process puts the same one there meanwhile."""
     try:
-        with atomic_file(path, exclusive=exclusive) as file:
+        with atomic_file(path) as file:
             write(file)
     except FileNotFoundError:
         if not path.exists():
             raise
 
 
-def _put(path: Path, data: bytes, *, exclusive: bool = False) -> None:
-    _create(path, lambda file: file.write(data), exclusive=exclusive)
+def _put(path: Path, data: bytes) -> None:
+    _create(path, lambda file: file.write(data))
 
 
 def _copy(source: Path, target: Path) -> None:
