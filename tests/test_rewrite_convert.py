@@ -306,6 +306,74 @@ def test_a_cache_of_links(tmp_path):
     assert len(list(blobs.iterdir())) == 3
 
 
+@pytest.mark.parametrize("how", ["file", "above", "two links", "blobs of others", "link in blobs"])
+@pytest.mark.parametrize("name", ["notes.txt", "below/notes.txt", "config.json"])
+def test_links_out_of_the_source_are_not_followed(tmp_path, command, name, how):
+    """Whoever made the source does not decide which other files of the machine go into the result."""
+    secret = tmp_path / "hub" / "secret"
+    source = build(tmp_path / "hub" / "snapshots" / "abc", {"w": packed(2, 64)})
+    blobs, link = source.parents[1] / "blobs", source / name
+    (tmp_path / "blobs").mkdir()
+    blobs.mkdir()
+    link.parent.mkdir(exist_ok=True)
+    secret.write_text('{"secret": 1}')
+    if how == "two links":
+        (source / ".hidden").symlink_to(secret)
+        link.symlink_to(source / ".hidden")
+    elif how == "blobs of others":
+        (tmp_path / "blobs" / "secret").write_text('{"secret": 1}')
+        link.symlink_to(tmp_path / "blobs" / "secret")
+    elif how == "link in blobs":
+        (blobs / "1").symlink_to(secret)
+        link.symlink_to(blobs / "1")
+    else:
+        link.symlink_to(os.path.relpath(secret, link.parent) if how == "above" else secret)
+    (source / "inside.txt").symlink_to("model.safetensors")
+    if name == "config.json":
+        with pytest.raises(CheckpointError, match=r"config\.json: is a link to .*secret, which is outside of"):
+            convert(source, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        return
+    status, _, err = command("convert", source, tmp_path / "out")
+    assert (status, err.count("is a link to")) == (0, 1)
+    assert f"{link}: is a link to {link.resolve()}, which is outside of its folder, and is not copied" in err
+    files = tree(tmp_path / "out")
+    assert set(files) == {"model.safetensors", "inside.txt", RECORD}
+    assert not any(b"secret" in data for data in files.values())
+
+
+@pytest.mark.parametrize("name", ["n" * 240 + ".txt", "\N{SNOWMAN}" * 80, "n" * 120 + "/" + "m" * 255])
+def test_long_names_beside_the_weights(tmp_path, name):
+    source = build(tmp_path / "in", {"w": packed(2, 64)})
+    (source / name).parent.mkdir(exist_ok=True)
+    (source / name).write_text("text")
+    convert(source, tmp_path / "out")
+    assert tree(tmp_path / "out")[name] == b"text"
+
+
+@pytest.mark.parametrize("at", [1, 12, 40])
+@pytest.mark.parametrize("io", ["mmap", "pread"])
+def test_a_source_that_is_overwritten_meanwhile(wide, tmp_path, monkeypatch, io, at):
+    """In place, with the same size and the same time: nothing is called complete that is half of one and half of it."""
+    monkeypatch.setattr(conversion, "CHUNK_BYTES", 20_000)
+    path, steps = wide / "model.safetensors", []
+    times, other = path.stat(), build(tmp_path / "other", {f"w{i}": packed(64, 8192, seed=9 + i) for i in range(2)})
+
+    def progress(step):
+        steps.append(step)
+        if len(steps) == at:
+            path.write_bytes((other / "model.safetensors").read_bytes())
+            os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: was replaced or changed"):
+        convert(wide, tmp_path / "out", io=io, num_threads=1, max_shard_size=1, progress=progress)
+    assert len(steps) >= at
+    assert not (tmp_path / "out" / INDEX).exists()
+    with pytest.raises(CheckpointError, match="files that have changed since"):
+        convert(wide, tmp_path / "out", max_shard_size=1, resume=True)
+    assert convert(wide, tmp_path / "out", max_shard_size=1, force=True, verify=True).verification.findings == []
+
+
 @pytest.mark.parametrize("inner", ["bf16", "converted/bf16", "a/b/c"])
 def test_a_target_inside_the_source(tmp_path, inner):
     source = build(tmp_path / "in", {"w": packed(2, 64), "v": packed(2, 64)}, {"model_type": "x"})

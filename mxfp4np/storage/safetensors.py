@@ -189,15 +189,15 @@ def stream_safetensors(
     The data of a tensor comes as chunks: C-contiguous arrays.
     """
     specs: dict[str, Spec] = {}
-    size = len(header_bytes({}, metadata, path))
+    smallest = 0
     with atomic_file(path) as file:
         file.seek(HEADER_ROOM)
         for name, spec, data in tensors:
             if name in specs:
                 raise ValueError(f"two tensors would both be called {name!r}")
             specs[name] = spec
-            size += entry_size(name, spec, file.tell())
-            _check_header(size, path)  # before all data is written
+            smallest += entry_size(name, spec, 0)
+            _check_header(smallest, path)  # before all data is written
             for chunk in data:
                 file.write(bytes_of(chunk))
         end, header = file.tell(), header_bytes(specs, metadata, path)
