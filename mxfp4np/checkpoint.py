@@ -30,6 +30,7 @@ from .layouts.table import LAYOUTS
 from .shapes import split_both
 from .storage.discover import PathLike, find_files, open_file
 from .storage.index import merge_tensors, read_json
+from .storage.named import named
 from .storage.tensorfile import DTYPES, StoredArrays, StoredTensor, element
 from .summary import html_table
 from .text import parse_bytes
@@ -212,6 +213,7 @@ class Checkpoint(Mapping[str, Any]):
         """
         return self._read_beside("config.json") or {}
 
+    @named(None, "read")
     def _read_beside(self, file: str) -> dict[str, Any] | None:
         """Return the JSON object in a file of the folder, None if there is no such file."""
         path = self.folder / file

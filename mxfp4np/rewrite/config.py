@@ -15,6 +15,7 @@ from ..errors import CheckpointError
 from ..format import BLOCK_SIZE
 from ..storage.discover import PathLike, is_hidden
 from ..storage.index import read_json
+from ..storage.named import named
 from ..storage.tensorfile import LFSPointerError, open_regular
 from .plan import METADATA as PT_METADATA
 from .plan import RECORD, Copied, Item, json_bytes
@@ -116,6 +117,7 @@ def config_of(checkpoint: Checkpoint, source: Source) -> dict[str, Any]:
     return checkpoint.config if _is_folder(checkpoint, source) else {}
 
 
+@named(None, "read")
 def _is_folder(checkpoint: Checkpoint, source: Source) -> bool:
     return isinstance(source, str | os.PathLike) and (checkpoint.index is not None or Path(source).is_dir())
 
@@ -131,6 +133,7 @@ class SmallFiles(NamedTuple):
     """What is doubtful about files that are copied, a sentence each."""
 
 
+@named(None, "read")
 def small_files(checkpoint: Checkpoint, source: Source, target: Path, changes: Mapping[str, Change]) -> SmallFiles:
     """Return the files that go with rewritten weights; ``changes`` are those of JSON files, by their names.
 

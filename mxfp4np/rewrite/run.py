@@ -53,7 +53,7 @@ class Task:
         """Tell whether the shard is there and complete."""
         header = self.shard.header
         try:
-            with open_regular(self.path) as file:
+            with named(self.path, "read"), open_regular(self.path) as file:
                 size = os.fstat(file.fileno()).st_size
                 return size == len(header) + self.shard.nbytes and file.read(len(header)) == header
         except (FileNotFoundError, LFSPointerError):
@@ -116,6 +116,7 @@ def tasks_of(plan: Plan, part: tuple[int, int] | None = None) -> list[Task]:
     return [Task(plan.folder, shard, plan.source) for shard in plan.shards[i - 1 :: n]]
 
 
+@named(None, "read")
 def prepare(plan: Plan, tasks: Sequence[Task], *, resume: bool, force: bool, shared: bool) -> list[Task]:
     """Make the folder, write everything that is not a shard or the index, and return the tasks that are not done.
 
@@ -128,8 +129,7 @@ def prepare(plan: Plan, tasks: Sequence[Task], *, resume: bool, force: bool, sha
     folder, record, _ = plan.folder, plan.record, plan.index
     make_folder(folder)
     # Listed before the record is looked for: another process writes its record before anything else.
-    with named(folder, "read"):
-        found = [path for path in folder.iterdir() if not is_temporary(path.name)]
+    found = [path for path in folder.iterdir() if not is_temporary(path.name)]
     recorded: set[str] = set()
     if force:
         recorded = _recorded_files(folder)
@@ -168,10 +168,10 @@ def prepare(plan: Plan, tasks: Sequence[Task], *, resume: bool, force: bool, sha
     return [replace(task, record=record, leftovers=tuple(unfinished.get(task.path, ()))) for task in left]
 
 
+@named(None, "read")
 def finish(plan: Plan) -> list[str]:
     """Write the index if all shards are there, and return the names of those that are not."""
-    with named(plan.folder, "read"):
-        there = {path.name for path in plan.folder.iterdir()}
+    there = {path.name for path in plan.folder.iterdir()}
     missing = [shard.file for shard in plan.shards if shard.file not in there]
     if not missing:
         missing = [task.shard.file for task in tasks_of(plan) if not task.is_done()]
@@ -201,7 +201,11 @@ def _check_record(plan: Plan, *, resume: bool) -> None:
         raise FileExistsError(f"{folder}: holds an earlier run: continue it with --resume, or start over with --force")
     if found == plan.record:
         return
-    earlier, ours = read_record(folder), json.loads(plan.record)
+    try:
+        earlier = read_record(folder)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}: start over with --force") from error
+    ours = json.loads(plan.record)
     changed = [
         f"{key} {earlier.get(key)!r}, not {value!r}"
         for key, value in plan.options.items()

@@ -21,6 +21,9 @@ from .named import NamedFile, named
 
 _TEMPORARY: Final = re.compile(r"(\.mxfp4np-[0-9a-f]{16})-\d+-[0-9a-f]{8}\.tmp")
 
+_NO_LINKS: Final = (errno.EPERM, errno.EACCES, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+"""What file systems without hard links say."""
+
 _LOST: Final = (errno.EIO, errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 """Errors of `os.fsync` that say that something is not on disk. Some systems cannot open or write folders."""
 
@@ -68,8 +71,9 @@ def atomic_file(path: Path, *, exclusive: bool = False) -> Iterator[BinaryIO]:
         If there is such a file when the new one is complete, and the new one is ``exclusive``. Otherwise it replaces
         the old one: maps of that stay valid.
     """
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
+    with named(path, "written"):
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
     temporary = temporary_path(path)
     try:
         with NamedFile(temporary, "x+b", path, "written") as raw, io.BufferedRandom(raw) as file:
@@ -92,19 +96,23 @@ def _link(temporary: Path, path: Path) -> None:
     """Rename a file if nothing has the new name."""
     try:
         os.link(temporary, path)
-    except (FileExistsError, FileNotFoundError):
-        raise
-    except OSError:  # file systems without hard links give various errors
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))  # takes the name
-        temporary.replace(path)
+        try:
+            temporary.replace(path)
+        except BaseException:
+            path.unlink()
+            raise
     else:
-        temporary.unlink()
+        remove([temporary])
 
 
 def make_folder(folder: Path) -> None:
     """Make a folder and its parents, all of them on disk."""
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
     with named(folder, "written"):
+        new = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
     for path in new:
         _sync_folder(path.parent)

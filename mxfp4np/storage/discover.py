@@ -18,6 +18,7 @@ from typing import Final
 from ..errors import CheckpointError
 from .gguf import GGUF_MAGIC, GGUFFile
 from .index import weight_map_of
+from .named import named
 from .safetensors import SafetensorsFile
 from .tensorfile import TensorFile, open_regular
 
@@ -63,6 +64,7 @@ class FileSet:
         return [*self.doubts, *self.missing]
 
 
+@named(None, "read")
 def find_files(path: PathLike | Sequence[PathLike]) -> FileSet:
     """Return the files of a checkpoint; raise if a file is missing, or if there are several checkpoints."""
     if not isinstance(path, str | os.PathLike):

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import CheckpointError
+from .named import named
 from .safetensors import HEADER_LIMIT
 from .tensorfile import StoredTensor, TensorFile, open_regular
 
@@ -56,7 +57,7 @@ def merge_tensors(files: Iterable[TensorFile], index: Path | None) -> dict[str, 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file; refuse anything else, and files larger than `HEADER_LIMIT`."""
-    with open_regular(path) as file:
+    with named(path, "read"), open_regular(path) as file:
         if os.fstat(file.fileno()).st_size > HEADER_LIMIT:
             raise CheckpointError(f"{path}: expected a JSON file of at most {HEADER_LIMIT:,} bytes, found a larger one")
         text = file.read()

@@ -15,14 +15,20 @@ _PREFIX: Final = "cannot be "
 
 
 @contextlib.contextmanager
-def named(path: Path, what: str) -> Iterator[None]:
-    """Make errors of the operating system in the block say that ``path`` cannot be ``what``: "read" or "written"."""
+def named(path: Path | None, what: str) -> Iterator[None]:
+    """Make errors of the operating system in the block say that ``path`` cannot be ``what``: "read" or "written".
+
+    Without a path, those that already name a file say it of that one, unless it is missing: whoever looks at many files
+    knows no more.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno is None or (error.strerror or "").startswith(_PREFIX):
+        name = error.filename if path is None else path
+        said = error.errno is None or (error.strerror or "").startswith(_PREFIX)
+        if said or name is None or (path is None and isinstance(error, FileNotFoundError)):
             raise
-        raise OSError(error.errno, f"{_PREFIX}{what}: {error.strerror}", str(path)) from error
+        raise OSError(error.errno, f"{_PREFIX}{what}: {error.strerror}", str(name)) from error
 
 
 class NamedFile(io.FileIO):

@@ -7,6 +7,7 @@ and nothing of what they mean.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -58,6 +59,10 @@ class SafetensorsFile(TensorFile):
                         raise CheckpointError(f"{self.path}: tensor {name!r}: no array can have shape {list(shape)}")
                     self.tensors[name] = StoredTensor(name, dtype, shape, self, offset, nbytes)
                     offset += nbytes
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            raise OSError(errno.EIO, f"cannot be read: the parser reports: {error}", str(self.path)) from error
         except SafetensorError as error:
             reason = _what_is_wrong(file) or str(error).removeprefix("Error while deserializing header: ")
             raise CheckpointError(f"{self.path}: not a valid safetensors file: {reason}") from error

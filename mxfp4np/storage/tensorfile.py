@@ -175,7 +175,7 @@ class TensorFile:
         self._file: BinaryIO | None = None
         self._closed = False
         self._lock = threading.Lock()
-        with open_regular(path) as file:
+        with named(path, "read"), open_regular(path) as file:
             self.stamp = stamp_of(os.fstat(file.fileno()))
             self._read_header(file)
 
@@ -232,7 +232,9 @@ class TensorFile:
     def _reopen(self) -> BinaryIO:
         # A checkpoint may have more files than a process may keep open, so each is opened again when first needed.
         file = open_regular(self.path)
-        if stamp_of(os.fstat(file.fileno())) != self.stamp:
+        with named(self.path, "read"):
+            stamp = stamp_of(os.fstat(file.fileno()))
+        if stamp != self.stamp:
             file.close()
             raise CheckpointError(f"{self.path}: was replaced or changed after it was opened: open it again")
         return file
@@ -291,10 +293,11 @@ def open_regular(path: Path, *, pointers: bool = False) -> BinaryIO:
     # Without O_NONBLOCK, opening a pipe that nobody writes to would wait for ever.
     with named(path, "read"):
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
+        file: BinaryIO = NamedFile(descriptor, "rb", path, "read")
+        is_regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
+    if not is_regular:
+        file.close()
         raise CheckpointError(f"{path}: not a regular file")
-    file: BinaryIO = NamedFile(descriptor, "rb", path, "read")
     if not pointers and file.read(len(LFS_POINTER)) == LFS_POINTER:
         file.close()
         raise LFSPointerError(f"{path}: it is a pointer of Git LFS: get the file itself with git lfs pull")
