@@ -266,17 +266,15 @@ class Driver:
         return None
 
 
-def main(library, root, command, names, share):
-    """Sweep over moments, a share of them at random; print counts and problems as JSON."""
+def main(library, root, command, share):
+    """Sweep over the moments of all faults, a share of them at random, and print what was found as JSON."""
     driver, found = Driver(library, Path(root), command), {}
     random.seed(0)
-    for name in names.split(","):
-        fault = FAULTS[name]
+    for name, fault in FAULTS.items():
         driver.clear()
         _, _, count = driver.run(fault, 0)
-        moments = (
-            [1] if name == "all short" else sorted(random.sample(range(1, count + 1), -(-count * int(share) // 100)))
-        )
+        moments = range(1, (1 if name == "all short" else count) + 1)
+        moments = random.sample(moments, -(-len(moments) * int(share) // 100))
         problems = {moment: problem for moment in moments if (problem := driver.check(fault, moment))}
         found[name] = {"calls": count, "moments": len(moments), "problems": problems}
     print(json.dumps(found))

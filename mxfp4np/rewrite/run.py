@@ -182,6 +182,7 @@ def finish(plan: Plan) -> list[str]:
     return missing
 
 
+@named(None, "read")
 def read_record(folder: Path) -> dict[str, Any]:
     """Return the record of a folder, empty if there is none."""
     record = folder / RECORD
