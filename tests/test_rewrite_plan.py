@@ -608,6 +608,17 @@ def change(file, *, same_time):
         os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
+def test_a_source_that_vanishes_under_a_damaged_shard(plan, tmp_path):
+    """What is missing is the source: nobody else has written the shard."""
+    plan = replace(plan, shards=make_shards([Copied.of(plan.source.info("x"))], 100))
+    (task,) = prepare(plan)
+    task.path.write_bytes(b"damaged")
+    with pytest.raises(FileNotFoundError) as error:
+        task.run(lambda *_: (tmp_path / "source.safetensors").unlink())
+    assert error.value.filename == str(tmp_path / "source.safetensors")
+    assert task.path.read_bytes() == b"damaged"
+
+
 def test_a_copied_file_that_changes(plan, monkeypatch):
     real = run.run_tasks
 

@@ -259,8 +259,8 @@ def _create(path: Path, write: Callable[[BinaryIO], object]) -> None:
     try:
         with atomic_file(path) as file:
             write(file)
-    except FileNotFoundError:
-        if not path.exists():
+    except FileNotFoundError as error:
+        if error.filename != str(path) or not path.exists():
             raise
 
 

@@ -293,10 +293,14 @@ def open_regular(path: Path, *, pointers: bool = False) -> BinaryIO:
     # Without O_NONBLOCK, opening a pipe that nobody writes to would wait for ever.
     with named(path, "read"):
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        file: BinaryIO = NamedFile(descriptor, "rb", path, "read")
-        is_regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
-    if not is_regular:
-        file.close()
+        try:
+            is_regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
+            file: BinaryIO | None = NamedFile(descriptor, "rb", path, "read") if is_regular else None
+        except BaseException:
+            os.close(descriptor)
+            raise
+    if file is None:
+        os.close(descriptor)
         raise CheckpointError(f"{path}: not a regular file")
     if not pointers and file.read(len(LFS_POINTER)) == LFS_POINTER:
         file.close()
