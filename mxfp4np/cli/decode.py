@@ -16,6 +16,7 @@ from ..format import as_dtype, decoded_dtype
 from ..layouts.table import wants_transpose
 from ..shapes import split, split_both, swapped
 from ..storage.atomic import atomic_file
+from ..storage.named import named
 from ..storage.safetensors import bytes_of, write_safetensors
 from ..storage.tensorfile import SAFETENSORS_DTYPES
 
@@ -52,10 +53,11 @@ class Selection:
         A ``.npy`` file holds one tensor, and not bfloat16. ``progress`` is called with the number of bytes written
         since the last call.
         """
-        if path.exists() and any(path.samefile(file) for file in self._checkpoint.files):
-            raise ValueError(f"{path}: is part of the checkpoint that is being read: choose another name")
-        if path.is_dir():
-            raise ValueError(f"{path}: is a folder: expected the name of a file")
+        with named(path, "written"):
+            if path.exists() and any(path.samefile(file) for file in self._checkpoint.files):
+                raise ValueError(f"{path}: is part of the checkpoint that is being read: choose another name")
+            if path.is_dir():
+                raise ValueError(f"{path}: is a folder: expected the name of a file")
         if path.suffix == ".safetensors":
             specs = {
                 name: (SAFETENSORS_DTYPES[tensor.dtype.name], tensor.shape) for name, tensor in self._tensors.items()
