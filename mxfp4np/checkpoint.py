@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any, Final, Self
 
 import numpy as np
@@ -30,6 +31,7 @@ from .shapes import split_both
 from .storage.discover import PathLike, find_files, open_file
 from .storage.index import merge_tensors
 from .storage.jsonfile import read_json
+from .storage.named import named
 from .storage.tensorfile import DTYPES, StoredArrays, StoredTensor, element
 from .summary import html_table
 from .text import parse_bytes
@@ -84,8 +86,9 @@ class Checkpoint(Mapping[str, Any]):
         Whether the folder, or the split GGUF file, lacks parts of a numbered set.
     folder : Path
         Of the index, or else of the first file.
-    stamps : tuple of (str, int, int)
-        Of each file as it was opened: name, size in bytes, time of the last change in nanoseconds.
+    stamps : tuple of (str, int, int, int)
+        Of each file as it was opened: name, size in bytes, times of the last changes of its bytes and of its inode in
+        nanoseconds.
     metadata : dict of str to str
         The ``__metadata__`` of all files, merged; of values that differ, that of the first file.
 
@@ -215,6 +218,7 @@ class Checkpoint(Mapping[str, Any]):
         """
         return self._read_beside("config.json") or {}
 
+    @named(None, "read")
     def _read_beside(self, file: str) -> dict[str, Any] | None:
         """Return the JSON object in a file of the folder, None if there is no such file."""
         path = self.folder / file
@@ -258,6 +262,10 @@ class Checkpoint(Mapping[str, Any]):
             raise TensorNotFoundError(self._not_found(name))
         tensor = self._tensors[name]
         return (tensor,) if isinstance(tensor, StoredTensor) else stored_of(tensor)
+
+    def changed_files(self) -> list[Path]:
+        """Return the files that are no longer those that were opened."""
+        return [file.path for file in self._files if not file.is_unchanged()]
 
     # Arrays
 

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mxfp4np
+from mxfp4np import CheckpointError
 from mxfp4np.cli import decode
 from mxfp4np.cli.decode import Selection
 
@@ -184,6 +185,9 @@ def test_pieces_in_order(data):
     class Stub:
         files = ()
 
+        def changed_files(self):
+            return []
+
         def info(self, _):
             return mxfp4np.TensorInfo("w", array.shape, "MXFP4", "gpt-oss", ())
 
@@ -339,3 +343,17 @@ def test_memory_is_bounded(tmp_path, name, dtype, suffix):
     assert found["written"] >= 300_000_000
     assert found["samples"] > 20
     assert found["extra"] < 128_000_000, f"{found['extra']:,} bytes more than before"
+
+
+def test_a_source_that_is_overwritten_meanwhile(tmp_path):
+    mxfp4np.save_file({"x": np.zeros(10), "y": np.zeros(10)}, tmp_path / "in.safetensors")
+    with mxfp4np.Checkpoint(tmp_path / "in.safetensors") as checkpoint:
+        selection = Selection(checkpoint, ["x", "y"])
+
+        def progress(_):
+            data = (tmp_path / "in.safetensors").read_bytes()
+            (tmp_path / "in.safetensors").write_bytes(data[:-8] + b"12345678")
+
+        with pytest.raises(CheckpointError, match=r"in\.safetensors: was replaced or changed while it was read"):
+            selection.write(tmp_path / "out.safetensors", progress)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.safetensors"]

@@ -1,24 +1,30 @@
 """Plans and tasks: what is in which shard, what a task leaves on disk, and who may do what at the same time."""
 
+import errno
 import json
 import os
 import pickle
 import threading
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 from contract import run_python
+from helpers import error_of
 from hypothesis import given
 from hypothesis import strategies as st
 
 import mxfp4np
+from mxfp4np.rewrite import plan as planning
 from mxfp4np.rewrite import run
 from mxfp4np.rewrite.convert import plan_conversion
 from mxfp4np.rewrite.plan import INDEX, RECORD, Copied, Output, Plan, Shard, make_shards, split_into_shards
 from mxfp4np.rewrite.run import Task, finish, run_tasks, tasks_of
+from mxfp4np.storage import safetensors as writer
+from mxfp4np.storage.atomic import temporary_path
 from mxfp4np.storage.safetensors import SafetensorsFile, header_bytes
 from mxfp4np.storage.tensorfile import DTYPES, nbytes_of
 
@@ -68,7 +74,7 @@ def plan(source, tmp_path):
 
 def prepare(plan, **options):
     options = {"resume": False, "force": False, "shared": False, **options}
-    run.prepare(plan, tasks_of(plan), **options)
+    return run.prepare(plan, tasks_of(plan), **options)
 
 
 def tree(folder):
@@ -140,6 +146,29 @@ def test_plan_agrees_with_itself(specs, limit):
             assert header[output.name]["shape"] == list(output.shape)
             itemsize = max(1, DTYPES[output.dtype][0] // 8)
             assert (len(shard.header) + shard.offsets[output.name]) % itemsize == 0, "aligned"
+
+
+def test_shards_are_divided_by_their_headers(tmp_path, source, monkeypatch):
+    """The format has a limit, and so has what reads the index."""
+    monkeypatch.setattr(writer, "HEADER_LIMIT", 1000)
+    items = items_of(*[1] * 40)
+    planned = make_shards(items, 10**6, {"format": "pt", "more": "x" * 300})
+    assert [item for shard in planned for item in shard.items] == items
+    sizes = [len(shard.header) - 8 for shard in planned]
+    assert max(sizes) <= 1000
+    assert min(sizes[:-1]) > 900, "as few as it takes"
+    for task in tasks_of(Plan(tmp_path, planned, {}, {}, {}, source)):
+        task.run()
+        assert SafetensorsFile(task.path).tensors.keys() == {output.name for output in task.shard.outputs}
+    (shard,) = make_shards([Together((Output("x" * 1000, "U8", (1,)),))], 10**6)
+    with pytest.raises(ValueError, match=r"model\.safetensors: the header would have 1,\d+ bytes, .* allows 1,000"):
+        prepare(Plan(tmp_path / "out", (shard,), {}, {}, {}, source))
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(planning, "HEADER_LIMIT", 1000)
+    with pytest.raises(ValueError, match=r"index\.json: would have [\d,]+ bytes, more than the 1,000 that are read"):
+        prepare(Plan(tmp_path / "out", planned, {}, {}, {}, source))
+    assert not (tmp_path / "out").exists()
 
 
 # Tasks
@@ -344,9 +373,9 @@ def test_what_killed_processes_left_is_removed(plan, resume):
     plan.folder.mkdir()
     if resume:
         prepare(plan)
-        (plan.folder / "below" / ".copy.txt.123-0123abcd.tmp").write_text("left")
+        temporary_path(plan.folder / "below" / "copy.txt").write_text("left")
     for name in (RECORD, INDEX, "config.json", plan.shards[1].file):
-        (plan.folder / f".{name}.123-0123abcd.tmp").write_text("left")
+        temporary_path(plan.folder / name).write_text("left")
     prepare(plan, resume=resume)
     assert not [name for name in tree(plan.folder) if name.endswith(".tmp")]
     assert write(plan, resume=True) == expected
@@ -354,19 +383,21 @@ def test_what_killed_processes_left_is_removed(plan, resume):
 
 def test_a_task_removes_what_was_left_of_its_shard(plan):
     """Room on the disk, long before all shards are there."""
-    prepare(plan, shared=True)
-    first, second, _ = tasks_of(plan)
-    for task in (first, second):
-        (plan.folder / f".{task.shard.file}.123-0123abcd.tmp").write_text("left")
+    plan.folder.mkdir()
+    left = [temporary_path(plan.folder / shard.file) for shard in plan.shards]
+    for path in left:
+        path.write_text("left")
+    first, *_ = prepare(plan, shared=True)
     first.run()
-    assert [path.name for path in plan.folder.glob(".*.tmp")] == [f".{second.shard.file}.123-0123abcd.tmp"]
+    assert sorted(plan.folder.glob(".*.tmp")) == sorted(left[1:])
 
 
 def test_leftovers_of_others_are_left_alone(plan):
     write(plan)
-    (plan.folder / ".other.txt.123-0123abcd.tmp").write_text("not ours")
+    other = temporary_path(plan.folder / "other.txt")
+    other.write_text("not ours")
     write(plan, resume=True)
-    assert (plan.folder / ".other.txt.123-0123abcd.tmp").exists()
+    assert other.exists()
 
 
 def test_a_full_disk_is_noticed_before_the_start(plan, monkeypatch):
@@ -386,31 +417,273 @@ def test_a_file_is_at_its_final_size_from_the_beginning(plan):
     prepare(plan)
     task, *_ = tasks_of(plan)
     sizes = set()
-    task.run(lambda *_: sizes.update(path.stat().st_size for path in plan.folder.glob(".model*.tmp")))
+    task.run(lambda *_: sizes.update(path.stat().st_size for path in plan.folder.glob(".*.tmp")))
     assert sizes == {task.path.stat().st_size}
 
 
 def test_what_has_its_name_is_on_disk(plan, monkeypatch):
-    synced, named, fsync, rename = {}, [], os.fsync, os.replace
+    plan = replace(plan, folder=plan.folder / "new" / "folder")
+    synced, named, fsync = {}, [], os.fsync
 
     def sync(descriptor):
         synced[os.fstat(descriptor).st_ino] = os.fstat(descriptor).st_size
         fsync(descriptor)
 
-    def replace(source, target):
-        found = Path(source).stat()
-        assert synced[found.st_ino] == found.st_size
-        named.append(Path(target).name)
-        rename(source, target)
+    def naming(call):
+        def name(source, target):
+            found = Path(source).stat()
+            assert synced[found.st_ino] == found.st_size
+            named.append(Path(target).name)
+            call(source, target)
+
+        return name
 
     monkeypatch.setattr(os, "fsync", sync)
-    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(os, "replace", naming(os.replace))
+    monkeypatch.setattr(os, "link", naming(os.link))
     write(plan)
     assert named == [RECORD, "config.json", "copy.txt", *(shard.file for shard in plan.shards), INDEX]
-    assert plan.folder.stat().st_ino in synced
+    for folder in (plan.folder, plan.folder.parent, plan.folder.parent.parent, plan.folder / "below"):
+        assert folder.stat().st_ino in synced, "folders are on disk too"
+
+
+# What is not ours
+
+
+@pytest.fixture
+def elsewhere(tmp_path):
+    """A folder of somebody else."""
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    (folder / "copy.txt").write_text("theirs")
+    return folder
+
+
+@pytest.mark.parametrize("how", ["new", "force", "resume"])
+def test_nothing_is_written_or_removed_through_a_link(plan, elsewhere, how):
+    if how == "resume":
+        prepare(plan)
+        (plan.folder / "below" / "copy.txt").unlink()
+        (plan.folder / "below").rmdir()
+    plan.folder.mkdir(exist_ok=True)
+    (plan.folder / "below").symlink_to(elsewhere, target_is_directory=True)
+    before = tree(plan.folder)
+    with pytest.raises(FileExistsError, match=r"expected a new or empty folder|below: expected a folder, found a link"):
+        prepare(plan, force=how == "force", resume=how == "resume")
+    assert tree(plan.folder) == before
+    assert tree(elsewhere) == {"copy.txt": b"theirs"}
+
+
+def test_links_that_are_replaced_leave_their_files_alone(plan, elsewhere):
+    plan.folder.mkdir()
+    for name in ("config.json", INDEX):
+        (plan.folder / name).symlink_to(elsewhere / "copy.txt")
+    (plan.folder / RECORD).write_text(json.dumps({"files": [INDEX]}))
+    write(plan, force=True)
+    assert not [path for path in plan.folder.iterdir() if path.is_symlink()]
+    assert tree(elsewhere) == {"copy.txt": b"theirs"}
+
+
+@pytest.mark.parametrize("name", ["model-00007-of-00009.safetensors", INDEX, "model.safetensors", "x.SAFETENSORS"])
+@pytest.mark.parametrize("record", ["other", "invalid", "list", "none"])
+def test_weights_that_no_run_wrote_are_not_removed(plan, name, record):
+    single = replace(plan, shards=make_shards(items_of(3), 10))
+    prepare(replace(plan, shards=make_shards(items_of(3, 4), 4)) if record == "other" else single)
+    texts = {"invalid": "[", "list": '{"files": [1]}'}
+    if record in texts:
+        (plan.folder / RECORD).write_text(texts[record])
+    elif record == "none":
+        (plan.folder / RECORD).unlink()
+    if record == "other" and name == INDEX:
+        pytest.skip("the run would have written it")
+    (plan.folder / name).write_text("theirs")
+    before = tree(plan.folder)
+    with pytest.raises(FileExistsError, match=rf"{name}: was written by no earlier run: remove it"):
+        prepare(single, force=True)
+    assert tree(plan.folder) == before
+
+
+@pytest.mark.parametrize("name", ["../elsewhere/copy.txt", "/copy.txt"])
+def test_a_record_names_no_files_outside(plan, elsewhere, name):
+    prepare(plan)
+    name = name if name.startswith("..") else str(elsewhere / "copy.txt")
+    (plan.folder / RECORD).write_text(json.dumps({"files": [name]}))
+    before = tree(plan.folder)
+    with pytest.raises(mxfp4np.CheckpointError, match="which is outside of the folder: remove the record"):
+        prepare(plan, force=True)
+    assert tree(plan.folder) == before
+    assert tree(elsewhere) == {"copy.txt": b"theirs"}
+
+
+def test_force_removes_what_the_earlier_run_wrote(plan):
+    write(plan)
+    left = temporary_path(plan.folder / plan.shards[0].file)
+    left.write_text("left")
+    (plan.folder / "mine.txt").write_text("mine")
+    other = replace(plan, shards=make_shards(items_of(3), 10), copies={})
+    assert set(write(other, force=True)) == {"model.safetensors", "config.json", RECORD, "mine.txt"}
+    assert not left.exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+@pytest.mark.parametrize("how", ["resume", "force"])
+@pytest.mark.parametrize("which", ["document", "copy", "shard", "index", "record"])
+def test_something_else_is_in_the_place_of_a_file(plan, which, how, kind):
+    """Refused before anything is removed, and never waited for."""
+    write(plan)
+    names = {"document": "config.json", "copy": "below/copy.txt", "index": INDEX, "record": RECORD}
+    path = plan.folder / names.get(which, plan.shards[1].file)
+    path.unlink()
+    path.mkdir() if kind == "folder" else os.mkfifo(path)
+    before = tree(plan.folder)
+    error = error_of(partial(prepare, plan, **{how: True}))
+    assert isinstance(error, FileExistsError | mxfp4np.CheckpointError), error
+    assert str(path) in str(error)
+    assert "regular file" in str(error)
+    assert tree(plan.folder) == before
+
+
+@pytest.mark.parametrize("kind", ["folder", "pointer", "dangling"])
+def test_what_is_called_like_a_shard_and_is_none(plan, kind):
+    """The index is not written before all shards are there."""
+    prepare(plan, shared=True)
+    *others, last = tasks_of(plan)
+    for task in others:
+        task.run()
+    if kind == "folder":
+        last.path.mkdir()
+        with pytest.raises(mxfp4np.CheckpointError, match="not a regular file"):
+            finish(plan)
+        last.path.rmdir()
+    elif kind == "pointer":
+        last.path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    else:
+        last.path.symlink_to("gone")
+    if kind != "folder":
+        assert finish(plan) == [last.shard.file]
+    assert not (plan.folder / INDEX).exists()
+    last.run()
+    assert finish(plan) == []
+
+
+# Sources that change
+
+
+@pytest.mark.parametrize("same_time", [False, True])
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_source_that_changes_under_a_task(plan, tmp_path, at, same_time):
+    plan = replace(plan, shards=make_shards([Copied.of(plan.source.info("x"))], 100))
+    (task,) = prepare(plan)
+    file = tmp_path / "source.safetensors"
+    before, calls = file.stat(), []
+
+    def progress(*_):
+        calls.append(_)
+        if len(calls) == at:
+            change(file, same_time=same_time)
+
+    if at == 1:
+        with pytest.raises(mxfp4np.CheckpointError, match=r"source\.safetensors: was replaced or changed while"):
+            task.run(progress)
+        assert not task.path.exists()
+    else:
+        task.run(progress)
+        change(file, same_time=same_time)
+        with pytest.raises(mxfp4np.CheckpointError, match=r"source\.safetensors: was replaced or changed while"):
+            run.run_plan(plan, resume=True)
+    assert (file.stat().st_size, file.stat().st_ino) == (before.st_size, before.st_ino)
+    with mxfp4np.Checkpoint(file) as source, pytest.raises(mxfp4np.CheckpointError, match="have changed since"):
+        prepare(replace(plan, source=source), resume=True)
+
+
+def change(file, *, same_time):
+    """Overwrite a file in place, with the same size and, if asked for, the time that it had."""
+    before = file.stat()
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    with file.open("r+b") as opened:
+        opened.write(data)
+    if same_time:
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_a_source_that_vanishes_under_a_damaged_shard(plan, tmp_path):
+    """What is missing is the source: nobody else has written the shard."""
+    plan = replace(plan, shards=make_shards([Copied.of(plan.source.info("x"))], 100))
+    (task,) = prepare(plan)
+    task.path.write_bytes(b"damaged")
+    with pytest.raises(FileNotFoundError) as error:
+        task.run(lambda *_: (tmp_path / "source.safetensors").unlink())
+    assert error.value.filename == str(tmp_path / "source.safetensors")
+    assert task.path.read_bytes() == b"damaged"
+
+
+def test_a_copied_file_that_changes(plan, monkeypatch):
+    real = run.run_tasks
+
+    def then_change(*arguments):
+        plan.copies["below/copy.txt"].write_text("changed")
+        return real(*arguments)
+
+    monkeypatch.setattr(run, "run_tasks", then_change)
+    with pytest.raises(mxfp4np.CheckpointError, match=r"original\.txt: was replaced or changed while"):
+        run.run_plan(plan)
+    assert not (plan.folder / INDEX).exists()
 
 
 # Many at once
+
+
+@pytest.mark.parametrize("options", [{}, {"resume": True}, {"resume": True, "shared": True}], ids=str)
+@pytest.mark.parametrize("moment", ["record", "link", "no links"])
+def test_two_runs_with_different_options_begin_at_once(plan, monkeypatch, options, moment):
+    """The other one is faster, after the first has seen that the folder is empty: one of them has it."""
+    other, real, link = replace(plan, options={"a": 2}), run.atomic_file, os.link
+    prepared = []
+
+    def overtake():
+        if not prepared:
+            prepared.append(None)
+            prepared.append(prepare(other, **options))
+
+    def atomic_file(path, **options):
+        if moment != "link":
+            overtake()
+        return real(path, **options)
+
+    def linked(source, target):
+        if moment == "no links":
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+        overtake()
+        link(source, target)
+
+    monkeypatch.setattr(run, "atomic_file", atomic_file)
+    monkeypatch.setattr(os, "link", linked)
+    with pytest.raises((FileExistsError, mxfp4np.CheckpointError), match=r"holds an earlier run|with other options"):
+        prepare(plan, **options)
+    assert len(prepared[1]) == 3
+    assert (plan.folder / RECORD).read_bytes() == other.record
+    assert not list(plan.folder.glob(".*.tmp"))
+
+
+def test_a_run_that_is_started_over_by_another(plan):
+    tasks = prepare(plan)
+    other = replace(plan, options={"a": 2})
+    expected = write(other, force=True)
+    with pytest.raises(mxfp4np.CheckpointError, match="another run has started over here"):
+        replace(tasks[0], folder=plan.folder, shard=replace(tasks[0].shard, file="other.safetensors")).run()
+    assert tree(plan.folder) == expected
+
+
+def test_a_folder_is_listed_once(plan, monkeypatch):
+    """Not once for each shard."""
+    plan = replace(plan, shards=make_shards(items_of(*[1] * 30), 1))
+    listed, scan, names = [], os.scandir, os.listdir
+    monkeypatch.setattr(os, "scandir", lambda *path: listed.append(path) or scan(*path))
+    monkeypatch.setattr(os, "listdir", lambda *path: listed.append(path) or names(*path))
+    assert run.run_plan(plan, num_threads=1).complete
+    assert 0 < len(listed) < 10
 
 
 def test_two_that_begin_at_once(plan, monkeypatch):
@@ -454,7 +727,7 @@ def test_a_folder_that_vanishes_is_an_error(plan):
     task, *_ = tasks_of(plan)
 
     def progress(*_):
-        for path in plan.folder.glob(".model*.tmp"):
+        for path in plan.folder.glob(".*.tmp"):
             path.unlink()
 
     with pytest.raises(FileNotFoundError):

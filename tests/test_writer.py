@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from helpers import assert_same, both_io
+from hypothesis import given
+from hypothesis import strategies as st
 
 import mxfp4np
 from mxfp4np import MXFP4Array
 from mxfp4np.storage import safetensors as writer
-from mxfp4np.storage.safetensors import SafetensorsFile, write_safetensors
-from mxfp4np.storage.tensorfile import DTYPES
+from mxfp4np.storage.safetensors import SafetensorsFile, entry_size, header_bytes, write_safetensors
+from mxfp4np.storage.tensorfile import DTYPES, nbytes_of
 
 
 def pair(*lead, seed=3):
@@ -142,6 +144,52 @@ def test_two_tensors_of_one_name(tmp_path, half, first):
     with pytest.raises(ValueError, match=half):
         mxfp4np.save_file(dict(items[::-1] if first else items), tmp_path / "x.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_headers_have_a_limit(tmp_path, monkeypatch, streamed):
+    """No reader opens a file with a larger one. A stream ends before the rest of its data is written."""
+    path, seen = tmp_path / "x.safetensors", []
+
+    def tensors(count):
+        for i in range(count):
+            seen.append(i)
+            yield f"tensor {i}", np.ones(1)
+
+    def save(count):
+        mxfp4np.save_file(tensors(count) if streamed else dict(tensors(count)), path, {"key": "value"})
+
+    save(10)
+    header = int.from_bytes(path.read_bytes()[:8], "little")
+    monkeypatch.setattr(writer, "HEADER_LIMIT", header + 10)
+    save(10)
+    before = path.read_bytes()
+    seen.clear()
+    with pytest.raises(ValueError, match=r"x\.safetensors: the header would have .* bytes, and the format allows"):
+        save(1000)
+    assert len(seen) < 50 if streamed else len(seen) == 1000
+    assert (list(tmp_path.iterdir()), path.read_bytes()) == ([path], before)
+
+
+def test_the_limit_is_that_of_the_parser(tmp_path):
+    for size, allowed in ((writer.HEADER_LIMIT, True), (writer.HEADER_LIMIT + 8, False)):
+        with (tmp_path / "x.safetensors").open("wb") as file:
+            file.write(size.to_bytes(8, "little") + b"{}")
+            file.write(b" " * (size - 2))
+        if allowed:
+            with safetensors.safe_open(tmp_path / "x.safetensors", framework="np") as handle:
+                assert handle.keys() == []
+        else:
+            with pytest.raises(safetensors.SafetensorError):
+                safetensors.safe_open(tmp_path / "x.safetensors", framework="np")
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])), st.sampled_from(sorted(DTYPES)), st.lists(st.integers(0, 64)))
+def test_size_of_an_entry(name, dtype, shape):
+    spec = (dtype, (*shape, 8))
+    end = 10**9 + nbytes_of(*spec)
+    alone = header_bytes({name: spec}, None)[8:].rstrip()
+    assert 0 <= entry_size(name, spec, end) - len(alone) <= 24
 
 
 def test_reserved_name(tmp_path):

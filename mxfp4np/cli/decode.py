@@ -11,10 +11,13 @@ from numpy.typing import DTypeLike, NDArray
 
 from ..blocks import BlockArray
 from ..checkpoint import Checkpoint
+from ..errors import CheckpointError
 from ..format import as_dtype, decoded_dtype
 from ..layouts.table import wants_transpose
 from ..shapes import split, split_both, swapped
-from ..storage.safetensors import atomic_file, bytes_of, write_safetensors
+from ..storage.atomic import atomic_file
+from ..storage.named import named
+from ..storage.safetensors import bytes_of, write_safetensors
 from ..storage.tensorfile import SAFETENSORS_DTYPES
 
 CHUNK_BYTES: Final = 32 << 20
@@ -41,7 +44,7 @@ class Selection:
         tensors = {name: _selected(checkpoint, name, dtype, index, transpose) for name in names}
         # Widest elements first, so that every tensor is aligned.
         self._tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
-        self._files = checkpoint.files
+        self._checkpoint = checkpoint
         self.nbytes = sum(tensor.array.size * tensor.dtype.itemsize for tensor in self._tensors.values())
 
     def write(self, path: Path, progress: Callable[[int], object] = lambda _: None) -> None:
@@ -50,10 +53,11 @@ class Selection:
         A ``.npy`` file holds one tensor, and not bfloat16. ``progress`` is called with the number of bytes written
         since the last call.
         """
-        if path.exists() and any(path.samefile(file) for file in self._files):
-            raise ValueError(f"{path}: is part of the checkpoint that is being read: choose another name")
-        if path.is_dir():
-            raise ValueError(f"{path}: is a folder: expected the name of a file")
+        with named(path, "written"):
+            if path.exists() and any(path.samefile(file) for file in self._checkpoint.files):
+                raise ValueError(f"{path}: is part of the checkpoint that is being read: choose another name")
+            if path.is_dir():
+                raise ValueError(f"{path}: is a folder: expected the name of a file")
         if path.suffix == ".safetensors":
             specs = {
                 name: (SAFETENSORS_DTYPES[tensor.dtype.name], tensor.shape) for name, tensor in self._tensors.items()
@@ -89,6 +93,8 @@ class Selection:
             for chunk in chunks:
                 yield chunk
                 progress(chunk.nbytes)
+        for path in self._checkpoint.changed_files():
+            raise CheckpointError(f"{path}: was replaced or changed while it was read: decode it again")
 
 
 class _Selected(NamedTuple):

@@ -6,6 +6,7 @@ import json
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -14,6 +15,7 @@ from ..errors import CheckpointError
 from ..format import BLOCK_SIZE
 from ..storage.discover import PathLike, is_hidden
 from ..storage.jsonfile import parse_json, read_json
+from ..storage.named import named
 from ..storage.regular import LFSPointerError, open_regular
 from .plan import METADATA as PT_METADATA
 from .plan import RECORD, Copied, Item, json_bytes
@@ -118,6 +120,7 @@ def config_of(checkpoint: Checkpoint, source: Source) -> dict[str, Any]:
     return checkpoint.config if _is_folder(checkpoint, source) else {}
 
 
+@named(None, "read")
 def _is_folder(checkpoint: Checkpoint, source: Source) -> bool:
     return isinstance(source, str | os.PathLike) and (checkpoint.index is not None or Path(source).is_dir())
 
@@ -133,6 +136,7 @@ class SmallFiles(NamedTuple):
     """What is doubtful about files that are copied, a sentence each."""
 
 
+@named(None, "read")
 def small_files(checkpoint: Checkpoint, source: Source, target: Path, changes: Mapping[str, Change]) -> SmallFiles:
     """Return the files that go with rewritten weights; ``changes`` are those of JSON files, by their names.
 
@@ -140,9 +144,17 @@ def small_files(checkpoint: Checkpoint, source: Source, target: Path, changes: M
     """
     if not _is_folder(checkpoint, source):
         return SmallFiles({}, {}, [], [])
-    copies, left_out = _files_beside(checkpoint.folder, target.resolve(), checkpoint)
+    weights = {*checkpoint.files, checkpoint.index}
+    copies, left_out = _files_beside(checkpoint.folder, target.resolve(), weights)
     notes: list[str] = []
-    for name, path in copies.items():
+    for name, path in list(copies.items()):
+        if _leads_out(path, checkpoint.folder.resolve()):
+            link = f"{path}: is a link to {path.resolve()}, which is outside of its folder"
+            if name in changes:
+                raise CheckpointError(f"{link}: replace it by the file itself if it belongs to the checkpoint")
+            notes.append(f"{link}, and is not copied: replace it by the file itself if it belongs to the checkpoint")
+            del copies[name]
+            continue
         try:
             open_regular(path).close()
         except LFSPointerError as error:
@@ -162,8 +174,18 @@ def small_files(checkpoint: Checkpoint, source: Source, target: Path, changes: M
     return SmallFiles(written, copies, left_out, notes)
 
 
-def _files_beside(folder: Path, target: Path, checkpoint: Checkpoint) -> tuple[dict[str, Path], list[str]]:
-    """Return the files that go with weights, for instance tokenizers, and the names of other weights.
+def _leads_out(path: Path, folder: Path) -> bool:
+    """Tell whether a file is a link out of the folder, or of its repository in the Hub's cache, which links to blobs.
+
+    Whoever made a folder must not decide which other files of this machine go into the result.
+    """
+    repository = next((parent.parent for parent in folder.parents if parent.name == "snapshots"), None)
+    places = [folder] if repository is None else [folder, repository / "blobs"]
+    return path.is_symlink() and not any(path.resolve().is_relative_to(place) for place in places)
+
+
+def _files_beside(folder: Path, target: Path, weights: AbstractSet[Path | None]) -> tuple[dict[str, Path], list[str]]:
+    """Return the files that go with ``weights``, for instance tokenizers, and the names of other weights.
 
     A folder that holds weights is named as a whole.
     """
@@ -176,14 +198,14 @@ def _files_beside(folder: Path, target: Path, checkpoint: Checkpoint) -> tuple[d
             if path.resolve() == target:
                 continue
             if path.is_symlink() or _is_other(path.resolve(), target):
-                if not any(file.is_relative_to(path) for file in checkpoint.files):
+                if not any(file and file.is_relative_to(path) for file in weights):
                     left_out.append(f"{path.name}/")
             else:
-                inside, others = _files_beside(path, target, checkpoint)
+                inside, others = _files_beside(path, target, weights)
                 found.update((f"{path.name}/{name}", inner) for name, inner in inside.items())
                 left_out += [f"{path.name}/{name}" for name in others]
         elif _is_weights(path):
-            if path not in (*checkpoint.files, checkpoint.index):
+            if path not in weights:
                 left_out.append(path.name)
         elif stat.S_ISREG(path.stat().st_mode):  # a link to nothing is an error
             found[path.name] = path

@@ -22,8 +22,9 @@ from ..checkpoint import Checkpoint
 from ..errors import LayoutError
 from ..layouts.packed import TensorInfo
 from ..shapes import split
-from ..storage.safetensors import header_bytes
-from ..storage.tensorfile import DTYPES, element, nbytes_of
+from ..storage.named import named
+from ..storage.safetensors import HEADER_LIMIT, entry_size, header_bytes, header_room
+from ..storage.tensorfile import DTYPES, element, nbytes_of, stamp_of
 from ..text import parse_bytes
 
 INDEX: Final = "model.safetensors.index.json"
@@ -118,7 +119,7 @@ class Shard:
     @property
     def header(self) -> bytes:
         """The first bytes of the file."""
-        return header_bytes({name: (dtype, shape) for name, dtype, shape in self.outputs}, self.metadata)
+        return header_bytes({name: (dtype, shape) for name, dtype, shape in self.outputs}, self.metadata, self.file)
 
     @property
     def nbytes(self) -> int:
@@ -132,10 +133,13 @@ class Shard:
         return dict(zip(names, accumulate(sizes, initial=0), strict=False))
 
 
-def split_into_shards(sizes: Sequence[int], max_shard_size: int) -> list[list[int]]:
+def split_into_shards(
+    sizes: Sequence[int], max_shard_size: int, entries: Sequence[int] = (), header_room: int = HEADER_LIMIT
+) -> list[list[int]]:
     """Divide tensors of these sizes in bytes among shards, in order, as huggingface_hub does.
 
-    A tensor larger than ``max_shard_size`` has a shard of its own.
+    A tensor larger than ``max_shard_size`` has a shard of its own. The ``entries`` of the tensors in the header of a
+    shard, in bytes, have no more than ``header_room``.
 
     Returns
     -------
@@ -149,16 +153,17 @@ def split_into_shards(sizes: Sequence[int], max_shard_size: int) -> list[list[in
     """
     shards: list[list[int]] = []
     current: list[int] = []
-    filled = 0
-    for number, size in enumerate(sizes):
+    filled, header = 0, 0
+    for number, (size, entry) in enumerate(zip(sizes, entries or [0] * len(sizes), strict=True)):
         if size > max_shard_size:
             shards.append([number])
             continue
-        if filled + size > max_shard_size:
+        if current and (filled + size > max_shard_size or header + entry > header_room):
             shards.append(current)
-            current, filled = [], 0
+            current, filled, header = [], 0, 0
         current.append(number)
         filled += size
+        header += entry
     return [*shards, current] if current else shards
 
 
@@ -170,7 +175,9 @@ def make_shards(
     if max_shard_size < 1:
         raise ValueError(f"max_shard_size must be at least 1, found {max_shard_size}")
     sizes = [sum(output.nbytes for output in item.outputs) for item in items]
-    groups = split_into_shards(sizes, max_shard_size)
+    total = sum(sizes)
+    entries = [sum(entry_size(name, (dtype, shape), total) for name, dtype, shape in item.outputs) for item in items]
+    groups = split_into_shards(sizes, max_shard_size, entries, header_room(metadata))
     if len(groups) == 1:
         return (Shard("model.safetensors", tuple(items), metadata),)
     return tuple(
@@ -208,29 +215,49 @@ class Plan:
     @property
     def files(self) -> set[str]:
         """The names of all files."""
-        return {RECORD, INDEX, *self.documents, *self.copies, *(shard.file for shard in self.shards)}
+        index = {INDEX} if len(self.shards) > 1 else set()
+        return {RECORD, *index, *self.documents, *self.copies, *(shard.file for shard in self.shards)}
 
-    @property
+    @cached_property
     def index(self) -> bytes | None:
         """The text of the index; one shard has none."""
         if len(self.shards) == 1:
             return None
         weight_map = {output.name: shard.file for shard in self.shards for output in shard.outputs}
         total = sum(shard.nbytes for shard in self.shards)
-        return json_bytes({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+        text = json_bytes({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+        if len(text) > HEADER_LIMIT:
+            raise ValueError(
+                f"{self.folder / INDEX}: would have {len(text):,} bytes, more than the {HEADER_LIMIT:,} that are read "
+                "again: choose fewer tensors, with --drop"
+            )
+        return text
+
+    @cached_property
+    def copied_stamps(self) -> dict[str, tuple[int, ...]]:
+        """The state of the files to be copied, when it was first asked for; see `stamp_of`."""
+        return self.stamps_of_copies()
+
+    def stamps_of_copies(self) -> dict[str, tuple[int, ...]]:
+        """Return the state of the files to be copied, by their names in the folder."""
+        stamps: dict[str, tuple[int, ...]] = {}
+        for name, path in sorted(self.copies.items()):
+            with named(path, "read"):
+                stamps[name] = stamp_of(path.stat())
+        return stamps
 
     @cached_property
     def record(self) -> bytes:
-        """The text of the record: the options, and a digest of what is written and of the state of what is read."""
+        """The text of the record: options, names of the files, and a digest of what is written and what is read."""
         digest = hashlib.sha256()
         for shard in self.shards:
             digest.update(shard.file.encode() + b"\0" + shard.header)
         for name in sorted(self.documents):
             digest.update(name.encode() + b"\0" + self.documents[name])
-        found = {name: path.stat() for name, path in self.copies.items()}
-        copies = sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in found.items())
-        digest.update(json.dumps([sorted(self.options.items()), copies, self.source.stamps]).encode())
-        return (json.dumps({**self.options, "plan": digest.hexdigest()}, indent=2) + "\n").encode()
+        state = [sorted(self.options.items()), sorted(self.copied_stamps.items()), self.source.stamps]
+        digest.update(json.dumps(state).encode())
+        record = {**self.options, "files": sorted(self.files - {RECORD}), "plan": digest.hexdigest()}
+        return (json.dumps(record, indent=2) + "\n").encode()
 
 
 def json_bytes(value: Mapping[str, Any]) -> bytes:

@@ -6,33 +6,31 @@ for each shard, are independent, and each may be killed and repeated. This modul
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import re
 import shutil
+import stat
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO
 
 from ..backends.threads import check_num_threads
 from ..checkpoint import Checkpoint
 from ..errors import CheckpointError
 from ..layouts.table import TRANSPOSE
+from ..storage.atomic import atomic_file, is_temporary, leftovers, make_folder, remove
 from ..storage.discover import is_hidden
 from ..storage.jsonfile import read_json
-from ..storage.regular import open_regular, read_up_to
-from ..storage.safetensors import atomic_file, bytes_of
+from ..storage.named import named
+from ..storage.regular import LFSPointerError, open_regular, read_up_to
+from ..storage.safetensors import bytes_of
 from ..text import CELL_WIDTH, count, escape, format_bytes, shorten
 from .plan import INDEX, RECORD, Plan, Shard
 from .workers import Progress, Workers
-
-_SHARD: Final = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors")
-_TEMPORARY: Final = re.compile(r"\.(.+)\.\d+-[0-9a-f]{8}\.tmp")
-"""Names that `atomic_file` gives to files that are not complete yet."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,10 @@ class Task:
     folder: Path
     shard: Shard
     source: Checkpoint
+    record: bytes | None = None
+    """The record of the folder, if it must have this one when the shard is finished."""
+    leftovers: tuple[Path, ...] = ()
+    """What killed processes left of the shard, to be removed when it is finished."""
 
     @property
     def path(self) -> Path:
@@ -52,10 +54,10 @@ class Task:
         """Tell whether the shard is there and complete."""
         header = self.shard.header
         try:
-            with open_regular(self.path) as file:
+            with named(self.path, "read"), open_regular(self.path) as file:
                 size = os.fstat(file.fileno()).st_size
                 return size == len(header) + self.shard.nbytes and read_up_to(file, len(header)) == header
-        except FileNotFoundError:
+        except (FileNotFoundError, LFSPointerError):
             return False
 
     def run(self, progress: Callable[[str, int], object] = lambda *_: None) -> dict[str, Any]:
@@ -78,10 +80,24 @@ class Task:
                     file.seek(len(header) + offsets[name])
                     offsets[name] += file.write(bytes_of(data))
                     progress(name, data.nbytes)
+            self._check()
 
         _create(self.path, write)
-        _remove_leftovers(self.folder, [self.shard.file])
+        remove(self.leftovers)
         return reports
+
+    def _check(self) -> None:
+        """Raise an error if what was read has changed meanwhile, or if another run has started over in the folder."""
+        names = (item.name for item in self.shard.items if item.name in self.source)
+        for file in {tensor.file for name in names for tensor in self.source.stored_tensors(name)}:
+            if not file.is_unchanged():
+                raise _changed(file.path)
+        if self.record is not None and _read_record(self.folder) != self.record:
+            raise CheckpointError(f"{self.folder}: another run has started over here: choose another folder")
+
+
+def _changed(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path}: was replaced or changed while it was read: start over with --force")
 
 
 def refuse_incomplete(source: Checkpoint) -> None:
@@ -101,59 +117,73 @@ def tasks_of(plan: Plan, part: tuple[int, int] | None = None) -> list[Task]:
     return [Task(plan.folder, shard, plan.source) for shard in plan.shards[i - 1 :: n]]
 
 
+@named(None, "read")
 def prepare(plan: Plan, tasks: Sequence[Task], *, resume: bool, force: bool, shared: bool) -> list[Task]:
     """Make the folder, write everything that is not a shard or the index, and return the tasks that are not done.
 
     ``resume`` keeps what an earlier run of the same plan wrote. ``force`` removes it; other files stay, unless they are
     to be written now, and weights that no run wrote are refused. ``shared``: other processes may be writing too.
+    Whatever is refused is refused before anything is removed.
     """
     if resume and force:
         raise ValueError("resume continues and force starts over: give one of them")
-    folder = plan.folder
-    folder.mkdir(parents=True, exist_ok=True)
+    folder, record, _ = plan.folder, plan.record, plan.index
+    make_folder(folder)
     # Listed before the record is looked for: another process writes its record before anything else.
-    found = [path for path in folder.iterdir() if not _TEMPORARY.fullmatch(path.name)]
-    earlier: list[Path] = []
+    found = [path for path in folder.iterdir() if not is_temporary(path.name)]
+    recorded: set[str] = set()
     if force:
-        earlier = _files_of_earlier_run(plan, found)
+        recorded = _recorded_files(folder)
     elif (folder / RECORD).exists():
-        if not resume:
-            raise FileExistsError(
-                f"{folder}: holds an earlier run: continue it with --resume, or start over with --force"
-            )
-        _check_record(plan)
+        _check_record(plan, resume=resume)
     elif found:
         raise FileExistsError(
             f"{folder}: expected a new or empty folder, found {found[0].name!r}: with --force, files of the same "
             "names are replaced"
         )
-    if not shared:
-        _remove_leftovers(folder, plan.files)
-    left = [task for task in tasks if task.path in earlier or not task.is_done()]
+    names = plan.files | recorded
+    for name in names:
+        _check_place(folder, name)
+    earlier = _files_of_earlier_run(plan, found, recorded) if force else []
+    removed = {path: path.lstat() for path in earlier if os.path.lexists(path)}
+    left = [task for task in tasks if task.path in removed or not task.is_done()]
     nbytes = sum(task.shard.nbytes for task in left)
-    free = shutil.disk_usage(folder).free + sum(path.stat().st_size for path in earlier if path.exists())
+    free = shutil.disk_usage(folder).free + sum(file.st_size for file in removed.values())
     if nbytes > free:
         raise OSError(f"{folder}: {format_bytes(nbytes)} are to be written, but the disk has {format_bytes(free)} free")
-    for path in earlier:
-        path.unlink(missing_ok=True)
-    for name, text in {RECORD: plan.record, **plan.documents}.items():
+    for path in removed:
+        with named(path, "removed"):
+            path.unlink(missing_ok=True)
+    try:
+        with atomic_file(folder / RECORD, exclusive=True) as file:
+            file.write(record)
+    except (FileExistsError, FileNotFoundError):  # an earlier run, or another process that was faster
+        _check_record(plan, resume=resume)
+    unfinished = leftovers(folder / name for name in names)
+    if not shared:
+        remove(chain(*unfinished.values()))
+    for name, text in plan.documents.items():
         _put(folder / name, text)
     for name, path in plan.copies.items():
         _copy(path, folder / name)
-    return left
+    return [replace(task, record=record, leftovers=tuple(unfinished.get(task.path, ()))) for task in left]
 
 
+@named(None, "read")
 def finish(plan: Plan) -> list[str]:
     """Write the index if all shards are there, and return the names of those that are not."""
     there = {path.name for path in plan.folder.iterdir()}
     missing = [shard.file for shard in plan.shards if shard.file not in there]
     if not missing:
+        missing = [task.shard.file for task in tasks_of(plan) if not task.is_done()]
+    if not missing:
         if plan.index is not None:
             _put(plan.folder / INDEX, plan.index)
-        _remove_leftovers(plan.folder, plan.files)
+        remove(chain(*leftovers(plan.folder / name for name in plan.files).values()))
     return missing
 
 
+@named(None, "read")
 def read_record(folder: Path) -> dict[str, Any]:
     """Return the record of a folder, empty if there is none; refuse one whose options no run has."""
     path = folder / RECORD
@@ -167,11 +197,24 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def _check_record(plan: Plan) -> None:
-    """Refuse to resume what another plan began, and say which of its options differ from those of this plan."""
-    earlier, ours = read_record(plan.folder), json.loads(plan.record)
-    if earlier == ours:
+def _read_record(folder: Path) -> bytes:
+    with open_regular(folder / RECORD) as file:
+        return file.read()
+
+
+def _check_record(plan: Plan, *, resume: bool) -> None:
+    """Refuse a folder that holds an earlier run, unless this plan ``resume``s it: say which of its options differ."""
+    folder = plan.folder
+    found = _read_record(folder)
+    if not resume:
+        raise FileExistsError(f"{folder}: holds an earlier run: continue it with --resume, or start over with --force")
+    if found == plan.record:
         return
+    try:
+        earlier = read_record(folder)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}: start over with --force") from error
+    ours = json.loads(plan.record)
     changed = [
         f"{key} {shorten(repr(earlier.get(key)), CELL_WIDTH)}, not {shorten(repr(value), CELL_WIDTH)}"
         for key, value in plan.options.items()
@@ -179,24 +222,44 @@ def _check_record(plan: Plan) -> None:
     ]
     what = "; ".join(changed) or "shard size, or files that have changed since"
     raise CheckpointError(
-        f"{plan.folder}: was begun with other options or from other files ({what}): give the same ones, or start "
-        "over with --force"
+        f"{folder}: was begun with other options or from other files ({what}): give the same ones, or start over with "
+        "--force"
     )
 
 
-def _files_of_earlier_run(plan: Plan, found: Sequence[Path]) -> list[Path]:
-    """Return the files that a run which starts over removes first, given all that are in the folder.
+def _recorded_files(folder: Path) -> set[str]:
+    """Return the names of the files that an earlier run wrote, as its record says; none if there is no valid one."""
+    try:
+        names = read_record(folder).get("files")
+    except CheckpointError:
+        names = None
+    return set(names) if isinstance(names, list) and all(isinstance(name, str) for name in names) else set()
 
-    The index comes first: without it the folder is no longer complete. Weights that no run wrote are refused.
+
+def _files_of_earlier_run(plan: Plan, found: Sequence[Path], recorded: set[str]) -> list[Path]:
+    """Return the files that a run which starts over removes first: those ``recorded``, and those that it replaces.
+
+    The index comes first: without it the folder is no longer complete. The record comes last. Of those ``found`` in the
+    folder, weights that no run wrote are refused.
     """
-    record = plan.folder / RECORD
     endings = (".safetensors", ".index.json")
-    weights = [path for path in found if path.name.lower().endswith(endings) and not is_hidden(path)]
-    for path in weights:
-        if record not in found or not (path.name == INDEX or _SHARD.fullmatch(path.name)):
+    for path in found:
+        if path.name.lower().endswith(endings) and not is_hidden(path) and path.name not in recorded:
             raise FileExistsError(f"{path}: was written by no earlier run: remove it, or choose another folder")
-    weights.sort(key=lambda path: path.name != INDEX)
-    return [*weights, *(plan.folder / name for name in (*plan.documents, *plan.copies)), record]
+    names = {*recorded, *plan.documents, *plan.copies} - {INDEX, RECORD}
+    return [plan.folder / name for name in (INDEX, *sorted(names), RECORD)]
+
+
+def _check_place(folder: Path, name: str) -> None:
+    """Refuse to write or remove a file outside of the folder, through a link, or where something else is."""
+    path = folder / name
+    if Path(name).anchor or ".." in Path(name).parts:
+        raise CheckpointError(f"{folder / RECORD}: names {name!r}, which is outside of the folder: remove the record")
+    for parent in path.parents[: len(Path(name).parts) - 1]:
+        if os.path.lexists(parent) and not stat.S_ISDIR(parent.lstat().st_mode):
+            raise FileExistsError(f"{parent}: expected a folder, found a link or file: remove it")
+    if os.path.lexists(path) and not (stat.S_ISREG(mode := path.lstat().st_mode) or stat.S_ISLNK(mode)):
+        raise FileExistsError(f"{path}: expected a regular file, found something else: remove it")
 
 
 def _create(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -204,8 +267,8 @@ def _create(path: Path, write: Callable[[BinaryIO], object]) -> None:
     try:
         with atomic_file(path) as file:
             write(file)
-    except FileNotFoundError:
-        if not path.exists():
+    except FileNotFoundError as error:
+        if error.filename != str(path) or not path.exists():
             raise
 
 
@@ -214,24 +277,10 @@ def _put(path: Path, data: bytes) -> None:
 
 
 def _copy(source: Path, target: Path) -> None:
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with open_regular(source) as original:
+    if not target.is_file():
+        make_folder(target.parent)
+        with open_regular(source, pointers=True) as original:
             _create(target, lambda file: shutil.copyfileobj(original, file))
-
-
-def _remove_leftovers(folder: Path, names: Iterable[str]) -> None:
-    """Remove the incomplete files of these names that killed processes left.
-
-    A process that is still writing one then finds the complete file in its place; see `_create`.
-    """
-    wanted = set(names)
-    for parent in {(folder / name).parent for name in wanted}:
-        for path in parent.glob(".*.tmp"):
-            match = _TEMPORARY.fullmatch(path.name)
-            if match and (parent / match[1]).relative_to(folder).as_posix() in wanted:
-                with contextlib.suppress(OSError):
-                    path.unlink()
 
 
 @dataclass(frozen=True)
@@ -340,6 +389,7 @@ def run_plan(
         if tasks and plan.warm_up is not None:
             plan.warm_up()
         reports = run_tasks(tasks, num_threads, progress)
+        _check_source(plan)
         missing = finish(plan)
     shards = {shard.file: shard.nbytes for shard in plan.shards}
     notes, left_out = [*plan.source.findings, *plan.source.notes, *plan.notes], list(plan.left_out)
@@ -353,3 +403,11 @@ def _refuse_source(plan: Plan) -> None:
     for path in (source.folder, source.index or config, config, *source.files, *plan.copies.values()):
         if path.resolve().is_relative_to(plan.folder.resolve()):
             raise ValueError(f"{plan.folder}: the source is in it: choose another folder")
+
+
+def _check_source(plan: Plan) -> None:
+    """Raise an error if a file that was read or copied has changed since the plan was made."""
+    now = plan.stamps_of_copies()
+    changed = [path for name, path in plan.copies.items() if now[name] != plan.copied_stamps[name]]
+    for path in (*plan.source.changed_files(), *changed):
+        raise _changed(path)

@@ -18,6 +18,7 @@ from typing import Final
 from ..errors import CheckpointError
 from .gguf import GGUF_MAGIC, GGUFFile
 from .index import Index, read_index
+from .named import named
 from .regular import open_regular, read_regular, read_up_to
 from .safetensors import SafetensorsFile
 from .tensorfile import TensorFile
@@ -64,6 +65,7 @@ class FileSet:
         return [*self.doubts, *self.missing]
 
 
+@named(None, "read")
 def find_files(path: PathLike | Sequence[PathLike]) -> FileSet:
     """Return the files of a checkpoint; raise if a file is missing, or if there are several checkpoints."""
     if not isinstance(path, str | os.PathLike):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from ..errors import CheckpointError
+from .named import NamedFile, named
 
 _LFS_POINTER: Final = b"version https://git-lfs"
 
@@ -19,15 +20,21 @@ class LFSPointerError(CheckpointError):
     """A file is the pointer that Git LFS puts in its place."""
 
 
-def open_regular(path: Path) -> BinaryIO:
-    """Open a file to read, unbuffered; refuse pipes and devices, and pointers of Git LFS that stand for a file."""
+def open_regular(path: Path, *, pointers: bool = False) -> BinaryIO:
+    """Open a file to read, unbuffered; refuse pipes and devices, and ``pointers`` of Git LFS that stand for a file."""
     # Without O_NONBLOCK, opening a pipe that nobody writes to would wait for ever.
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    with named(path, "read"):
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        try:
+            is_regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
+            file: BinaryIO | None = NamedFile(descriptor, "rb", path, "read") if is_regular else None
+        except BaseException:
+            os.close(descriptor)
+            raise
+    if file is None:
         os.close(descriptor)
         raise CheckpointError(f"{path}: not a regular file")
-    file = os.fdopen(descriptor, "rb", buffering=0)
-    if read_up_to(file, len(_LFS_POINTER)) == _LFS_POINTER:
+    if not pointers and read_up_to(file, len(_LFS_POINTER)) == _LFS_POINTER:
         file.close()
         raise LFSPointerError(f"{path}: it is a pointer of Git LFS: get the file itself with git lfs pull")
     file.seek(0)

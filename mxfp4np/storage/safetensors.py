@@ -1,8 +1,8 @@
 """Safetensors files: read their headers, and write them whole or tensor by tensor.
 
 The Rust parser of the safetensors package validates headers: it refuses overlaps, gaps, wrong sizes and oversized ones.
-Tensor data is never read through that package; see `tensorfile`. A file that is written appears under its name only
-when it is complete. This module knows names, dtypes, shapes and bytes, and nothing of what they mean.
+Tensor data is never read through that package; see `tensorfile`. This module knows names, dtypes, shapes and bytes,
+and nothing of what they mean.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import contextlib
 import errno
 import json
 import os
-import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
+from .atomic import atomic_file
 from .jsonfile import parse_json
 from .regular import read_up_to
 from .tensorfile import StoredTensor, TensorFile, is_possible, nbytes_of, wrong_beginning
@@ -31,7 +31,7 @@ HEADER_LIMIT: Final = 100_000_000
 HEADER_ROOM: Final = 1 << 20
 """Bytes reserved for a header that is written last; enough for about ten thousand tensors."""
 
-_DISK_FULL: Final = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
+_ENCODER: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 Spec = tuple[str, tuple[int, ...]]
 """Dtype, as the format spells it, and shape of a tensor."""
@@ -60,6 +60,10 @@ class SafetensorsFile(TensorFile):
                         raise CheckpointError(f"{self.path}: tensor {name!r}: no array can have shape {list(shape)}")
                     self.tensors[name] = StoredTensor(name, dtype, shape, self, offset, nbytes)
                     offset += nbytes
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            raise OSError(errno.EIO, f"cannot be read: the parser reports: {error}", str(self.path)) from error
         except SafetensorError as error:
             reason = _what_is_wrong(file) or str(error).removeprefix("Error while deserializing header: ")
             raise CheckpointError(f"{self.path}: not a valid safetensors file: {reason}") from error
@@ -129,33 +133,16 @@ def _what_is_wrong(file: BinaryIO) -> str | None:
     return None
 
 
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file that is renamed to ``path`` when it is complete and on disk, and removed on an error."""
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("x+b") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None and error.errno in _DISK_FULL:
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
-    with contextlib.suppress(OSError):  # write the new name to disk too, where a folder can be opened
-        descriptor = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def header_bytes(
+    tensors: Mapping[str, Spec], metadata: Mapping[str, str] | None, file: Path | str = "a safetensors file"
+) -> bytes:
+    """Return the header of a file of these tensors, in this order, its length included.
 
-
-def header_bytes(tensors: Mapping[str, Spec], metadata: Mapping[str, str] | None) -> bytes:
-    """Return the header of a file of these tensors, in this order, its length included."""
+    Raises
+    ------
+    ValueError
+        If the format allows no such header; the message names the ``file``.
+    """
     for item in (metadata or {}).items():
         if not all(isinstance(text, str) for text in item):
             raise ValueError(f"metadata must be strings, found {item!r}")
@@ -167,9 +154,30 @@ def header_bytes(tensors: Mapping[str, Spec], metadata: Mapping[str, str] | None
         end = begin + nbytes_of(dtype, shape)
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
         begin = end
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text = _ENCODER.encode(header).encode()
     text += b" " * (-len(text) % 8)
+    _check_header(len(text), file)
     return len(text).to_bytes(8, "little") + text
+
+
+def _check_header(nbytes: int, file: Path | str) -> None:
+    if nbytes > HEADER_LIMIT:
+        raise ValueError(
+            f"{file}: the header would have {nbytes:,} bytes, and the format allows {HEADER_LIMIT:,}: write fewer "
+            "tensors to a file, or give them shorter names"
+        )
+
+
+def header_room(metadata: Mapping[str, str] | None) -> int:
+    """Return how many bytes of a header are left for tensors; see `entry_size`."""
+    return HEADER_LIMIT - len(header_bytes({}, metadata))
+
+
+def entry_size(name: str, spec: Spec, end: int) -> int:
+    """Return how many bytes a tensor takes in a header at most, given the largest offset in the file."""
+    dtype, shape = spec
+    fixed = len(':{"dtype":"","shape":[],"data_offsets":[]},') + len(dtype) + len(_ENCODER.encode(name).encode())
+    return fixed + sum(len(str(number)) + 1 for number in (*shape, end, end))
 
 
 def write_safetensors(
@@ -191,7 +199,7 @@ def write_safetensors(
     expected = sum(nbytes_of(dtype, shape) for dtype, shape in tensors.values())
     written = 0
     with atomic_file(path) as file:
-        file.write(header_bytes(tensors, metadata))
+        file.write(header_bytes(tensors, metadata, path))
         for chunk in data:
             written += file.write(bytes_of(chunk))
         if written != expected:
@@ -208,15 +216,18 @@ def stream_safetensors(
     The data of a tensor comes as chunks: C-contiguous arrays.
     """
     specs: dict[str, Spec] = {}
+    smallest = 0
     with atomic_file(path) as file:
         file.seek(HEADER_ROOM)
         for name, spec, data in tensors:
             if name in specs:
                 raise ValueError(f"two tensors would both be called {name!r}")
             specs[name] = spec
+            smallest += entry_size(name, spec, 0)
+            _check_header(smallest, path)  # before all data is written
             for chunk in data:
                 file.write(bytes_of(chunk))
-        end, header = file.tell(), header_bytes(specs, metadata)
+        end, header = file.tell(), header_bytes(specs, metadata, path)
         if len(header) > HEADER_ROOM or end < 16 * HEADER_ROOM:
             _move(file, HEADER_ROOM, len(header), end - HEADER_ROOM)
         else:  # the format allows spaces at the end of a header

@@ -21,6 +21,7 @@ from ..backends.memory import address_of, aligned_empty
 from ..errors import CheckpointError
 from ..format import dtype_named
 from ..shapes import basic_indices, full_index, is_advanced
+from .named import named
 from .regular import open_regular
 
 DTYPES: Final = {
@@ -164,7 +165,7 @@ class TensorFile:
     parts : int
         Number of files that the checkpoint is split into, if the header says so.
     stamp : tuple of int
-        Size in bytes, and time of the last change in nanoseconds.
+        See `stamp_of`.
     """
 
     def __init__(self, path: Path, io: str = "mmap") -> None:
@@ -176,8 +177,8 @@ class TensorFile:
         self._descriptor: _Descriptor | None = None
         self._closed = False
         self._lock = threading.Lock()
-        with open_regular(path) as file:
-            self.stamp = _stamp(file)
+        with named(path, "read"), open_regular(path) as file:
+            self.stamp = stamp_of(os.fstat(file.fileno()))
             self._read_header(file)
 
     def _read_header(self, file: BinaryIO) -> None:
@@ -225,10 +226,17 @@ class TensorFile:
                         raise CheckpointError(f"{self.path}: cannot be mapped ({error}): try io='pread'") from error
             return self._map[tensor.offset : tensor.offset + tensor.nbytes]
 
+    def is_unchanged(self) -> bool:
+        """Tell whether the file is still the one that was opened."""
+        with named(self.path, "read"):
+            return stamp_of(self.path.stat()) == self.stamp
+
     def _reopen(self) -> BinaryIO:
         # A checkpoint may have more files than a process may keep open, so each is opened again when first needed.
         file = open_regular(self.path)
-        if _stamp(file) != self.stamp:
+        with named(self.path, "read"):
+            stamp = stamp_of(os.fstat(file.fileno()))
+        if stamp != self.stamp:
             file.close()
             raise CheckpointError(f"{self.path}: was replaced or changed after it was opened: open it again")
         return file
@@ -261,7 +269,8 @@ class TensorFile:
     def _read_into(self, target: memoryview, offset: int, tensor: StoredTensor, descriptor: _Descriptor) -> None:
         while target:
             if hasattr(os, "preadv"):
-                count = os.preadv(descriptor.number, [target], offset)
+                with named(self.path, "read"):
+                    count = os.preadv(descriptor.number, [target], offset)
             else:
                 with self._lock:
                     os.lseek(descriptor.number, offset, os.SEEK_SET)
@@ -306,6 +315,10 @@ def wrong_beginning(beginning: bytes, expected: str) -> str:
     return f"it begins with {beginning!r}, which is not {expected}: it is a file of another kind"
 
 
-def _stamp(file: BinaryIO) -> tuple[int, int]:
-    found = os.fstat(file.fileno())
-    return found.st_size, found.st_mtime_ns
+def stamp_of(found: os.stat_result) -> tuple[int, int, int]:
+    """Return by what a file that has changed is known: its size, and the times of changes of its bytes and its inode.
+
+    The last one cannot be set, unlike that of the bytes. Numbers of inodes are left out: some network file systems give
+    a file another one after a while.
+    """
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
