@@ -99,9 +99,9 @@ def scale_values(dtype: str) -> NDArray[np.float32]:
     array([5.8774718e-39, 1.0000000e+00, 1.7014118e+38], dtype=float32)
     """
     if dtype == "uint8":
-        values = np.ldexp(np.float32(1), np.minimum(np.arange(256), 254) - SCALE_BIAS)
+        values = np.ldexp(np.ones(256, np.float32), np.minimum(np.arange(256), 254) - SCALE_BIAS)
         values[SCALE_NAN] = np.nan
-        return values
+        return np.asarray(values, np.float32)
     return np.arange(256, dtype=np.uint8).view(dtype_named(dtype)).astype(np.float32)
 
 

@@ -310,7 +310,7 @@ def has_half_precision() -> bool:
     """Tell whether the processor widens float16 to float32, as the kernels for elements with scales need."""
     from numba.core.registry import cpu_target
 
-    _, _, features = cpu_target.target_context.codegen().magic_tuple()  # type: ignore[no-untyped-call]
+    _, _, features = cpu_target.target_context.codegen().magic_tuple()
     return instruction_set() == "neon" or "+f16c" in features.split(",")
 
 

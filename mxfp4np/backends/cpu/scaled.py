@@ -124,7 +124,7 @@ def factor_loader(has_table):
         @inner
         def factor(job, address):
             value = load_float32(address)
-            return value if value == value else float32(math.nan)  # its low bits are zeros
+            return float32(math.nan) if math.isnan(value) else value  # NaN whose low bits are zeros
 
     return factor
 
@@ -227,7 +227,10 @@ def decode_scaled_any_rows(element, dtype, has_table, streaming):
 
 
 def decode_scaled_columns(element, dtype, has_table):
-    """Return the kernel that decodes to transposed values. A unit is one block of each row in a group of `COLUMN_ROWS`."""
+    """Return the kernel that decodes to transposed values.
+
+    A unit is one block of each row in a group of `COLUMN_ROWS`.
+    """
     decode_one = block_decoder(element, dtype, has_table)
     size = 4 if dtype == "float32" else 2
     buffer_bytes = COLUMN_ROWS * 32 * size
