@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from ...errors import BackendUnavailableError, DeviceMemoryError
 from ...format import BLOCK_SIZE, BYTES_PER_BLOCK, name_of
 from ...shapes import split
-from ..memory import is_transposed, merged_axes, type_of
+from ..cpu.driver import KERNEL_ELEMENTS
+from ..memory import ALIGNMENT, is_transposed, merged_axes, type_of
 from ..threads import default_num_threads
 from . import kernels
 from .cupy import first_line, working_cupy
@@ -150,6 +151,65 @@ class CUDABackend:
             for index, buffer in zip(indices, itertools.cycle(buffers), strict=False):
                 codes, scale_bytes = blocks[index], scales[index]
                 yield Part(buffer.data.ptr, [codes, scale_bytes], partial(decode, index, scale_bytes.shape, buffer))
+
+        transfer(parts(), threads)
+
+    def decode_scaled(
+        self,
+        codes: Any,
+        scales: Any,
+        out: Any,
+        *,
+        element: str,
+        width: int,
+        table: NDArray[np.float32] | None = None,
+        start: int = 0,
+        fresh: bool = False,  # noqa: ARG002
+        num_threads: int | None = None,
+    ) -> None:
+        if not out.size:
+            return
+        if element not in KERNEL_ELEMENTS:
+            raise ValueError(f"elements {element} are decoded on the CPU only: use device='cpu'")
+        with out.device:
+            decode = partial(_decode_scaled, element=element, width=width, table=self._table(table))
+            if isinstance(codes, np.ndarray):
+                self._decode_scaled_staged(codes, scales, out, start, decode, num_threads or default_num_threads())
+            else:
+                scales = scales if isinstance(scales, self._cupy.ndarray) else self._cupy.asarray(scales)
+                _same_device(out, codes, scales)
+                decode(codes, scales, out, start)
+
+    def _table(self, table: NDArray[np.float32] | None) -> Any:
+        return None if table is None else self._cupy.asarray(table)
+
+    def _decode_scaled_staged(
+        self,
+        codes: NDArray[np.uint8],
+        scales: NDArray[Any],
+        out: Any,
+        start: int,
+        decode: Callable[[Any, Any, Any, int], None],
+        threads: int,
+    ) -> None:
+        """Decode rows of the host, part by part, through two buffers on the device that are used in turn."""
+        row_bytes = codes.shape[-1] + scales.shape[-1] * scales.itemsize
+        indices = list(split(out.shape[:-1], row_bytes, max(STAGED_BYTES, row_bytes)))
+        codes_room = -(-codes[indices[0]].size // ALIGNMENT) * ALIGNMENT
+        room = codes_room + scales[indices[0]].nbytes
+        buffers = [self.empty((room,), _UINT8) for _ in indices[:2]]
+
+        def queue(index: Any, buffer: Any) -> None:
+            part, factors = codes[index], scales[index]
+            on_device = buffer[: part.size].reshape(part.shape)
+            those = buffer[codes_room:][: factors.nbytes].view(factors.dtype).reshape(factors.shape)
+            decode(on_device, those, out[index], start)
+
+        def parts() -> Iterator[Part]:
+            for index, buffer in zip(indices, itertools.cycle(buffers), strict=False):
+                address = buffer.data.ptr
+                yield Part(address, [codes[index]])
+                yield Part(address + codes_room, [scales[index]], partial(queue, index, buffer))
 
         transfer(parts(), threads)
 
@@ -291,6 +351,32 @@ def _decode_any(blocks: Any, scales: Any, out: Any, start: int, halves: bool) ->
     """Decode arrays of any strides."""
     words = out.view(f"u{out.itemsize}")
     _launch(kernels.decode_any, out.dtype, blocks, scales, halves, start, out.shape[-1], scales.shape[-1], words)
+
+
+def _decode_scaled(codes: Any, scales: Any, out: Any, start: int, *, element: str, width: int, table: Any) -> None:
+    """Decode elements with scales: rows by vectors if all is aligned, or else one element at a time."""
+    count, has_table = 16 // out.itemsize, table is not None
+    aligned = 4 if element == "E2M1" and count == 8 else 2 if element == "E2M1" else count
+    axes = merged_axes(out.shape[:-1], *(array.strides[:-1] for array in (codes, scales, out)))
+    per_row = out.shape[-1] // count
+    fits = start == 0 and out.shape[-1] % count == 0 and (width % count == 0 or width >= out.shape[-1])
+    if not fits or len(axes) > 2 or not _is_dense(out, 1, 16) or not _is_dense(codes, 1, aligned):
+        kernel = partial(kernels.decode_scaled_any, element=element, has_table=has_table)
+        words = out.view(f"u{out.itemsize}")
+        shape = start, out.shape[-1], codes.shape[-1], scales.shape[-1], width
+        _launch(kernel, out.dtype, codes, scales, table if has_table else scales, *shape, words)
+        return
+    sizes, *steps = zip(*[(1, 0, 0, 0)] * (2 - len(axes)), *axes, strict=True)
+    rows_at_once = max(1, MAX_VECTORS // max(1, per_row * sizes[1]))
+    width = min(width, 1 << 30)
+    for first in range(0, sizes[0], rows_at_once):
+        vectors = min(rows_at_once, sizes[0] - first) * sizes[1] * per_row
+        raw = [_raw(array, first * step[0]) for array, step in zip((codes, scales, out), steps, strict=True)]
+        strides = itertools.chain(*steps)
+        arguments = raw[0], raw[1], _raw(table) if has_table else raw[1], vectors, per_row, sizes[1], *strides
+        kernel = partial(kernels.decode_scaled, element=element, has_table=has_table)
+        step = scales.strides[-1]
+        _launch(kernel, out.dtype, *arguments, step, width, raw[2], threads=_in_blocks(vectors))
 
 
 def _encode(x: Any, blocks: Any, scales: Any, rule: str) -> None:

@@ -8,12 +8,17 @@ A kernel takes addresses, as arrays of one element, and strides in bytes. It che
 * `transpose`: transposed output. A thread loads one block from each of 8 rows and transposes 8 x 8 nibbles at a time,
   in registers.
 * `decode_any`: any strides. A thread writes one element.
+* `decode_scaled`: elements with scales, to contiguous rows. A thread writes vectors of 16 bytes.
+* `decode_scaled_any`: the same for any strides. A thread writes one element.
 * `encode`: a thread loads 8 or 16 values; the threads of a block of 32 values exchange their largest magnitude.
 
 Values are decoded in pairs, two of 16 bits in a word. The sign, exponent and fraction of an E2M1 code are moved to the
 sign, the lowest bits of the exponent and the highest bit of the fraction of a bfloat16 or float16. The result, normal
 or subnormal, is the value times a power of two. Two multiplications correct that power and apply the scale. A float32
 is a bfloat16 followed by 16 zero bits.
+
+Elements with scales become float16 numbers, which are widened to float32 and multiplied: the bits of a code of E5M2 are
+the upper ones of a float16, those of E4M3 and E2M1 of one that is a power of two too small.
 
 CuPy compiles with ``-ftz=true``, which flushes subnormal products to zero. Products written in PTX keep them.
 """
@@ -410,6 +415,116 @@ __device__ __forceinline__ void store(unsigned char* blocks, ptrdiff_t i, const 
 }
 
 
+_SCALED = {
+    "E4M3": """
+const int BITS = 8;
+__device__ __forceinline__ float value_of(unsigned code) {
+    unsigned half = (code & 0x80) << 8 | (code & 0x7F) << 7;
+    return (code & 0x7F) == 0x7F ? __uint_as_float(0x7FC00000u) : times(widened(half), 256.f);
+}
+""",
+    "E5M2": """
+const int BITS = 8;
+__device__ __forceinline__ float value_of(unsigned code) {
+    return widened(code << 8);
+}
+""",
+    "E2M1": """
+const int BITS = 4;
+__device__ __forceinline__ float value_of(unsigned code) {
+    return times(widened((code & 8) << 12 | (code & 7) << 9), 16384.f);
+}
+""",
+}
+
+_WIDENED = """
+__device__ __forceinline__ float widened(unsigned half) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"((unsigned short)half));
+    return value;
+}
+"""
+
+_NARROWED = {
+    "float32": """
+typedef unsigned Word;
+const int N = 4;  // elements in 16 bytes
+__device__ __forceinline__ Word narrowed(float value) {
+    return __float_as_uint(value);
+}
+""",
+    "float16": """
+typedef unsigned short Word;
+const int N = 8;
+__device__ __forceinline__ Word narrowed(float value) {
+    unsigned short half;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
+    return half;
+}
+""",
+    "bfloat16": """
+typedef unsigned short Word;
+const int N = 8;
+__device__ __forceinline__ Word narrowed(float value) {
+    unsigned bits = __float_as_uint(value);
+    if ((bits & 0x7FFFFFFFu) > 0x7F800000u)
+        return 0x7FC0;
+    return bits + 0x7FFFu + (bits >> 16 & 1) >> 16;
+}
+""",
+}
+
+_FACTOR = {
+    False: """
+__device__ __forceinline__ float factor_at(const unsigned char* scale, const unsigned char* table) {
+    return *reinterpret_cast<const float*>(scale);
+}
+""",
+    True: """
+__device__ __forceinline__ float factor_at(const unsigned char* scale, const unsigned char* table) {
+    return reinterpret_cast<const float*>(table)[*scale];
+}
+""",
+}
+
+_DECODE_SCALED = """
+const unsigned row = i / per_row, column = i - row * per_row, outer = row / rows, inner = row - outer * rows;
+const int BYTES = N * BITS / 8;
+const unsigned char* source = &codes[0] + outer * codes0 + inner * codes1 + (ptrdiff_t)column * BYTES;
+const unsigned char* scale = &scales[0] + outer * scales0 + inner * scales1 + (column * N / width) * scales_step;
+if (i < vectors) {
+    float factor = factor_at(scale, &table[0]);
+    unsigned loaded[2];
+    if (BYTES == 8) {
+        uint2 both = *reinterpret_cast<const uint2*>(source);
+        loaded[0] = both.x;
+        loaded[1] = both.y;
+    } else if (BYTES == 4) {
+        loaded[0] = *reinterpret_cast<const unsigned*>(source);
+    } else {
+        loaded[0] = *reinterpret_cast<const unsigned short*>(source);
+    }
+    union {
+        Word words[N];
+        uint4 vector;
+    } decoded;
+    #pragma unroll
+    for (int k = 0; k < N; ++k) {
+        unsigned code = loaded[k * BITS / 32] >> k * BITS % 32 & (1 << BITS) - 1;
+        decoded.words[k] = narrowed(times(value_of(code), factor));
+    }
+    unsigned char* target = &out[0] + outer * out0 + inner * out1;
+    reinterpret_cast<uint4*>(target)[column] = decoded.vector;
+}
+"""
+
+_DECODE_SCALED_ANY = """
+const ptrdiff_t row = i / length, column = start + i % length;
+unsigned code = codes[row * row_bytes + column * BITS / 8] >> column * BITS % 8 & (1 << BITS) - 1;
+out = narrowed(times(value_of(code), %s));
+"""
+
+
 def _element_wise(name: str, dtype: str, inputs: str, outputs: str, operation: str, *preamble: str) -> Any:
     import cupy
 
@@ -460,6 +575,36 @@ def decode_any(dtype: str) -> Any:
     """Return the kernel for arrays of any strides."""
     word = "uint32" if dtype == "float32" else "uint16"
     return _decoder("decode_any", dtype, "int64 start, int64 length, int64 per_row", f"{word} out", _DECODE_ANY)
+
+
+@functools.cache
+def decode_scaled(dtype: str, element: str, *, has_table: bool) -> Any:
+    """Return the kernel for rows along two axes, of fewer than 2**31 vectors in total."""
+    strides = ", ".join(f"int64 {array}{axis}" for array in ("codes", "scales", "out") for axis in range(2))
+    return _element_wise(
+        f"decode_scaled_{element}_{has_table}",
+        dtype,
+        f"raw uint8 codes, raw uint8 scales, raw uint8 table, uint32 vectors, uint32 per_row, uint32 rows, {strides},"
+        "int64 scales_step, uint32 width",
+        "raw uint8 out",
+        _DECODE_SCALED,
+        _WIDENED + _SCALED[element] + _NARROWED[dtype] + _FACTOR[has_table],
+    )
+
+
+@functools.cache
+def decode_scaled_any(dtype: str, element: str, *, has_table: bool) -> Any:
+    """Return the kernel for arrays of any strides."""
+    scale = "scales[row * groups + column / width]"
+    return _element_wise(
+        f"decode_scaled_any_{element}_{has_table}",
+        dtype,
+        f"raw uint8 codes, raw {'uint8' if has_table else 'float32'} scales, raw float32 table, int64 start,"
+        "int64 length, int64 row_bytes, int64 groups, int64 width",
+        f"{'uint32' if dtype == 'float32' else 'uint16'} out",
+        _DECODE_SCALED_ANY % (f"table[{scale}]" if has_table else scale),
+        _WIDENED + _SCALED[element] + _NARROWED[dtype],
+    )
 
 
 @functools.cache
