@@ -521,7 +521,7 @@ if (i < vectors) {
 _DECODE_SCALED_ANY = """
 const ptrdiff_t row = i / length, column = start + i % length;
 unsigned code = codes[row * row_bytes + column * BITS / 8] >> column * BITS % 8 & (1 << BITS) - 1;
-out = narrowed(times(value_of(code), %s));
+out = narrowed(times(value_of(code), FACTOR));
 """
 
 
@@ -602,7 +602,7 @@ def decode_scaled_any(dtype: str, element: str, *, has_table: bool) -> Any:
         f"raw uint8 codes, raw {'uint8' if has_table else 'float32'} scales, raw float32 table, int64 start,"
         "int64 length, int64 row_bytes, int64 groups, int64 width",
         f"{'uint32' if dtype == 'float32' else 'uint16'} out",
-        _DECODE_SCALED_ANY % (f"table[{scale}]" if has_table else scale),
+        _DECODE_SCALED_ANY.replace("FACTOR", f"table[{scale}]" if has_table else scale),
         _WIDENED + _SCALED[element] + _NARROWED[dtype],
     )
 
