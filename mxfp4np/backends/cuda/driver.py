@@ -26,7 +26,7 @@ from ..memory import ALIGNMENT, is_transposed, merged_axes, type_of
 from ..threads import default_num_threads
 from . import kernels
 from .cupy import first_line, working_cupy
-from .kernels import ROW_AXES, ROWS, THREADS, VALUES, VECTORS
+from .kernels import ROW_AXES, ROWS, SCALED_VECTORS, THREADS, VALUES, VECTORS
 from .staging import Part, parts_of, pinned, transfer
 
 STAGED_BYTES: Final = 128 << 20
@@ -355,28 +355,29 @@ def _decode_any(blocks: Any, scales: Any, out: Any, start: int, halves: bool) ->
 
 def _decode_scaled(codes: Any, scales: Any, out: Any, start: int, *, element: str, width: int, table: Any) -> None:
     """Decode elements with scales: rows by vectors if all is aligned, or else one element at a time."""
-    count, has_table = 16 // out.itemsize, table is not None
-    aligned = 4 if element == "E2M1" and count == 8 else 2 if element == "E2M1" else count
+    count, has_table, length = 16 // out.itemsize, table is not None, out.shape[-1]
+    aligned = count // 2 if element == "E2M1" else count
+    shift = 31 if width >= length else width.bit_length() - 1
     axes = merged_axes(out.shape[:-1], *(array.strides[:-1] for array in (codes, scales, out)))
-    per_row = out.shape[-1] // count
-    fits = start == 0 and out.shape[-1] % count == 0 and (width % count == 0 or width >= out.shape[-1])
-    if not fits or len(axes) > 2 or not _is_dense(out, 1, 16) or not _is_dense(codes, 1, aligned):
+    is_regular = start == 0 and length % count == 0 and (shift == 31 or (width % count == 0 and width == 1 << shift))
+    if not is_regular or len(axes) > 2 or not _is_dense(out, 1, 16) or not _is_dense(codes, 1, aligned):
         kernel = partial(kernels.decode_scaled_any, element=element, has_table=has_table)
         words = out.view(f"u{out.itemsize}")
-        shape = start, out.shape[-1], codes.shape[-1], scales.shape[-1], width
+        shape = start, length, codes.shape[-1], scales.shape[-1], width
         _launch(kernel, out.dtype, codes, scales, table if has_table else scales, *shape, words)
         return
+    per_row = length // count
+    per_step = -(-per_row // SCALED_VECTORS)
     sizes, *steps = zip(*[(1, 0, 0, 0)] * (2 - len(axes)), *axes, strict=True)
-    rows_at_once = max(1, MAX_VECTORS // max(1, per_row * sizes[1]))
-    width = min(width, 1 << 30)
-    for first in range(0, sizes[0], rows_at_once):
-        vectors = min(rows_at_once, sizes[0] - first) * sizes[1] * per_row
+    at_once = max(1, MAX_VECTORS // (per_step * sizes[1]))
+    kernel = partial(kernels.decode_scaled, element=element, has_table=has_table)
+    for first in range(0, sizes[0], at_once):
+        outer = min(at_once, sizes[0] - first)
+        threads = outer * sizes[1] * per_step
         raw = [_raw(array, first * step[0]) for array, step in zip((codes, scales, out), steps, strict=True)]
-        strides = itertools.chain(*steps)
-        arguments = raw[0], raw[1], _raw(table) if has_table else raw[1], vectors, per_row, sizes[1], *strides
-        kernel = partial(kernels.decode_scaled, element=element, has_table=has_table)
-        step = scales.strides[-1]
-        _launch(kernel, out.dtype, *arguments, step, width, raw[2], threads=_in_blocks(vectors))
+        shape = threads, per_row, per_step, sizes[1] if outer > 1 else 0, *itertools.chain(*steps)
+        arguments = *raw[:2], _raw(table) if has_table else raw[1], *shape, scales.strides[-1], shift, raw[2]
+        _launch(kernel, out.dtype, *arguments, threads=_in_blocks(threads))
 
 
 def _encode(x: Any, blocks: Any, scales: Any, rule: str) -> None:

@@ -34,6 +34,9 @@ THREADS: Final = 128
 VECTORS: Final = 2
 """Vectors that a thread decodes. Their loads overlap."""
 
+SCALED_VECTORS: Final = 4
+"""Vectors of a row that a thread of `decode_scaled` decodes."""
+
 ROW_AXES: Final = 3
 """Axes of rows that `decode_rows` takes."""
 
@@ -418,58 +421,80 @@ __device__ __forceinline__ void store(unsigned char* blocks, ptrdiff_t i, const 
 _SCALED = {
     "E4M3": """
 const int BITS = 8;
-__device__ __forceinline__ float value_of(unsigned code) {
-    unsigned half = (code & 0x80) << 8 | (code & 0x7F) << 7;
-    return (code & 0x7F) == 0x7F ? __uint_as_float(0x7FC00000u) : times(widened(half), 256.f);
+__device__ __forceinline__ float2 pair_of(unsigned codes) {
+#if __CUDA_ARCH__ >= 890
+    unsigned pair;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"((unsigned short)codes));
+    return widened(pair);
+#else
+    unsigned bytes = __byte_perm(codes, 0, 0x1404);  // one in the upper half of each word
+    float2 pair = widened((bytes & 0x80008000u) | (bytes >> 1 & 0x3F803F80u));
+    const float nan = __uint_as_float(0x7FC00000u);
+    pair.x = (codes & 0x7F) == 0x7F ? nan : times(pair.x, 256.f);
+    pair.y = (codes & 0x7F00) == 0x7F00 ? nan : times(pair.y, 256.f);
+    return pair;
+#endif
 }
 """,
     "E5M2": """
 const int BITS = 8;
-__device__ __forceinline__ float value_of(unsigned code) {
-    return widened(code << 8);
+__device__ __forceinline__ float2 pair_of(unsigned codes) {
+    return widened(__byte_perm(codes, 0, 0x1404));
 }
 """,
     "E2M1": """
 const int BITS = 4;
-__device__ __forceinline__ float value_of(unsigned code) {
-    return times(widened((code & 8) << 12 | (code & 7) << 9), 16384.f);
+__device__ __forceinline__ float2 pair_of(unsigned codes) {
+    float2 pair = widened((codes & 7) << 9 | (codes & 8) << 12 | (codes & 0x70) << 21 | (codes & 0x80) << 24);
+    return make_float2(times(pair.x, 16384.f), times(pair.y, 16384.f));
 }
 """,
 }
+"""The values of two codes, the first one in the lower bits."""
 
 _WIDENED = """
-__device__ __forceinline__ float widened(unsigned half) {
-    float value;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"((unsigned short)half));
-    return value;
+__device__ __forceinline__ float2 widened(unsigned halves) {
+    float2 pair;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(pair.x) : "h"((unsigned short)halves));
+    asm("cvt.f32.f16 %0, %1;" : "=f"(pair.y) : "h"((unsigned short)(halves >> 16)));
+    return pair;
 }
 """
 
 _NARROWED = {
     "float32": """
-typedef unsigned Word;
 const int N = 4;  // elements in 16 bytes
-__device__ __forceinline__ Word narrowed(float value) {
+__device__ __forceinline__ unsigned word_of(float value) {
     return __float_as_uint(value);
+}
+__device__ __forceinline__ void put(unsigned* words, int pair, float a, float b) {
+    words[2 * pair] = __float_as_uint(a);
+    words[2 * pair + 1] = __float_as_uint(b);
 }
 """,
     "float16": """
-typedef unsigned short Word;
 const int N = 8;
-__device__ __forceinline__ Word narrowed(float value) {
+__device__ __forceinline__ unsigned word_of(float value) {
     unsigned short half;
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
     return half;
 }
+__device__ __forceinline__ void put(unsigned* words, int pair, float a, float b) {
+    words[pair] = word_of(a) | word_of(b) << 16;
+}
 """,
     "bfloat16": """
-typedef unsigned short Word;
 const int N = 8;
-__device__ __forceinline__ Word narrowed(float value) {
+__device__ __forceinline__ unsigned word_of(float value) {
     unsigned bits = __float_as_uint(value);
-    if ((bits & 0x7FFFFFFFu) > 0x7F800000u)
-        return 0x7FC0;
-    return bits + 0x7FFFu + (bits >> 16 & 1) >> 16;
+    return (bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : bits + 0x7FFFu + (bits >> 16 & 1) >> 16;
+}
+__device__ __forceinline__ void put(unsigned* words, int pair, float a, float b) {
+#if __CUDA_ARCH__ >= 800
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(words[pair]) : "f"(b), "f"(a));
+#else
+    words[pair] = word_of(a) | word_of(b) << 16;
+#endif
 }
 """,
 }
@@ -488,40 +513,53 @@ __device__ __forceinline__ float factor_at(const unsigned char* scale, const uns
 }
 
 _DECODE_SCALED = """
-const unsigned row = i / per_row, column = i - row * per_row, outer = row / rows, inner = row - outer * rows;
+const unsigned row = i / per_step, first = i - row * per_step;
+const unsigned outer = rows ? row / rows : 0, inner = row - outer * rows;
 const int BYTES = N * BITS / 8;
-const unsigned char* source = &codes[0] + outer * codes0 + inner * codes1 + (ptrdiff_t)column * BYTES;
-const unsigned char* scale = &scales[0] + outer * scales0 + inner * scales1 + (column * N / width) * scales_step;
-if (i < vectors) {
-    float factor = factor_at(scale, &table[0]);
-    unsigned loaded[2];
-    if (BYTES == 8) {
-        uint2 both = *reinterpret_cast<const uint2*>(source);
-        loaded[0] = both.x;
-        loaded[1] = both.y;
-    } else if (BYTES == 4) {
-        loaded[0] = *reinterpret_cast<const unsigned*>(source);
-    } else {
-        loaded[0] = *reinterpret_cast<const unsigned short*>(source);
-    }
-    union {
-        Word words[N];
-        uint4 vector;
-    } decoded;
+const unsigned char* source = &codes[0] + outer * codes0 + inner * codes1;
+const unsigned char* scale = &scales[0] + outer * scales0 + inner * scales1;
+if (i < threads) {
+    unsigned loaded[VECTORS][2];
+    float factors[VECTORS];
     #pragma unroll
-    for (int k = 0; k < N; ++k) {
-        unsigned code = loaded[k * BITS / 32] >> k * BITS % 32 & (1 << BITS) - 1;
-        decoded.words[k] = narrowed(times(value_of(code), factor));
+    for (int v = 0; v < VECTORS; ++v) {
+        const unsigned column = first + v * per_step;
+        if (column < per_row) {
+            const unsigned char* place = source + (ptrdiff_t)column * BYTES;
+            if (BYTES == 8) {
+                const uint2 both = *reinterpret_cast<const uint2*>(place);
+                loaded[v][0] = both.x;
+                loaded[v][1] = both.y;
+            } else if (BYTES == 4) {
+                loaded[v][0] = *reinterpret_cast<const unsigned*>(place);
+            } else {
+                loaded[v][0] = *reinterpret_cast<const unsigned short*>(place);
+            }
+            factors[v] = factor_at(scale + (column * N >> shift) * scales_step, &table[0]);
+        }
     }
-    unsigned char* target = &out[0] + outer * out0 + inner * out1;
-    reinterpret_cast<uint4*>(target)[column] = decoded.vector;
+    uint4* target = reinterpret_cast<uint4*>(&out[0] + outer * out0 + inner * out1);
+    #pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+        const unsigned column = first + v * per_step;
+        if (column < per_row) {
+            unsigned words[4];
+            #pragma unroll
+            for (int k = 0; k < N / 2; ++k) {
+                const int bit = 2 * BITS * k;
+                const float2 pair = pair_of(loaded[v][bit / 32] >> bit % 32 & (1 << 2 * BITS) - 1);
+                put(words, k, times(pair.x, factors[v]), times(pair.y, factors[v]));
+            }
+            target[column] = make_uint4(words[0], words[1], words[2], words[3]);
+        }
+    }
 }
 """
 
 _DECODE_SCALED_ANY = """
 const ptrdiff_t row = i / length, column = start + i % length;
 unsigned code = codes[row * row_bytes + column * BITS / 8] >> column * BITS % 8 & (1 << BITS) - 1;
-out = narrowed(times(value_of(code), FACTOR));
+out = word_of(times(pair_of(code).x, FACTOR));
 """
 
 
@@ -579,15 +617,20 @@ def decode_any(dtype: str) -> Any:
 
 @functools.cache
 def decode_scaled(dtype: str, element: str, *, has_table: bool) -> Any:
-    """Return the kernel for rows along two axes, of fewer than 2**31 vectors in total."""
+    """Return the kernel for rows along two axes, with a scale for ``1 << shift`` elements.
+
+    A thread decodes several vectors of a row, ``per_step`` vectors apart. ``rows`` is the length of the inner axis, 0 if
+    there is no outer one.
+    """
     strides = ", ".join(f"int64 {array}{axis}" for array in ("codes", "scales", "out") for axis in range(2))
     return _element_wise(
         f"decode_scaled_{element}_{has_table}",
         dtype,
-        f"raw uint8 codes, raw uint8 scales, raw uint8 table, uint32 vectors, uint32 per_row, uint32 rows, {strides},"
-        "int64 scales_step, uint32 width",
+        "raw uint8 codes, raw uint8 scales, raw uint8 table, uint32 threads, uint32 per_row, uint32 per_step,"
+        f"uint32 rows, {strides}, int64 scales_step, int32 shift",
         "raw uint8 out",
         _DECODE_SCALED,
+        f"const int VECTORS = {SCALED_VECTORS};",
         _WIDENED + _SCALED[element] + _NARROWED[dtype] + _FACTOR[has_table],
     )
 
