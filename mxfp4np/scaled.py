@@ -7,6 +7,7 @@ tensor name.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,7 @@ class ScaledArray(BlockArray):
     array([3., 3., 3.], dtype=float32)
     """
 
-    __slots__ = ("block_size", "divide", "element", "row_of", "scales", "second")
+    __slots__ = ("block_size", "divide", "element", "first_row", "scales", "second", "tile_rows")
 
     def __init__(
         self,
@@ -90,14 +91,11 @@ class ScaledArray(BlockArray):
         self.block_size, self.shape = max(1, tile[1]), (*lead, rows, columns)
         self.scales: NDArray[Any] = scales.view(np.uint8) if scales.dtype.name == "float8_e8m0fnu" else scales
         self.second: NDArray[np.float32] | None = None if second is None else np.asarray(second, np.float32)
-        if self.second is not None and self.second.ndim:
-            self.second = np.broadcast_to(self.second, (*lead, rows, 1))
-        self.row_of: NDArray[np.intp] | None = None
-        """The row of scales of each row, if rows share them."""
+        self.tile_rows, self.first_row = tile[0], 0  # of the first tile, the rows that are left out
         if expected[-2] == 1:
-            self.scales = np.broadcast_to(self.scales, (*lead, rows, expected[-1]))
-        elif tile[0] > 1:
-            self.row_of = np.arange(rows) // tile[0]
+            self.tile_rows, self.scales = 1, np.broadcast_to(self.scales, (*lead, rows, expected[-1]))
+        if self.second is not None and self.second.ndim:
+            self.second = np.broadcast_to(self.second, (*self.scales.shape[:-1], 1))
 
     @property
     def inputs(self) -> tuple[NDArray[Any], ...]:
@@ -122,7 +120,8 @@ class ScaledArray(BlockArray):
         part = object.__new__(ScaledArray)
         part.element, part.divide, part.second = self.element, self.divide, self.second
         part.block_size, part.blocks, part.scales = self.block_size, codes, scales
-        part.row_of, part.start, part.shape = self.row_of, self.start, self.shape
+        part.tile_rows, part.first_row = self.tile_rows, self.first_row
+        part.start, part.shape = self.start, self.shape
         return part
 
     def _of_blocks(self, span: tuple[Any, ...]) -> ScaledArray:
@@ -132,20 +131,27 @@ class ScaledArray(BlockArray):
         codes = self.blocks[(*lead, slice(blocks.start * size, blocks.stop * size))]
         part = self._with(codes, self.scales)
         part.shape = (*codes.shape[:-1], codes.shape[-1] * per_byte)
+        rows = self._scale_rows(part, lead)
+        part.scales = rows(self.scales)[..., blocks]
         if self.second is not None and self.second.ndim:
-            part.second = self.second[(*lead, ...)]
-        if self.row_of is None or len(lead) < self.ndim - 1 or any(isinstance(x, list | np.ndarray) for x in lead):
-            part.scales, part.row_of = self._by_row()[(*lead, blocks)], None
-        else:
-            rows = self.row_of[lead.pop()]
-            part.scales, part.row_of = self.scales[(*lead, slice(None), blocks)], rows
-            if not rows.ndim:
-                part.scales, part.row_of = part.scales[..., rows, :], None
+            part.second = rows(self.second)
         return part
 
-    def _by_row(self) -> NDArray[Any]:
-        """Return the scales of each row."""
-        return self.scales if self.row_of is None else self.scales[..., self.row_of, :]
+    def _scale_rows(self, part: ScaledArray, lead: list[Any]) -> Callable[[NDArray[Any]], NDArray[Any]]:
+        """Return what selects the rows of scales that an index needs, and set where those of a part begin."""
+        if self.tile_rows == 1:
+            return lambda array: array[(*lead, ...)]
+        *outer, rows = lead
+        numbers = np.arange(self.first_row, self.first_row + self.shape[-2])[rows]
+        part.first_row, part.tile_rows = 0, 1
+        if not isinstance(rows, slice):  # lists go along with those of other axes
+            return lambda array: array[(*outer, numbers // self.tile_rows, ...)]
+        if rows.step in (None, 1) and numbers.size:
+            first, last = int(numbers[0]), int(numbers[-1])
+            part.first_row, part.tile_rows = first % self.tile_rows, self.tile_rows
+            tiles = slice(first // self.tile_rows, last // self.tile_rows + 1)
+            return lambda array: array[(*outer, tiles, ...)]
+        return lambda array: array[(*outer, ...)][..., numbers // self.tile_rows, :]
 
     def replace(self, codes: NDArray[np.uint8], scales: NDArray[Any]) -> ScaledArray:
         """Return the same view of other arrays, which have the same shapes."""
@@ -180,6 +186,8 @@ class ScaledArray(BlockArray):
             target,
             element=self.element,
             width=self.block_size,
+            tile_rows=self.tile_rows,
+            first_row=self.first_row,
             table=table,
             start=self.start,
             fresh=fresh,
@@ -188,10 +196,10 @@ class ScaledArray(BlockArray):
         return out
 
     def _factors(self) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
-        """Return the scales of each row, as bytes and a table of their factors, or as factors."""
-        scales, name, second = self._by_row(), self.scales.dtype.name, self.second
+        """Return the scales, as bytes and a table of their factors, or as factors."""
+        scales, second = self.scales, self.second
         is_bytes = scales.dtype.itemsize == 1
-        values = scale_values(name) if is_bytes else scales.astype(np.float32, copy=False)
+        values = scale_values(scales.dtype.name) if is_bytes else scales.astype(np.float32, copy=False)
         if second is not None and second.ndim and is_bytes:
             values, is_bytes = values[scales.view(np.uint8)], False
         if second is not None:

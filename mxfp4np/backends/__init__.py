@@ -88,6 +88,8 @@ class Backend(Protocol):
         *,
         element: str,
         width: int,
+        tile_rows: int = 1,
+        first_row: int = 0,
         table: NDArray[np.float32] | None = None,
         start: int = 0,
         fresh: bool = False,
@@ -107,6 +109,9 @@ class Backend(Protocol):
             One of `mxfp4np.format.ELEMENTS`.
         width : int
             Elements of a row that share a scale.
+        tile_rows, first_row : int
+            Rows that share a scale, and how many of the first scales' rows are left out: row ``n`` has the scales
+            ``scales[..., (first_row + n) // tile_rows, :]``.
         table : (256,) float32, optional
             The factors of scales that are bytes.
         start : int

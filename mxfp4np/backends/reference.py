@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..format import BLOCK_SIZE, FP4_BOUNDS, FP4_VALUES, SCALE_BIAS, SCALE_NAN, element_values
-from .memory import HostBackend
+from .memory import HostBackend, scales_by_row
 
 BLOCKS_AT_ONCE = 1 << 15
 """Bounds the float64 temporaries to a few tens of MB."""
@@ -58,11 +58,14 @@ class ReferenceBackend(HostBackend):
         *,
         element: str,
         width: int,
+        tile_rows: int = 1,
+        first_row: int = 0,
         table: NDArray[np.float32] | None = None,
         start: int = 0,
         fresh: bool = False,  # noqa: ARG002
         num_threads: int | None = None,  # noqa: ARG002
     ) -> None:
+        scales = scales_by_row(scales, out.shape[-2] if out.ndim > 1 else 1, tile_rows, first_row)
         if out.size > BLOCK_SIZE * BLOCKS_AT_ONCE and out.ndim > 1:
             step = max(1, BLOCK_SIZE * BLOCKS_AT_ONCE * len(out) // out.size)
             for i in range(0, len(out), step):

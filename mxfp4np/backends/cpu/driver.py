@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ...errors import BackendUnavailableError
 from ...format import BLOCK_SIZE, BYTES_PER_BLOCK, name_of
-from ..memory import ALIGNMENT, HostBackend, address_of, is_transposed, merged_axes
+from ..memory import ALIGNMENT, HostBackend, address_of, is_transposed, merged_axes, scales_by_row
 from ..reference import ReferenceBackend
 from ..threads import default_num_threads
 from .compiler import CompiledFunction, build_once, compiled_kernel
@@ -95,6 +95,8 @@ class CPUBackend(HostBackend):
         *,
         element: str,
         width: int,
+        tile_rows: int = 1,
+        first_row: int = 0,
         table: NDArray[np.float32] | None = None,
         start: int = 0,
         fresh: bool = False,
@@ -104,6 +106,7 @@ class CPUBackend(HostBackend):
             return
         if codes.strides[-1] != 1:
             codes = np.ascontiguousarray(codes)
+        scales = scales_by_row(scales, out.shape[-2] if out.ndim > 1 else 1, tile_rows, first_row)
         columns = is_transposed(out)
         job = _describe_scaled(codes, scales, out, element, width, start, columns=columns)
         if job is None and out.ndim > 2 and element in KERNEL_ELEMENTS:

@@ -500,24 +500,24 @@ __device__ __forceinline__ void put(unsigned* words, int pair, float a, float b)
 }
 
 _FACTOR = {
-    False: """
+    "float32": "*reinterpret_cast<const float*>(scale)",
+    "E8M0": "__uint_as_float(*scale == 0 ? 0x400000u : *scale == 255 ? 0x7FC00000u : (unsigned)*scale << 23)",
+    "table": "reinterpret_cast<const float*>(table)[*scale]",
+}
+"""The factor of a scale, by the kind of scales."""
+
+_FACTOR_AT = """
 __device__ __forceinline__ float factor_at(const unsigned char* scale, const unsigned char* table) {
-    return *reinterpret_cast<const float*>(scale);
+    return %s;
 }
-""",
-    True: """
-__device__ __forceinline__ float factor_at(const unsigned char* scale, const unsigned char* table) {
-    return reinterpret_cast<const float*>(table)[*scale];
-}
-""",
-}
+"""
 
 _DECODE_SCALED = """
 const unsigned row = i / per_step, first = i - row * per_step;
 const unsigned outer = rows ? row / rows : 0, inner = row - outer * rows;
 const int BYTES = N * BITS / 8;
 const unsigned char* source = &codes[0] + outer * codes0 + inner * codes1;
-const unsigned char* scale = &scales[0] + outer * scales0 + inner * scales1;
+const unsigned char* scale = &scales[0] + outer * scales0 + (ptrdiff_t)(inner + first_row >> row_shift) * scales1;
 if (i < threads) {
     unsigned loaded[VECTORS][2];
     float factors[VECTORS];
@@ -616,22 +616,25 @@ def decode_any(dtype: str) -> Any:
 
 
 @functools.cache
-def decode_scaled(dtype: str, element: str, *, has_table: bool) -> Any:
-    """Return the kernel for rows along two axes, with a scale for ``1 << shift`` elements.
+def decode_scaled(dtype: str, element: str, scales: str) -> Any:
+    """Return the kernel for rows along two axes, with a scale for ``1 << row_shift`` rows of ``1 << shift`` elements.
 
-    A thread decodes several vectors of a row, ``per_step`` vectors apart. ``rows`` is the length of the inner axis, 0 if
-    there is no outer one.
+    ``scales`` are "float32", or bytes: "E8M0", or those whose factors are in a "table".
+
+    A thread decodes several vectors of a row, ``per_step`` vectors apart. ``rows`` is the length of the inner axis, 0
+    if there is no outer one.
     """
     strides = ", ".join(f"int64 {array}{axis}" for array in ("codes", "scales", "out") for axis in range(2))
     return _element_wise(
-        f"decode_scaled_{element}_{has_table}",
+        f"decode_scaled_{element}_{scales}",
         dtype,
         "raw uint8 codes, raw uint8 scales, raw uint8 table, uint32 threads, uint32 per_row, uint32 per_step,"
-        f"uint32 rows, {strides}, int64 scales_step, int32 shift",
+        f"uint32 rows, {strides}, int64 scales_step, int32 shift,"
+        "int32 row_shift, uint32 first_row",
         "raw uint8 out",
         _DECODE_SCALED,
         f"const int VECTORS = {SCALED_VECTORS};",
-        _WIDENED + _SCALED[element] + _NARROWED[dtype] + _FACTOR[has_table],
+        _WIDENED + _SCALED[element] + _NARROWED[dtype] + _FACTOR_AT % _FACTOR[scales],
     )
 
 
