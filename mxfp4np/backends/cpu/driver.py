@@ -185,6 +185,32 @@ def stream(
     _run(kernel, job | _table(word_name(out.dtype)), num_threads)
 
 
+def stream_elements(codes: NDArray[np.uint8], out: NDArray[Any], *, num_threads: int | None = None) -> None:
+    """Move the bytes that decoding elements with scales moves, and decode nothing: the limit of that.
+
+    Parameters
+    ----------
+    codes : (..., B) uint8
+    out : (..., B) or (..., 2 * B) bfloat16, float16 or float32
+        Aligned to 64 bytes. Filled with bytes of no meaning. Both are C-contiguous.
+    num_threads : int, optional
+        As for decoding.
+
+    Raises
+    ------
+    BackendUnavailableError
+        If Numba's compiler is switched off.
+    """
+    step = BLOCK_SIZE * codes.size // out.size
+    kernel = compiled_kernel("scaled", "move_scaled", step, out.itemsize)
+    if kernel is None:
+        raise BackendUnavailableError("the limit of memory is measured by compiled code: unset NUMBA_DISABLE_JIT")
+    job = dict.fromkeys(SCALED_JOB.names or (), 0)
+    job |= {"codes": address_of(codes), "values": address_of(out), "prefetch_distance": PREFETCH_BYTES}
+    job |= {"matrices": 1, "rows": 1, "blocks_per_row": out.size // BLOCK_SIZE}
+    _run_units(kernel, make_job(job, SCALED_JOB), job, 1, num_threads)
+
+
 def instruction_set() -> str:
     """Return the instruction set that kernels are compiled to: what Numba's code generator reports."""
     from numba.core.registry import cpu_target

@@ -256,3 +256,36 @@ def decode_scaled_columns(element, dtype, has_table):
                     target += job.values_row
 
     return kernel
+
+
+# The limit of decoding: the loop of `decode_scaled_rows`, moving the same bytes without computing anything
+
+
+@intrinsic(prefer_literal=True)
+def move_elements(typingctx, codes, values, codes_step, itemsize):
+    """Load the bytes of 32 codes, and stream 32 elements that are made of them."""
+
+    def codegen(context, builder, signature, args):
+        count = codes_step.literal_value
+        loaded = load(builder, args[0], vector(I8, count))
+        made = shuffle(builder, loaded, loaded, [i % count for i in range(32 * itemsize.literal_value)])
+        store(builder, made, args[1], SIZE_OF_CACHE_LINE, streaming=True)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, codes_step, itemsize), codegen
+
+
+def move_scaled(codes_step, itemsize):
+    """Return the kernel that streams meaningless bytes to one contiguous row."""
+
+    def kernel(pointer, start, stop):
+        job = carray(pointer, 1)[0]
+        block, value = job.codes + start * codes_step, job.values + start * 32 * itemsize
+        for _ in range(start, stop):
+            prefetch(block + job.prefetch_distance)
+            move_elements(block, value, codes_step, itemsize)
+            block += codes_step
+            value += 32 * itemsize
+        store_fence()
+
+    return kernel
