@@ -69,36 +69,60 @@ def _halves(builder, target, address, element):
     return builder.bitcast(words, vector(HALF, 32))
 
 
-def _rounded(builder, values, dtype):
-    """Return 32 float32 numbers as elements of a dtype, rounded to nearest even; NaN must have zeros for low bits."""
+def _rounded(context, builder, values, dtype, *, normal):
+    """Return 32 float32 numbers as elements of a dtype, rounded to nearest even.
+
+    NaN must have zeros for low bits. With ``normal``, no number is subnormal.
+    """
     if dtype == "float32":
         return values
     if dtype == "float16":
         return builder.fptrunc(values, vector(HALF, 32))
+    if normal and "+avx512bf16" in context.codegen().magic_tuple()[2].split(","):  # flushes subnormal numbers
+        halves = [shuffle(builder, values, values, range(begin, begin + 16)) for begin in (0, 16)]
+        signature = ir.FunctionType(vector(I16, 32), [half.type for half in halves])
+        return builder.asm(signature, "vcvtne2ps2bf16 $1, $2, $0", "=v,v,v", halves, False)
     bits = builder.bitcast(values, vector(I32, 32))
     even = builder.and_(builder.lshr(bits, repeated(16, bits)), repeated(1, bits))
     bits = builder.add(builder.add(bits, repeated(0x7FFF, bits)), even)
-    return builder.trunc(builder.lshr(bits, repeated(16, bits)), vector(I16, 32))
+    words = builder.bitcast(bits, vector(I16, 64))
+    return shuffle(builder, words, words, range(1, 64, 2))
+
+
+LEAST, MOST = 2.0**-109, 2.0**119
+"""Between these magnitudes of factors, products are normal numbers or zeros, and 256 times the factor is finite."""
 
 
 @intrinsic(prefer_literal=True)
-def decode_elements(typingctx, codes, first, second, values, element, dtype, streaming):
+def decode_elements(typingctx, codes, first, second, values, element, dtype, normal, streaming):
     """Decode 32 elements, the first half of them multiplied by one factor and the second by another.
 
-    Streaming stores need elements aligned to a cache line.
+    With ``normal``, the magnitudes of both factors are from `LEAST` to `MOST`. Streaming stores need elements aligned
+    to a cache line.
     """
 
     def codegen(context, builder, signature, args):
+        is_normal, is_streaming = normal.literal_value, streaming.literal_value
         numbers = builder.fpext(_halves(builder, target_of(context), args[0], element.literal_value), vector(FLOAT, 32))
-        if element.literal_value == "E4M3":
+        factors = args[1:3]
+        if element.literal_value == "E4M3" and is_normal:
+            factors = [builder.fmul(factor, FLOAT(256.0)) for factor in factors]
+        elif element.literal_value == "E4M3":
             numbers = builder.fmul(numbers, repeated(256.0, numbers))
-        factors = shuffle(builder, *(broadcast(builder, factor, 16) for factor in args[1:3]), range(32))
-        numbers = _rounded(builder, builder.fmul(numbers, factors), dtype.literal_value)
-        is_streaming = streaming.literal_value
+        factors = shuffle(builder, *(broadcast(builder, factor, 16) for factor in factors), range(32))
+        numbers = _rounded(context, builder, builder.fmul(numbers, factors), dtype.literal_value, normal=is_normal)
         store(builder, numbers, args[3], SIZE_OF_CACHE_LINE if is_streaming else 1, streaming=is_streaming)
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.float32, types.float32, types.int64, element, dtype, streaming), codegen
+    return types.void(
+        types.int64, types.float32, types.float32, types.int64, element, dtype, normal, streaming
+    ), codegen
+
+
+@inner
+def is_normal(factor):
+    """Tell whether a factor gives normal numbers or zeros only."""
+    return LEAST <= abs(factor) <= MOST
 
 
 @intrinsic
@@ -152,7 +176,10 @@ def decode_scaled_rows(element, dtype, has_table, streaming):
                 for _ in range(begin, end):
                     prefetch(block + distance)
                     one, other = factor(job, scale), factor(job, scale + scales_step)
-                    decode_elements(block, one, other, value, element, dtype, streaming)
+                    if is_normal(one) and is_normal(other):
+                        decode_elements(block, one, other, value, element, dtype, True, streaming)
+                    else:
+                        decode_elements(block, one, other, value, element, dtype, False, streaming)
                     block += codes_step
                     scale += 2 * scales_step
                     value += values_step
@@ -163,11 +190,17 @@ def decode_scaled_rows(element, dtype, has_table, streaming):
                 while g < end:
                     same = min(end, g + per_scale - within)
                     one = factor(job, scale)
-                    for _ in range(g, same):
-                        prefetch(block + distance)
-                        decode_elements(block, one, one, value, element, dtype, streaming)
-                        block += codes_step
-                        value += values_step
+                    if is_normal(one):
+                        for _ in range(g, same):
+                            prefetch(block + distance)
+                            decode_elements(block, one, one, value, element, dtype, True, streaming)
+                            block += codes_step
+                            value += values_step
+                    else:
+                        for _ in range(g, same):
+                            decode_elements(block, one, one, value, element, dtype, False, streaming)
+                            block += codes_step
+                            value += values_step
                     scale += scales_step
                     within = 0
                     g = same
@@ -197,7 +230,7 @@ def block_decoder(element, dtype, has_table):
             padded = stack_buffer(32)
             copy_run(block, padded, left, False)
             block = padded
-        decode_elements(block, one, other, values, element, dtype, False)
+        decode_elements(block, one, other, values, element, dtype, False, False)
 
     return decode_one
 
