@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 
 from llvmlite import ir
+from llvmlite.binding import llvm_version_info
 from numba import carray, float32, types
 from numba.extending import intrinsic
 
@@ -27,6 +28,7 @@ from .simd import (
     SIZE_OF_CACHE_LINE,
     broadcast,
     byte_lookup,
+    call,
     constants,
     copy_bytes,
     copy_run,
@@ -47,6 +49,19 @@ RECORD = SCALED_JOB
 """The record that kernels of this file read."""
 
 HALF, FLOAT = ir.HalfType(), ir.FloatType()
+
+
+class BFloatType(ir.HalfType):
+    """LLVM's type of bfloat16, which llvmlite lacks."""
+
+    intrinsic_name = "bf16"
+
+    def __str__(self):
+        return "bfloat"
+
+
+BFLOAT = BFloatType() if llvm_version_info[0] >= 17 else I16
+"""What LLVM's intrinsics take for bfloat16."""
 
 E2M1_AS_E5M2 = [sign | code for sign in (0, 0x80) for code in (0, 0x38, 0x3C, 0x3E, 0x40, 0x42, 0x44, 0x46)]
 """The upper byte of the float16 of each code."""
@@ -80,8 +95,8 @@ def _rounded(context, builder, values, dtype, *, normal):
         return builder.fptrunc(values, vector(HALF, 32))
     if normal and "+avx512bf16" in context.codegen().magic_tuple()[2].split(","):  # flushes subnormal numbers
         halves = [shuffle(builder, values, values, range(begin, begin + 16)) for begin in (0, 16)]
-        signature = ir.FunctionType(vector(I16, 32), [half.type for half in halves])
-        return builder.asm(signature, "vcvtne2ps2bf16 $1, $2, $0", "=v,v,v", halves, False)
+        found = call(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", vector(BFLOAT, 32), *reversed(halves))
+        return builder.bitcast(found, vector(I16, 32))
     bits = builder.bitcast(values, vector(I32, 32))
     even = builder.and_(builder.lshr(bits, repeated(16, bits)), repeated(1, bits))
     bits = builder.add(builder.add(bits, repeated(0x7FFF, bits)), even)
