@@ -51,13 +51,17 @@ RECORD = SCALED_JOB
 HALF, FLOAT = ir.HalfType(), ir.FloatType()
 
 
-class BFloatType(ir.HalfType):
+class BFloatType(ir.Type):
     """LLVM's type of bfloat16, which llvmlite lacks."""
-
-    intrinsic_name = "bf16"
 
     def __str__(self):
         return "bfloat"
+
+    def __eq__(self, other):
+        return isinstance(other, BFloatType)
+
+    def __hash__(self):
+        return hash(BFloatType)
 
 
 BFLOAT = BFloatType() if llvm_version_info[0] >= 17 else I16
