@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 
 from llvmlite import ir
-from llvmlite.binding import llvm_version_info
 from numba import carray, float32, types
 from numba.extending import intrinsic
 
@@ -51,22 +50,6 @@ RECORD = SCALED_JOB
 HALF, FLOAT = ir.HalfType(), ir.FloatType()
 
 
-class BFloatType(ir.Type):
-    """LLVM's type of bfloat16, which llvmlite lacks."""
-
-    def __str__(self):
-        return "bfloat"
-
-    def __eq__(self, other):
-        return isinstance(other, BFloatType)
-
-    def __hash__(self):
-        return hash(BFloatType)
-
-
-BFLOAT = BFloatType() if llvm_version_info[0] >= 17 else I16
-"""What LLVM's intrinsics take for bfloat16."""
-
 E2M1_AS_E5M2 = [sign | code for sign in (0, 0x80) for code in (0, 0x38, 0x3C, 0x3E, 0x40, 0x42, 0x44, 0x46)]
 """The upper byte of the float16 of each code."""
 
@@ -88,19 +71,12 @@ def _halves(builder, target, address, element):
     return builder.bitcast(words, vector(HALF, 32))
 
 
-def _rounded(context, builder, values, dtype, *, normal):
-    """Return 32 float32 numbers as elements of a dtype, rounded to nearest even.
-
-    NaN must have zeros for low bits. With ``normal``, no number is subnormal.
-    """
+def _rounded(builder, target, values, dtype):
+    """Return 32 float32 numbers as elements of a dtype, rounded to nearest even; NaN must have zeros for low bits."""
     if dtype == "float32":
         return values
     if dtype == "float16":
-        return builder.fptrunc(values, vector(HALF, 32))
-    if normal and "+avx512bf16" in context.codegen().magic_tuple()[2].split(","):  # flushes subnormal numbers
-        halves = [shuffle(builder, values, values, range(begin, begin + 16)) for begin in (0, 16)]
-        found = call(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", vector(BFLOAT, 32), *reversed(halves))
-        return builder.bitcast(found, vector(I16, 32))
+        return _as_float16(builder, target, values)
     bits = builder.bitcast(values, vector(I32, 32))
     even = builder.and_(builder.lshr(bits, repeated(16, bits)), repeated(1, bits))
     bits = builder.add(builder.add(bits, repeated(0x7FFF, bits)), even)
@@ -108,40 +84,55 @@ def _rounded(context, builder, values, dtype, *, normal):
     return shuffle(builder, words, words, range(1, 64, 2))
 
 
-LEAST, MOST = 2.0**-109, 2.0**119
-"""Between these magnitudes of factors, products are normal numbers or zeros, and 256 times the factor is finite."""
+def _as_float16(builder, target, values):
+    """Return float16 numbers as words: LLVM would not stream vectors of float16."""
+    if target == "neon":
+        return builder.fptrunc(values, vector(HALF, 32))
+    width = 16 if target == "avx512" else 8
+    parts = [shuffle(builder, values, values, range(begin, begin + width)) for begin in range(0, 32, width)]
+    if target == "avx512":
+        rest = ir.Constant(vector(I16, 16), ir.Undefined), I16(-1)
+        words = [call(builder, "llvm.x86.avx512.mask.vcvtps2ph.512", vector(I16, 16), x, I32(0), *rest) for x in parts]
+    else:
+        words = [call(builder, "llvm.x86.vcvtps2ph.256", vector(I16, 8), x, I32(0)) for x in parts]
+    while len(words) > 1:
+        lanes = range(2 * words[0].type.count)
+        words = [shuffle(builder, *words[i : i + 2], lanes) for i in range(0, len(words), 2)]
+    return words[0]
+
+
+MOST = 2.0**119
+"""Up to this magnitude, 256 times a factor is finite."""
 
 
 @intrinsic(prefer_literal=True)
-def decode_elements(typingctx, codes, first, second, values, element, dtype, normal, streaming):
+def decode_elements(typingctx, codes, first, second, values, element, dtype, small, streaming):
     """Decode 32 elements, the first half of them multiplied by one factor and the second by another.
 
-    With ``normal``, the magnitudes of both factors are from `LEAST` to `MOST`. Streaming stores need elements aligned
+    With ``small``, the magnitudes of both factors are at most `MOST`. Streaming stores need elements aligned
     to a cache line.
     """
 
     def codegen(context, builder, signature, args):
-        is_normal, is_streaming = normal.literal_value, streaming.literal_value
-        numbers = builder.fpext(_halves(builder, target_of(context), args[0], element.literal_value), vector(FLOAT, 32))
+        is_small, is_streaming, target = small.literal_value, streaming.literal_value, target_of(context)
+        numbers = builder.fpext(_halves(builder, target, args[0], element.literal_value), vector(FLOAT, 32))
         factors = args[1:3]
-        if element.literal_value == "E4M3" and is_normal:
+        if element.literal_value == "E4M3" and is_small:
             factors = [builder.fmul(factor, FLOAT(256.0)) for factor in factors]
         elif element.literal_value == "E4M3":
             numbers = builder.fmul(numbers, repeated(256.0, numbers))
         factors = shuffle(builder, *(broadcast(builder, factor, 16) for factor in factors), range(32))
-        numbers = _rounded(context, builder, builder.fmul(numbers, factors), dtype.literal_value, normal=is_normal)
+        numbers = _rounded(builder, target, builder.fmul(numbers, factors), dtype.literal_value)
         store(builder, numbers, args[3], SIZE_OF_CACHE_LINE if is_streaming else 1, streaming=is_streaming)
         return context.get_dummy_value()
 
-    return types.void(
-        types.int64, types.float32, types.float32, types.int64, element, dtype, normal, streaming
-    ), codegen
+    return types.void(types.int64, types.float32, types.float32, types.int64, element, dtype, small, streaming), codegen
 
 
 @inner
-def is_normal(factor):
-    """Tell whether a factor gives normal numbers or zeros only."""
-    return LEAST <= abs(factor) <= MOST
+def is_small(factor):
+    """Tell whether a factor is small enough to be multiplied by 256."""
+    return abs(factor) <= MOST
 
 
 @intrinsic
@@ -195,7 +186,7 @@ def decode_scaled_rows(element, dtype, has_table, streaming):
                 for _ in range(begin, end):
                     prefetch(block + distance)
                     one, other = factor(job, scale), factor(job, scale + scales_step)
-                    if is_normal(one) and is_normal(other):
+                    if is_small(one) and is_small(other):
                         decode_elements(block, one, other, value, element, dtype, True, streaming)
                     else:
                         decode_elements(block, one, other, value, element, dtype, False, streaming)
@@ -209,7 +200,7 @@ def decode_scaled_rows(element, dtype, has_table, streaming):
                 while g < end:
                     same = min(end, g + per_scale - within)
                     one = factor(job, scale)
-                    if is_normal(one):
+                    if is_small(one):
                         for _ in range(g, same):
                             prefetch(block + distance)
                             decode_elements(block, one, one, value, element, dtype, True, streaming)
