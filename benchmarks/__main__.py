@@ -34,6 +34,7 @@ SECTIONS = {
     "conversion": "conversion.measure",
     "sizes": "scaling.sizes",
     "threads": "scaling.threads",
+    "scaled": "scaled.measure",
     "cuda": "cuda.measure",
 }
 """The module and the function that measure each section: called with the options, they return rows."""
@@ -70,7 +71,7 @@ def main() -> None:
             "machine": machine(*PACKAGES),
             "threads": options.threads,
             "rounds": options.rounds,
-            "rows": getattr(measure, function)(options),
+            "rows": list(getattr(measure, function)(options)),
         }
         if name == "cuda":
             results[name]["device"] = measure.device()

@@ -90,6 +90,11 @@ class BlockArray:
         raise NotImplementedError
 
     @property
+    def multiple(self) -> int:
+        """Values along the last axis at multiples of which the array is best cut."""
+        return self.block_size
+
+    @property
     def device(self) -> str:
         """Where the packed bytes are: ``"cpu"``, or ``"cuda:0"`` or another."""
         return device_of(self.blocks)
@@ -195,5 +200,5 @@ class BlockArray:
         >>> [index for index, chunk in packed.iter_chunks(256)]
         [(slice(0, 2, None), slice(0, 64, None)), (slice(2, 3, None), slice(0, 64, None))]
         """
-        for index in split(self.shape, decoded_dtype(dtype).itemsize, parse_bytes(max_bytes), (self.block_size,)):
+        for index in split(self.shape, decoded_dtype(dtype).itemsize, parse_bytes(max_bytes), (self.multiple,)):
             yield index, self[index]

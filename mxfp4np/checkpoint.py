@@ -24,9 +24,10 @@ from .format import as_dtype, decoded_dtype
 from .layouts.find import Documents, split_gate_up, stored_of
 from .layouts.names import Names, as_names, find_named
 from .layouts.others import Others
-from .layouts.packed import PackedReader, PackedTensor, TensorInfo
-from .layouts.resolve import Resolver
+from .layouts.packed import TensorInfo
+from .layouts.resolve import Resolver, Tensor
 from .layouts.table import LAYOUTS
+from .scaled import ScaledArray
 from .shapes import split_both
 from .storage.discover import PathLike, find_files, open_file
 from .storage.index import merge_tensors
@@ -154,10 +155,10 @@ class Checkpoint(Mapping[str, Any]):
         documents = Documents(self.metadata, self._read_beside)
         names = as_names({} if names is None else names, self._stored)
         self._others = Others(self._stored, documents)
-        self._tensors = find_named(self._stored, documents, names, self._others)
+        self._tensors = find_named(self._stored, documents, names, self._others, self._others.found.values())
         self._reopen = partial(Checkpoint, self.index or self.files, self.device, io=io, layout=layout, names=names)
         self._resolver = Resolver(self._others, documents, layout)
-        self._resolved: dict[str, PackedTensor | StoredTensor] = {}
+        self._resolved: dict[str, Tensor] = {}
         if layout is not None:
             self._check_forced(layout)
         for finding in self.findings if not found.named else ():
@@ -242,9 +243,9 @@ class Checkpoint(Mapping[str, Any]):
         tensor, rows = self._find(name)
         shape = list(tensor.shape)
         if rows is not None:
-            axis = -2 if isinstance(tensor, PackedTensor) else -1
+            axis = -1 if isinstance(tensor, StoredTensor) else -2
             shape[axis] = len(range(shape[axis])[rows])
-        if isinstance(tensor, PackedTensor):
+        if not isinstance(tensor, StoredTensor):
             return TensorInfo(
                 name, tuple(shape), tensor.format, tensor.layout.name, tensor.stored, tensor.reason, tensor.format
             )
@@ -261,7 +262,7 @@ class Checkpoint(Mapping[str, Any]):
         if name not in self._tensors:
             raise TensorNotFoundError(self._not_found(name))
         tensor = self._tensors[name]
-        return (tensor,) if isinstance(tensor, StoredTensor) else stored_of(tensor)
+        return stored_of(tensor)
 
     def changed_files(self) -> list[Path]:
         """Return the files that are no longer those that were opened."""
@@ -336,7 +337,7 @@ class Checkpoint(Mapping[str, Any]):
             self.info(name).check_values(dtype if out is None else getattr(out, "dtype", None))
             array = self._read_plain(tensor, rows, index)
             return self._convert(array.swapaxes(-1, -2) if transpose else array, dtype, out)
-        reader = PackedReader(tensor, rows)
+        reader = tensor.reader(rows)
         where = self._where(backend, num_threads)
         if not reader.copies:
             packed = reader.array if index is None else reader.array[index]
@@ -349,24 +350,25 @@ class Checkpoint(Mapping[str, Any]):
                 reader.load(chunk).decode(out=target[place][within], **where)
         return out
 
-    def packed(self, name: str) -> MXFP4Array:
-        """Return a packed tensor without decoding it: a view of the file.
+    def packed(self, name: str) -> MXFP4Array | ScaledArray:
+        """Return a tensor of MXFP4, FP8, MXFP8 or NVFP4 without decoding it: a view of the file.
 
-        Scales are a copy if they are not stored as E8M0 in rows: torchao's swizzled ones, and those of Quark's old
-        ``mx``.
+        Scales are a copy if they are not stored as they are used: swizzled ones, those of FP8, which are few, and those
+        of Quark's old ``mx``.
 
         Raises
         ------
         TensorNotFoundError
             If there is no such tensor.
         LayoutError
-            If it is not packed, if its codes and scales do not fit each other, or if it could have several layouts.
+            If it is of no such format, if its codes and scales do not fit each other, or if it could have several
+            layouts.
         """
-        if (info := self.info(name)).format != "MXFP4":
+        array = self.blocks(name) if (info := self.info(name)).layout else None
+        if not isinstance(array, MXFP4Array | ScaledArray):
             found = info.format or f"plain {info.dtype}"
-            raise LayoutError(f"{info.stored[0].file.path}: tensor {name!r} is {found}, not MXFP4: use get()")
-        packed: MXFP4Array = self.blocks(name)
-        return packed
+            raise LayoutError(f"{info.stored[0].file.path}: tensor {name!r} is {found}, not packed: use get()")
+        return array
 
     def blocks(self, name: str) -> Any:
         """Return a tensor that is decoded, whatever its format, before it is: an `MXFP4Array` or another `BlockArray`.
@@ -377,8 +379,8 @@ class Checkpoint(Mapping[str, Any]):
             Of a tensor with a layout.
         """
         tensor, rows = self._find(name)
-        assert isinstance(tensor, PackedTensor)
-        reader = PackedReader(tensor, rows)
+        assert not isinstance(tensor, StoredTensor)
+        reader = tensor.reader(rows)
         return reader.load(reader.array)
 
     def chunks(
@@ -441,8 +443,8 @@ class Checkpoint(Mapping[str, Any]):
                 chunk = self._read_plain(tensor, rows, index or ...)
                 yield place, chunk.swapaxes(-1, -2) if transpose else chunk
             return
-        reader = PackedReader(tensor, rows)
-        shape, multiple = reader.array.shape, reader.array.block_size
+        reader = tensor.reader(rows)
+        shape, multiple = reader.array.shape, reader.array.multiple
         itemsize = decoded_dtype("bfloat16" if dtype is None else dtype).itemsize
         for place, index in split_both(shape, itemsize, max_bytes, transpose=transpose, multiple=multiple):
             yield place, reader.load(reader.array[index])
@@ -487,7 +489,7 @@ class Checkpoint(Mapping[str, Any]):
             f"{', '.join(detected) or 'no packed tensor'}"
         )
 
-    def _find(self, name: str) -> tuple[PackedTensor | StoredTensor, slice | None]:
+    def _find(self, name: str) -> tuple[Tensor, slice | None]:
         """Return a tensor, and which of its rows the name stands for, None for all."""
         rows = None
         if not isinstance(name, str) or name not in self._tensors:
@@ -507,7 +509,7 @@ class Checkpoint(Mapping[str, Any]):
         if not isinstance(name, str):
             return f"{where}: names are strings"
         if name in self._stored:
-            packed = ((whole, found) for whole, found in self._tensors.items() if isinstance(found, list))
+            packed = ((whole, x) for whole, x in self._tensors.items() if not isinstance(x, StoredTensor))
             whole = next((whole for whole, found in packed if name in [half.name for half in stored_of(found)]), None)
             if whole is None:
                 return f"{where}: it was given another name, and is in .stored under this one"

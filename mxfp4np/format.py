@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 if TYPE_CHECKING:
-    from numpy.typing import DTypeLike
+    from numpy.typing import DTypeLike, NDArray
 
 BLOCK_SIZE: Final = 32
 """Elements that share one scale."""
@@ -49,6 +49,15 @@ RULES: Final = ("even", "floor", "rceil", "ceil")
 DTYPES: Final = ("bfloat16", "float16", "float32")
 """Names of the dtypes that MXFP4 decodes to, and is encoded from."""
 
+ELEMENTS: Final = {
+    "E2M1": None,
+    "E4M3": "float8_e4m3fn",
+    "E5M2": "float8_e5m2",
+    "E4M3FNUZ": "float8_e4m3fnuz",
+    "E5M2FNUZ": "float8_e5m2fnuz",
+}
+"""Element formats of weights that have scales, and the dtype of ml_dtypes that defines each; E2M1 is four bits wide."""
+
 FLOAT8: Final = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
 """Names of the one-byte dtypes of ml_dtypes that checkpoints use."""
 
@@ -62,6 +71,38 @@ def dtype_named(name: str) -> np.dtype[Any]:
         dtype: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
         return dtype
     return np.dtype(name)
+
+
+@functools.cache
+def element_values(element: str) -> NDArray[np.float32]:
+    """Return the value of each code of an element format: 16 of E2M1, 256 of the others.
+
+    Examples
+    --------
+    >>> element_values("E4M3")[[1, 0x38, 0x7E, 0x80]]
+    array([ 1.953125e-03,  1.000000e+00,  4.480000e+02, -0.000000e+00],
+          dtype=float32)
+    """
+    name = ELEMENTS[element]
+    if name is None:
+        return np.array(FP4_VALUES, np.float32)
+    return np.arange(256, dtype=np.uint8).view(dtype_named(name)).astype(np.float32)
+
+
+@functools.cache
+def scale_values(dtype: str) -> NDArray[np.float32]:
+    """Return the value of each byte of a scale: of uint8 as E8M0, of float8_e4m3fn as that.
+
+    Examples
+    --------
+    >>> scale_values("uint8")[[0, 127, 254]]
+    array([5.8774718e-39, 1.0000000e+00, 1.7014118e+38], dtype=float32)
+    """
+    if dtype == "uint8":
+        values = np.ldexp(np.ones(256, np.float32), np.minimum(np.arange(256), 254) - SCALE_BIAS)
+        values[SCALE_NAN] = np.nan
+        return np.asarray(values, np.float32)
+    return np.arange(256, dtype=np.uint8).view(dtype_named(dtype)).astype(np.float32)
 
 
 @functools.cache

@@ -4,6 +4,7 @@ All but the last tests need a device and are skipped without one.
 """
 
 import gc
+import itertools
 import json
 import re
 import sys
@@ -11,6 +12,7 @@ import threading
 import types
 from unittest import mock
 
+import ml_dtypes
 import numpy as np
 import pytest
 from contract import (
@@ -36,6 +38,7 @@ from mxfp4np.backends.cuda import driver, kernels, staging
 from mxfp4np.backends.cuda.cupy import working_cupy
 from mxfp4np.cli import bench
 from mxfp4np.format import RULES
+from mxfp4np.scaled import ScaledArray
 
 try:
     import cupy
@@ -93,6 +96,61 @@ def test_every_byte_under_every_scale(dtype, order):
     assert_same_bits(transposed.get().T, expected)
     host = mxfp4np.MXFP4Array(blocks, scales, order)
     assert_same_bits(host.decode(dtype, device="cuda").get(), expected)
+
+
+ELEMENTS = ["E4M3", "E5M2", "E2M1"]
+TILES = [(1, 16), (1, 32), (128, 128), (1, 1 << 20), (1 << 20, 1 << 20)]
+
+
+def scaled(element, shape, tile, kind, seed=0):
+    """Return an array of all codes, with scales of a kind."""
+    rng = np.random.default_rng(seed)
+    *lead, rows, columns = shape
+    tile = min(tile[0], rows), min(tile[1], columns)
+    nbytes = columns // 2 if element == "E2M1" else columns
+    codes = rng.integers(0, 256, (*lead, rows, nbytes), np.uint8)
+    places = (*lead, -(-rows // tile[0]), -(-columns // tile[1]))
+    scales = rng.integers(0, 256, places, np.uint8)
+    if kind == "float32":
+        scales = rng.integers(0, 1 << 32, places, np.uint32).view(np.float32)
+    second = np.float32(0.3) if kind == "float8_e4m3fn" else None
+    scales = scales if kind in ("uint8", "float32") else scales.view(getattr(ml_dtypes, kind))
+    return ScaledArray(codes, scales, element, tile, second, divide=True)
+
+
+@marked
+@pytest.mark.parametrize("kind", ["uint8", "float8_e4m3fn", "float32"])
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("element", ELEMENTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_elements_with_scales(dtype, element, tile, kind):
+    for shape in ((2, 150, 256), (3, 5, 7, 96), (40, 50)):
+        array = scaled(element, shape, tile, kind)
+        for index in ((), np.s_[..., 1:, :], np.s_[..., 3:45], np.s_[..., ::2, 16:48]):
+            part = array[index]
+            expected = part.decode(dtype, backend="numpy")
+            assert_same_bits(part.decode(dtype, device="cuda").get(), expected)
+            assert_same_bits(part.decode(dtype, device="cuda", transpose=True).get(), expected.swapaxes(-1, -2))
+        out = poisoned((*shape[:-1], shape[-1] + 8), dtype)[..., : shape[-1]]
+        assert_same_bits(array.decode(out=out).get(), array.decode(dtype, backend="numpy"))
+
+
+@marked
+@pytest.mark.parametrize("element", ELEMENTS)
+def test_elements_on_the_device(element):
+    host = scaled(element, (3, 64, 128), (1, 32), "uint8")
+    array = ScaledArray(cupy.asarray(host.blocks), cupy.asarray(host.scales), element)
+    assert array.device == "cuda:0"
+    assert_same_bits(array[1:, :, 7:].decode("float32").get(), host[1:, :, 7:].decode("float32", backend="numpy"))
+    assert_same_bits(array.decode("bfloat16").get(), host.decode("bfloat16", backend="numpy"))
+
+
+@marked
+def test_elements_in_parts(monkeypatch):
+    monkeypatch.setattr(driver, "STAGED_BYTES", 10_000)
+    for element, tile in itertools.product(ELEMENTS, TILES):
+        array = scaled(element, (3, 200, 256), tile, "float32")
+        assert_same_bits(array.decode(device="cuda").get(), array.decode(backend="numpy"))
 
 
 @marked

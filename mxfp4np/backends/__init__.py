@@ -80,6 +80,47 @@ class Backend(Protocol):
         """
         ...
 
+    def decode_scaled(
+        self,
+        codes: NDArray[np.uint8],
+        scales: NDArray[Any],
+        out: NDArray[Any],
+        *,
+        element: str,
+        width: int,
+        tile_rows: int = 1,
+        first_row: int = 0,
+        table: NDArray[np.float32] | None = None,
+        start: int = 0,
+        fresh: bool = False,
+        num_threads: int | None = None,
+    ) -> None:
+        """Decode elements that are multiplied by scales, in float32, and rounded once into ``out``.
+
+        Parameters
+        ----------
+        codes : (..., B) uint8
+            Rows of codes, a byte each or, of E2M1, two to a byte, the low one first. Any strides.
+        scales : (..., G) float32 or uint8
+            Factors, or bytes for which ``table`` has them. Any strides, 0 included.
+        out : (..., L) bfloat16, float16 or float32
+            All of it is written. Any strides. Shares no memory with the inputs.
+        element : str
+            One of `mxfp4np.format.ELEMENTS`.
+        width : int
+            Elements of a row that share a scale.
+        tile_rows, first_row : int
+            Rows that share a scale, and how many of the first scales' rows are left out: row ``n`` has the scales
+            ``scales[..., (first_row + n) // tile_rows, :]``.
+        table : (256,) float32, optional
+            The factors of scales that are bytes.
+        start : int
+            Elements of each row's first group to skip. ``start + L`` elements need exactly ``G`` scales.
+        fresh, num_threads
+            As in `decode`.
+        """
+        ...
+
     def encode(
         self,
         x: NDArray[Any],

@@ -54,6 +54,19 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     return np.ndarray(shape, dtype, memory.data, -address_of(memory) % ALIGNMENT)
 
 
+def scales_by_row(scales: Any, rows: int, tile_rows: int, first_row: int) -> Any:
+    """Return the scales of each row, where ``tile_rows`` rows share them; see `Backend.decode_scaled`.
+
+    Examples
+    --------
+    >>> scales_by_row(np.array([[5], [7]]), 4, 3, 1).ravel()
+    array([5, 5, 7, 7])
+    """
+    if tile_rows == 1:
+        return scales
+    return scales[..., np.arange(first_row, first_row + rows) // tile_rows, :]
+
+
 def type_of(value: object) -> str:
     """Return the name of a value's type, with its module.
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..format import BLOCK_SIZE, FP4_BOUNDS, FP4_VALUES, SCALE_BIAS, SCALE_NAN
-from .memory import HostBackend
+from ..format import BLOCK_SIZE, FP4_BOUNDS, FP4_VALUES, SCALE_BIAS, SCALE_NAN, element_values
+from .memory import HostBackend, scales_by_row
 
 BLOCKS_AT_ONCE = 1 << 15
 """Bounds the float64 temporaries to a few tens of MB."""
@@ -49,6 +49,38 @@ class ReferenceBackend(HostBackend):
                 begin, skip = (BLOCK_SIZE * g - start, 0) if g else (0, start)
                 end = BLOCK_SIZE * (g + BLOCKS_AT_ONCE) - start
                 _decode(blocks[g : g + BLOCKS_AT_ONCE], scales[g : g + BLOCKS_AT_ONCE], out[begin:end], skip, order)
+
+    def decode_scaled(
+        self,
+        codes: NDArray[np.uint8],
+        scales: NDArray[Any],
+        out: NDArray[Any],
+        *,
+        element: str,
+        width: int,
+        tile_rows: int = 1,
+        first_row: int = 0,
+        table: NDArray[np.float32] | None = None,
+        start: int = 0,
+        fresh: bool = False,  # noqa: ARG002
+        num_threads: int | None = None,  # noqa: ARG002
+    ) -> None:
+        scales = scales_by_row(scales, out.shape[-2] if out.ndim > 1 else 1, tile_rows, first_row)
+        if out.size > BLOCK_SIZE * BLOCKS_AT_ONCE and out.ndim > 1:
+            step = max(1, BLOCK_SIZE * BLOCKS_AT_ONCE * len(out) // out.size)
+            for i in range(0, len(out), step):
+                part = i if step == 1 else slice(i, i + step)
+                rows = codes[part], scales[part], out[part]
+                self.decode_scaled(*rows, element=element, width=width, table=table, start=start)
+            return
+        if element == "E2M1":
+            codes = np.stack([codes & 0x0F, codes >> 4], axis=-1).reshape(*codes.shape[:-1], -1)
+        places = np.arange(start, start + out.shape[-1])
+        values = element_values(element)[codes[..., places]]
+        factors = scales if table is None else table[scales]
+        with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+            values *= factors[..., places // width]
+            out[...] = values.astype(out.dtype)
 
     def encode(
         self,

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
-from functools import partial
-from typing import Any, Final, NamedTuple
+from functools import cached_property, partial
+from typing import Any, Final, NamedTuple, Protocol
 
 from ..errors import CheckpointError, LayoutError
 from ..format import BYTES_PER_BLOCK
@@ -17,6 +17,9 @@ from ..storage.jsonfile import parse_json
 from ..storage.tensorfile import StoredTensor
 from ..text import CELL_WIDTH, shorten
 from .table import LAYOUTS, METADATA, Layout
+
+TILE_KEYS: Final = ("weight_block_size", "block_structure", "block_size")
+"""Keys of documents that say which values share a scale of FP8: rows and columns."""
 
 GATE_UP: Final = {"/gate": slice(0, None, 2), "/up": slice(1, None, 2)}
 """Suffixes of a name for one half of its rows, if gate and up alternate."""
@@ -48,6 +51,27 @@ class Documents:
                 if None not in matches:
                     return f"{evidence.source}: {', '.join(filter(None, matches)) or 'is there'}"
         return None
+
+    @cached_property
+    def tiles(self) -> list[tuple[int, int]]:
+        """The rows and columns of values that share a scale, by config.json and hf_quant_config.json."""
+        found: dict[tuple[int, int], None] = {}
+        left = [self._document(name, "") for name in ("config.json", "hf_quant_config.json")]
+        while left:
+            value = left.pop()
+            if isinstance(value, dict):
+                for key in TILE_KEYS:
+                    match value.get(key):
+                        case [int(rows), int(columns)] if rows > 0 and columns > 0:
+                            found[rows, columns] = None
+                left += value.values()
+            elif isinstance(value, list):
+                left += value
+        return list(found)
+
+    def is_swizzled(self, name: str) -> bool:
+        """Return whether the header says that the scales of a logical tensor are swizzled."""
+        return "true" in self.values(METADATA, name, "is_swizzled_scales")
 
     def contradict(self, layout: Layout, name: str) -> bool:
         """Return whether the header has metadata of this tensor that does not match a layout."""
@@ -116,9 +140,31 @@ class Candidate(NamedTuple):
         return tuple(filter(None, (self.codes, self.scales)))
 
 
-def stored_of(candidates: Iterable[Candidate]) -> tuple[StoredTensor, ...]:
-    """Return the stored tensors of all candidates."""
-    return tuple(dict.fromkeys(tensor for candidate in candidates for tensor in candidate.stored))
+class Several(Protocol):
+    """Stored tensors that are known to be one tensor."""
+
+    @property
+    def stored(self) -> tuple[StoredTensor, ...]:
+        """The stored tensors."""
+        ...
+
+    @property
+    def logical(self) -> str:
+        """The logical name."""
+        ...
+
+
+Found = StoredTensor | list[Candidate] | Several
+"""What is found for a logical name."""
+
+
+def stored_of(found: Found) -> tuple[StoredTensor, ...]:
+    """Return all stored tensors of what is found for a name."""
+    if isinstance(found, StoredTensor):
+        return (found,)
+    if isinstance(found, list):
+        return tuple(dict.fromkeys(tensor for candidate in found for tensor in candidate.stored))
+    return found.stored
 
 
 _CODES: Final = {dtype: [x for x in LAYOUTS if dtype in x.codes_dtypes] for y in LAYOUTS for dtype in y.codes_dtypes}
@@ -128,11 +174,14 @@ _SCALES: Final = {
 
 
 def find_tensors(
-    stored: Mapping[str, StoredTensor], documents: Documents, others: Container[str] = ()
-) -> dict[str, StoredTensor | list[Candidate]]:
+    stored: Mapping[str, StoredTensor],
+    documents: Documents,
+    others: Container[str] = (),
+    several: Iterable[Several] = (),
+) -> dict[str, Found]:
     """Return the logical tensors, in stored order: the candidates of those that seem packed, all others as they are.
 
-    ``others`` are the names of stored tensors that are not MXFP4.
+    ``others`` are the names of stored tensors that are not MXFP4; ``several`` are known to be one tensor.
 
     Raises
     ------
@@ -151,13 +200,18 @@ def find_tensors(
                     candidates.append(candidate)
                     for part in candidate.stored:
                         names[part.name] = name
-    found: dict[str, StoredTensor | list[Candidate]] = {}
+    whole: dict[str, Found] = dict(packed)
+    for tensors in several:
+        names |= dict.fromkeys((part.name for part in tensors.stored), tensors.logical)
+        if whole.setdefault(tensors.logical, tensors) is not tensors:
+            raise _same_name(tensors.stored, stored_of(whole[tensors.logical]), tensors.logical)
+    found: dict[str, Found] = {}
     for tensor in stored.values():
         name = names.get(tensor.name, tensor.name)
-        value = packed[name] if tensor.name in names else tensor
+        value = whole[name] if tensor.name in names else tensor
         other = found.setdefault(name, value)
         if other is not value:
-            raise _same_name((tensor,), (other,) if isinstance(other, StoredTensor) else stored_of(other), name)
+            raise _same_name((tensor,), stored_of(other), name)
     return found
 
 
@@ -216,7 +270,7 @@ def _one_scale_per_block(codes: StoredTensor, scales: StoredTensor) -> bool:
     return (*rows, length // BYTES_PER_BLOCK) == scales.shape and length % BYTES_PER_BLOCK == 0
 
 
-def split_gate_up(name: object, tensors: Mapping[str, StoredTensor | list[Candidate]]) -> tuple[str, slice] | None:
+def split_gate_up(name: object, tensors: Mapping[str, Found]) -> tuple[str, slice] | None:
     """Return the tensor and the rows that a name such as ``"x.mlp1_weight/gate"`` stands for; None if it is not one."""
     if not isinstance(name, str):
         return None

@@ -5,13 +5,13 @@ A pair is checked as that of any layout; what is not named is found by the table
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
 from ..errors import LayoutError
 from ..storage.tensorfile import StoredTensor
-from .find import Candidate, Documents, find_tensors
+from .find import Candidate, Documents, Found, Several, find_tensors
 from .table import Layout
 
 Names = Mapping[str, str | Sequence[str]]
@@ -32,10 +32,14 @@ def as_names(names: Names | Callable[[str], str], stored: Mapping[str, StoredTen
 
 
 def find_named(
-    stored: Mapping[str, StoredTensor], documents: Documents, names: Names, others: Container[str] = ()
-) -> dict[str, StoredTensor | list[Candidate]]:
+    stored: Mapping[str, StoredTensor],
+    documents: Documents,
+    names: Names,
+    others: Container[str] = (),
+    several: Iterable[Several] = (),
+) -> dict[str, Found]:
     """Return the logical tensors, as `find_tensors`. Names of which nothing is stored are left out."""
-    pairs: dict[str, StoredTensor | list[Candidate]] = {}
+    pairs: dict[str, list[Candidate]] = {}
     renamed: dict[str, str] = {}
     for name, given in names.items():
         halves = [given] if isinstance(given, str) else list(given) if isinstance(given, list | tuple) else []
@@ -50,12 +54,14 @@ def find_named(
             codes, scales = (stored[half] for half in halves)
             layout = replace(_PAIR, blocks_axis=len(codes.shape) > len(scales.shape))
             pairs[name] = [Candidate(layout, codes, scales)]
-    taken = {half.name for pair in pairs.values() if isinstance(pair, list) for half in pair[0].stored}
-    rest = find_tensors({name: tensor for name, tensor in stored.items() if name not in taken}, documents, others)
+    taken = {half.name for pair in pairs.values() for half in pair[0].stored}
+    several = [x for x in several if not any(half.name in taken for half in x.stored)]
+    left = {name: tensor for name, tensor in stored.items() if name not in taken}
+    rest = find_tensors(left, documents, others, several)
     found = [(renamed.get(name, name), tensor) for name, tensor in rest.items()]
     for half in (renamed.keys() & stored.keys()) - rest.keys():
         raise LayoutError(f"names: {renamed[half]!r}: {half!r} is half of a pair: name both, codes and scales")
-    result = pairs | dict(found)
+    result: dict[str, Found] = {**pairs, **dict(found)}
     if len(result) < len(pairs) + len(found):
         raise LayoutError("names: two tensors would have the same name")
     if names and not pairs and not renamed.keys() & rest.keys():

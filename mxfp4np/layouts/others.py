@@ -1,7 +1,7 @@
 """Name the format of tensors that are quantised, but not as MXFP4: FP8, NVFP4, GPTQ and others.
 
-Headers decide: names, dtypes, and how many codes share a scale. Documents are read where headers do not tell. Nothing
-here is decoded: the tensors stay as they are stored, under their own names.
+Headers decide: names, dtypes, and how many codes share a scale. Documents are read where headers do not tell. FP8,
+MXFP8 and NVFP4 are decoded, see `scaled`; other tensors stay as they are stored, under their own names.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Final, NamedTuple
 from ..format import BYTES_PER_BLOCK
 from ..storage.tensorfile import DTYPES, StoredTensor
 from .find import Documents
+from .scaled import DECODED, ScaledCandidate
+from .table import SCALED_LAYOUTS, ScaledLayout
 
 _FLOAT8: Final = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 _FLOAT6: Final = ("F6_E2M3", "F6_E3M2")
@@ -24,21 +26,7 @@ _PACKED: Final = ("U8", "I8", "U32", "I32", "F4", *_FLOAT6, *_FLOAT8)
 _EXPONENTS: Final = ("U8", "F8_E8M0")
 _FLOATS: Final = ("F64", "F32", "F16", "BF16")
 
-_SCALES: Final = {
-    ".weight": (
-        ".weight_scale_inv",
-        ".weight_scale",
-        ".scale",
-        ".scales",
-        ".qscale_weight",
-        ".scale_weight",
-        ".SCB",
-    ),
-    ".weight_packed": (".weight_scale",),
-    "._weight_qdata": ("._weight_scale", "._weight_scale_and_zero"),
-    "": ("_scale_inv", "_weight_scale_inv", "_weight_scale", "_scale"),
-}
-"""Suffixes of codes, and of what may be their scales; the last is for weights without a suffix, as fused experts."""
+_SCALED: Final = {known.codes: [x for x in SCALED_LAYOUTS if x.codes == known.codes] for known in SCALED_LAYOUTS}
 
 _SECOND_SCALES: Final = ("_scale_2", "_global_scale", "_per_tensor_scale")
 """Suffixes of NVFP4's second scale, after the name of the weight; other formats have none."""
@@ -79,12 +67,15 @@ class Others:
     ----------
     scales : set of str
         Stored names of the scales that belong to the codes.
+    found : dict of str to ScaledCandidate
+        Codes and scales of formats that are decoded, by the names of the codes.
     """
 
     def __init__(self, stored: Mapping[str, StoredTensor], documents: Documents) -> None:
         self._stored, self._documents = stored, documents
         self.scales: set[str] = set()
         self._formats: dict[str, str] = {}
+        self.found: dict[str, ScaledCandidate] = {}
         for tensor in stored.values():
             stem, dot, last = tensor.name.rpartition(".")
             found = self._signature(tensor, stem, dot + last)
@@ -125,21 +116,28 @@ class Others:
 
     def _scaled(self, codes: StoredTensor, stem: str, suffix: str) -> str | None:
         """Return the format of codes that have scales beside them, which say what it is."""
-        for scales in self._scales_of(codes, stem, suffix):
+        for layout, scales in self._scales_of(codes, stem, suffix):
             found = self._format_of_pair(codes, scales)
+            if found in DECODED:
+                names = codes.name.removesuffix(layout.codes) + layout.second, f"{stem}.comfy_quant"
+                second = self._stored.get(names[0]) if found == "NVFP4" and layout.second else None
+                high_first = found == "NVFP4" and names[1] in self._stored
+                self.found[codes.name] = ScaledCandidate(layout, found, codes, scales, second, high_first)
             if found:
                 self.scales.add(scales.name)
                 return found
         return None
 
-    def _scales_of(self, codes: StoredTensor, stem: str, suffix: str) -> Iterator[StoredTensor]:
-        stem, names = (stem, _SCALES[suffix]) if suffix in _SCALES else (codes.name, _SCALES[""])
-        yield from (self._stored[stem + name] for name in names if stem + name in self._stored)
+    def _scales_of(self, codes: StoredTensor, stem: str, suffix: str) -> Iterator[tuple[ScaledLayout, StoredTensor]]:
+        stem, layouts = (stem, _SCALED[suffix]) if suffix in _SCALED else (codes.name, _SCALED[""])
+        for layout in layouts:
+            if (scales := self._stored.get(stem + layout.scales)) is not None:
+                yield layout, scales
         if suffix == ".weight" and codes.dtype in _FLOAT8:  # one scale for several tensors
             parent = stem.rpartition(".")[0]
             shared = self._stored.get(f"{parent}.weight_scale")
             if shared is not None and math.prod(shared.shape) == 1:
-                yield shared
+                yield layouts[1], shared
 
     def _format_of_pair(self, codes: StoredTensor, scales: StoredTensor) -> str | None:
         *rows, length = codes.byte_shape

@@ -96,17 +96,43 @@ class PackedTensor(NamedTuple):
         """The stored tensors it consists of."""
         return (self.codes,) if self.scales is None else (self.codes, self.scales)
 
+    def reader(self, rows: slice | None = None) -> Reader:
+        """Return a reader of the tensor, or of some of its rows."""
+        return PackedReader(self, rows)
 
-class PackedReader:
-    """Reads a packed tensor, or ``rows`` of its last axis but one: index `array`, then `load` the part that is needed.
+
+class Reader:
+    """Reads a tensor, or ``rows`` of its last axis but one: index `array`, then `load` the part that is needed.
 
     Attributes
     ----------
-    array : MXFP4Array or GGUFArray
+    array : BlockArray
         The whole tensor, or its ``rows``: a view of the map, or of reserved memory that is never read.
     copies : bool
         Whether `load` reads into new memory, not from a map.
     """
+
+    array: BlockArray
+    copies: bool
+
+    def views(self, index: Any) -> tuple[Shape, list[tuple[Any, BlockArray]]]:
+        """Return what an index selects of `array`: its shape, and views of it by their places in the selection.
+
+        It is one view, unless the index has lists or masks.
+        """
+        if index is None or not is_advanced(index):
+            view = self.array[() if index is None else index]
+            return view.shape, [((), view)]
+        shape, pairs = basic_indices(full_index(index, self.array.ndim), self.array.shape)
+        return shape, [(place, self.array[basic]) for place, basic in pairs]
+
+    def load(self, part: Any) -> Any:
+        """Return ``part``, any view of `array`, with its bytes in memory or in a map."""
+        raise NotImplementedError
+
+
+class PackedReader(Reader):
+    """Reads a tensor of MXFP4, or of one of GGUF's types."""
 
     def __init__(self, tensor: PackedTensor, rows: slice | None = None) -> None:
         codes, scales, layout = tensor.codes, tensor.scales, tensor.layout
@@ -128,17 +154,6 @@ class PackedReader:
         if rows is not None:
             self.array = self.array[..., rows, :]
         self.copies = codes.file.io == "pread"
-
-    def views(self, index: Any) -> tuple[Shape, list[tuple[Any, BlockArray]]]:
-        """Return what an index selects of `array`: its shape, and views of it by their places in the selection.
-
-        It is one view, unless the index has lists or masks.
-        """
-        if index is None or not is_advanced(index):
-            view = self.array[() if index is None else index]
-            return view.shape, [((), view)]
-        shape, pairs = basic_indices(full_index(index, self.array.ndim), self.array.shape)
-        return shape, [(place, self.array[basic]) for place, basic in pairs]
 
     def load(self, part: Any) -> Any:
         """Return ``part``, any view of `array`, with its bytes in memory or in a map, and its scales as E8M0."""

@@ -12,11 +12,15 @@ from typing import Final
 from ..errors import LayoutError
 from ..storage.tensorfile import DTYPES, StoredTensor
 from ..text import CELL_WIDTH, shorten
-from .find import Candidate, Documents
+from .find import Candidate, Documents, Found
 from .gguf import block_of
 from .others import Others
 from .packed import PackedTensor, swizzled_shape
+from .scaled import ScaledCandidate, ScaledTensor
 from .table import LAYOUTS, METADATA, Layout, Shape
+
+Tensor = PackedTensor | ScaledTensor | StoredTensor
+"""A logical tensor of a known layout, or a stored one that is plain or not decoded."""
 
 _GGUF: Final = next(layout for layout in LAYOUTS if layout.name == "gguf")
 
@@ -27,7 +31,7 @@ class Resolver:
     def __init__(self, others: Others, documents: Documents, forced: str | None) -> None:
         self._others, self._documents, self._forced = others, documents, forced
 
-    def resolve(self, name: str, found: StoredTensor | Sequence[Candidate]) -> PackedTensor | StoredTensor:
+    def resolve(self, name: str, found: Found) -> Tensor:
         """Return a logical tensor in its layout, or the stored tensor if it is plain, or not decoded.
 
         Raises
@@ -37,6 +41,9 @@ class Resolver:
         """
         if isinstance(found, StoredTensor):
             return self._of_gguf(found)
+        if isinstance(found, ScaledCandidate):
+            return found.resolve(self._documents)
+        assert isinstance(found, list)  # no others are found
         candidates = [x for x in found if x.layout.name == self._forced] or found
         complete = [x for x in candidates if x.codes and x.scales]
         if not complete:  # scales may be in the blocks

@@ -151,6 +151,47 @@ LAYOUTS: Final = (
 )
 
 
+class ScaledLayout(NamedTuple):
+    """A producer's way to name codes of FP8, MXFP8, NVFP4 and others, and their scales."""
+
+    name: str
+    codes: str
+    """Suffixes of the names of codes and scales, as in `Layout`."""
+    scales: str
+    weight: str = ".weight"
+    second: str = ""
+    """Suffix of the name of NVFP4's second scale."""
+    needs_second: bool = False
+    divide: bool = False
+    """Whether scales are divided by the second one."""
+
+
+SCALED_LAYOUTS: Final = (
+    ScaledLayout("fp8-inv", ".weight", ".weight_scale_inv"),
+    ScaledLayout("fp8-scale", ".weight", ".weight_scale", second=".weight_scale_2", needs_second=True),
+    ScaledLayout("deepseek", ".weight", ".scale"),
+    ScaledLayout("mlx", ".weight", ".scales"),
+    ScaledLayout("mistral", ".weight", ".qscale_weight"),
+    ScaledLayout("comfyui", ".weight", ".scale_weight"),
+    ScaledLayout("bitsandbytes", ".weight", ".SCB"),
+    ScaledLayout(
+        "compressed-tensors",
+        ".weight_packed",
+        ".weight_scale",
+        second=".weight_global_scale",
+        needs_second=True,
+        divide=True,
+    ),
+    ScaledLayout("torchao", "._weight_qdata", "._weight_scale", second="._weight_per_tensor_scale"),
+    ScaledLayout("torchao", "._weight_qdata", "._weight_scale_and_zero"),
+    ScaledLayout("fp8-inv", "", "_scale_inv", ""),
+    ScaledLayout("fp8-inv", "", "_weight_scale_inv", ""),
+    ScaledLayout("fp8-scale", "", "_weight_scale", "", second="_weight_scale_2", needs_second=True),
+    ScaledLayout("fp8-scale", "", "_scale", ""),
+)
+"""In the order in which they are tried; the last four are of weights without a suffix, such as stacked experts."""
+
+
 def wants_transpose(layout: str | None, shape: Shape, transpose: str) -> bool:
     """Return whether a tensor of this layout, None if it is plain, and shape is to be transposed, by `TRANSPOSE`."""
     if transpose not in TRANSPOSE:

@@ -149,7 +149,7 @@ def check_numba() -> None:
     build_once("numba", make)
 
 
-def compiled_kernel(module: str, name: str, *constants: int) -> CompiledFunction | None:
+def compiled_kernel(module: str, name: str, *constants: int | str) -> CompiledFunction | None:
     """Return the compiled kernel that the function ``name`` of a module of this package returns for some constants.
 
     A kernel takes the address of a job, a record of the module's dtype ``RECORD``, and processes its units ``start`` to

@@ -12,12 +12,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import BackendUnavailableError
-from ...format import BLOCK_SIZE, BYTES_PER_BLOCK
-from ..memory import ALIGNMENT, HostBackend, address_of, check_shapes, is_transposed, merged_axes
+from ...format import BLOCK_SIZE, BYTES_PER_BLOCK, name_of
+from ..memory import (
+    ALIGNMENT,
+    HostBackend,
+    address_of,
+    check_shapes,
+    is_transposed,
+    merged_axes,
+    scales_by_row,
+)
 from ..reference import ReferenceBackend
 from ..threads import default_num_threads
 from .compiler import CompiledFunction, build_once, compiled_kernel
-from .geometry import GROUP_ROWS, make_job
+from .geometry import COLUMN_ROWS, GROUP_ROWS, SCALED_JOB, make_job
 from .tables import MANTISSA_BITS, NORMAL_SCALES, decode_table, encode_table, word_name
 
 if TYPE_CHECKING:
@@ -44,6 +52,10 @@ PREFETCH_BYTES: Final = 8192
 
 PREFETCH_ROWS, PREFETCH_BLOCKS = 4, 128
 """The prefetch distance where rows have gaps: this many rows, or as many short rows as hold this many blocks."""
+
+
+KERNEL_ELEMENTS: Final = ("E2M1", "E4M3", "E5M2")
+"""Element formats that kernels decode; the reference decodes the others, which no published file has."""
 
 
 class CPUBackend(HostBackend):
@@ -83,6 +95,48 @@ class CPUBackend(HostBackend):
             return ReferenceBackend().decode(blocks, scales, out, start=start, order=order)
         job |= _table(word_name(out.dtype))
         _run(kernel, job, num_threads, columns=columns)
+
+    def decode_scaled(
+        self,
+        codes: NDArray[np.uint8],
+        scales: NDArray[Any],
+        out: NDArray[Any],
+        *,
+        element: str,
+        width: int,
+        tile_rows: int = 1,
+        first_row: int = 0,
+        table: NDArray[np.float32] | None = None,
+        start: int = 0,
+        fresh: bool = False,
+        num_threads: int | None = None,
+    ) -> None:
+        if out.size == 0:
+            return
+        if codes.strides[-1] != 1:
+            codes = np.ascontiguousarray(codes)
+        scales = scales_by_row(scales, out.shape[-2] if out.ndim > 1 else 1, tile_rows, first_row)
+        columns = is_transposed(out)
+        job = _describe_scaled(codes, scales, out, element, width, start, columns=columns)
+        if job is None and out.ndim > 2 and element in KERNEL_ELEMENTS:
+            for rows in zip(codes, scales, out, strict=True):
+                self.decode_scaled(
+                    *rows, element=element, width=width, table=table, start=start, num_threads=num_threads
+                )
+            return
+        kernel = None
+        if job is not None and has_half_precision():
+            constants = element, name_of(out.dtype), table is not None
+            streaming = out.nbytes >= STREAMING_BYTES and not fresh
+            if columns:
+                kernel = compiled_kernel("scaled", "decode_scaled_columns", *constants)
+            else:
+                kernel = compiled_kernel("scaled", _scaled_decoder(job, streaming=streaming), *constants, streaming)
+        if kernel is None or job is None:
+            reference = ReferenceBackend()
+            return reference.decode_scaled(codes, scales, out, element=element, width=width, table=table, start=start)
+        job["table"] = 0 if table is None else address_of(table)
+        _run_units(kernel, make_job(job, SCALED_JOB), job, COLUMN_ROWS if columns else 1, num_threads)
 
     def encode(
         self,
@@ -139,6 +193,32 @@ def stream(
     if job is None or job["blocks_per_row"] != scales.size:
         raise ValueError("expected arrays whose rows follow each other without gaps")
     _run(kernel, job | _table(word_name(out.dtype)), num_threads)
+
+
+def stream_elements(codes: NDArray[np.uint8], out: NDArray[Any], *, num_threads: int | None = None) -> None:
+    """Move the bytes that decoding elements with scales moves, and decode nothing: the limit of that.
+
+    Parameters
+    ----------
+    codes : (..., B) uint8
+    out : (..., B) or (..., 2 * B) bfloat16, float16 or float32
+        Aligned to 64 bytes. Filled with bytes of no meaning. Both are C-contiguous.
+    num_threads : int, optional
+        As for decoding.
+
+    Raises
+    ------
+    BackendUnavailableError
+        If Numba's compiler is switched off.
+    """
+    step = BLOCK_SIZE * codes.size // out.size
+    kernel = compiled_kernel("scaled", "move_scaled", step, out.itemsize)
+    if kernel is None:
+        raise BackendUnavailableError("the limit of memory is measured by compiled code: unset NUMBA_DISABLE_JIT")
+    job = dict.fromkeys(SCALED_JOB.names or (), 0)
+    job |= {"codes": address_of(codes), "values": address_of(out), "prefetch_distance": PREFETCH_BYTES}
+    job |= {"matrices": 1, "rows": 1, "blocks_per_row": out.size // BLOCK_SIZE}
+    _run_units(kernel, make_job(job, SCALED_JOB), job, 1, num_threads)
 
 
 def instruction_set() -> str:
@@ -243,17 +323,88 @@ def _table(name: str, rule: str | None = None) -> dict[str, int]:
 
 def _run(kernel: CompiledFunction, fields: dict[str, int], num_threads: int | None, *, columns: bool = False) -> None:
     """Run a kernel over all units of a job. With ``columns``, a unit is one block of each row in a group of rows."""
-    job = make_job(fields)
+    _run_units(kernel, make_job(fields), fields, GROUP_ROWS if columns else 1, num_threads)
+
+
+def _run_units(
+    kernel: CompiledFunction, job: Any, fields: dict[str, int], group_rows: int, num_threads: int | None
+) -> None:
+    """Run a kernel over all units of a job: blocks, each of as many rows as are in a group."""
     address, _ = job.buffer_info()
-    rows, unit_blocks = fields["rows"], 1
-    if columns:
-        rows, unit_blocks = -(-rows // GROUP_ROWS), GROUP_ROWS
-    units = fields["matrices"] * rows * fields["blocks_per_row"]
-    blocks = units * unit_blocks
+    units = fields["matrices"] * -(-fields["rows"] // group_rows) * fields["blocks_per_row"]
+    blocks = units * group_rows
     if blocks <= ALONE_BLOCKS:
         kernel.call(address, 0, units)
         return
     threads = min(num_threads or default_num_threads(), -(-blocks // THREAD_BLOCKS))
     fewest, most = CHUNK_BLOCKS
-    chunk = max(1, fewest // unit_blocks), max(1, most // unit_blocks)
+    chunk = max(1, fewest // group_rows), max(1, most // group_rows)
     worker_pool().run(kernel.address, address, units, chunk, threads)
+
+
+# Elements with scales
+
+
+def has_half_precision() -> bool:
+    """Tell whether the processor widens float16 to float32, as the kernels for elements with scales need."""
+    from numba.core.registry import cpu_target
+
+    _, _, features = cpu_target.target_context.codegen().magic_tuple()
+    return instruction_set() == "neon" or "+f16c" in features.split(",")
+
+
+def _describe_scaled(
+    codes: NDArray[np.uint8],
+    scales: NDArray[Any],
+    values: NDArray[Any],
+    element: str,
+    width: int,
+    start: int,
+    *,
+    columns: bool,
+) -> dict[str, int] | None:
+    """Describe arrays as a stack of matrices, a `SCALED_JOB`; return None if there are no kernels for them."""
+    length = values.shape[-1]
+    if width >= start + length:  # one scale: its group may be as wide as is convenient
+        width = BLOCK_SIZE * max(1, -(-(start + length) // BLOCK_SIZE))
+    if element not in KERNEL_ELEMENTS or (width % BLOCK_SIZE and width != BLOCK_SIZE // 2):
+        return None
+    first, skip = divmod(start, BLOCK_SIZE)
+    step = BYTES_PER_BLOCK if element == "E2M1" else BLOCK_SIZE
+    if width < BLOCK_SIZE:  # whole groups before the start have no scales
+        assert first == 0
+    codes = codes[..., first * step :]
+    lead = values.ndim - 1 - columns
+    axes = merged_axes(values.shape[:lead], codes.strides[:lead], scales.strides[:lead], values.strides[:lead])
+    if columns:
+        axes.append((values.shape[lead], codes.strides[lead], scales.strides[lead], values.strides[lead]))
+    if len(axes) > 2:
+        return None
+    job = {
+        "codes": address_of(codes),
+        "scales": address_of(scales),
+        "values": address_of(values),
+        "codes_step": step,
+        "scales_step": scales.strides[-1],
+        "values_step": values.strides[-1] if length > 1 else values.itemsize,
+        "blocks_per_row": -(-(skip + length) // BLOCK_SIZE),
+        "skip": skip,
+        "length": length,
+        "itemsize": values.itemsize,
+        "blocks_per_scale": width // BLOCK_SIZE,
+        "first_block": first,
+        "row_bytes": codes.shape[-1],
+        "prefetch_distance": PREFETCH_BYTES,
+    }
+    axes = [(1, 0, 0, 0)] * (2 - len(axes)) + axes
+    job["matrices"], job["codes_matrix"], job["scales_matrix"], job["values_matrix"] = axes[0]
+    job["rows"], job["codes_row"], job["scales_row"], job["values_row"] = axes[1]
+    return job
+
+
+def _scaled_decoder(job: dict[str, int], *, streaming: bool) -> str:
+    """Return the name of the kernel that decodes a job to rows."""
+    is_whole = job["skip"] == 0 and job["length"] == BLOCK_SIZE * job["blocks_per_row"]
+    is_direct = is_whole and job["values_step"] == job["itemsize"]
+    aligned = not streaming or _is_aligned(job, "values_row")
+    return "decode_scaled_rows" if is_direct and aligned else "decode_scaled_any_rows"

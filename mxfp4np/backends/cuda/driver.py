@@ -19,13 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import BackendUnavailableError, DeviceMemoryError
-from ...format import BLOCK_SIZE, BYTES_PER_BLOCK, name_of
+from ...format import BLOCK_SIZE, BYTES_PER_BLOCK, name_of, scale_values
 from ...shapes import split
-from ..memory import check_shapes, is_transposed, merged_axes, type_of
+from ..cpu.driver import KERNEL_ELEMENTS
+from ..memory import ALIGNMENT, check_shapes, is_transposed, merged_axes, scales_by_row, type_of
 from ..threads import default_num_threads
 from . import kernels
 from .cupy import first_line, working_cupy
-from .kernels import ROW_AXES, ROWS, THREADS, VALUES, VECTORS
+from .kernels import ROW_AXES, ROWS, SCALED_VECTORS, THREADS, VALUES, VECTORS
 from .staging import Part, parts_of, pinned, transfer
 
 STAGED_BYTES: Final = 128 << 20
@@ -151,6 +152,69 @@ class CUDABackend:
             for index, buffer in zip(indices, itertools.cycle(buffers), strict=False):
                 codes, scale_bytes = blocks[index], scales[index]
                 yield Part(buffer.data.ptr, [codes, scale_bytes], partial(decode, index, scale_bytes.shape, buffer))
+
+        transfer(parts(), threads)
+
+    def decode_scaled(
+        self,
+        codes: Any,
+        scales: Any,
+        out: Any,
+        *,
+        element: str,
+        width: int,
+        tile_rows: int = 1,
+        first_row: int = 0,
+        table: NDArray[np.float32] | None = None,
+        start: int = 0,
+        fresh: bool = False,  # noqa: ARG002
+        num_threads: int | None = None,
+    ) -> None:
+        if not out.size:
+            return
+        if element not in KERNEL_ELEMENTS:
+            raise ValueError(f"elements {element} are decoded on the CPU only: use device='cpu'")
+        with out.device:
+            kind = "float32" if table is None else "E8M0" if table is scale_values("uint8") else "table"
+            decode = partial(_decode_scaled, element=element, width=width, table=self._table(table), kind=kind)
+            if isinstance(codes, np.ndarray):
+                scales = scales_by_row(scales, out.shape[-2] if out.ndim > 1 else 1, tile_rows, first_row)
+                self._decode_scaled_staged(codes, scales, out, start, decode, num_threads or default_num_threads())
+            else:
+                scales = scales if isinstance(scales, self._cupy.ndarray) else self._cupy.asarray(scales)
+                _same_device(out, codes, scales)
+                decode(codes, scales, out, start, tile_rows, first_row)
+
+    def _table(self, table: NDArray[np.float32] | None) -> Any:
+        return None if table is None else self._cupy.asarray(table)
+
+    def _decode_scaled_staged(
+        self,
+        codes: NDArray[np.uint8],
+        scales: NDArray[Any],
+        out: Any,
+        start: int,
+        decode: Callable[[Any, Any, Any, int], None],
+        threads: int,
+    ) -> None:
+        """Decode rows of the host, part by part, through two buffers on the device that are used in turn."""
+        row_bytes = codes.shape[-1] + scales.shape[-1] * scales.itemsize
+        indices = list(split(out.shape[:-1], row_bytes, max(STAGED_BYTES, row_bytes)))
+        codes_room = -(-codes[indices[0]].size // ALIGNMENT) * ALIGNMENT
+        room = codes_room + scales[indices[0]].nbytes
+        buffers = [self.empty((room,), _UINT8) for _ in indices[:2]]
+
+        def queue(index: Any, buffer: Any) -> None:
+            part, factors = codes[index], scales[index]
+            on_device = buffer[: part.size].reshape(part.shape)
+            those = buffer[codes_room:][: factors.nbytes].view(factors.dtype).reshape(factors.shape)
+            decode(on_device, those, out[index], start)
+
+        def parts() -> Iterator[Part]:
+            for index, buffer in zip(indices, itertools.cycle(buffers), strict=False):
+                address = buffer.data.ptr
+                yield Part(address, [codes[index]])
+                yield Part(address + codes_room, [scales[index]], partial(queue, index, buffer))
 
         transfer(parts(), threads)
 
@@ -293,6 +357,63 @@ def _decode_any(blocks: Any, scales: Any, out: Any, start: int, halves: bool) ->
     """Decode arrays of any strides."""
     words = out.view(f"u{out.itemsize}")
     _launch(kernels.decode_any, out.dtype, blocks, scales, halves, start, out.shape[-1], scales.shape[-1], words)
+
+
+def _decode_scaled(
+    codes: Any,
+    scales: Any,
+    out: Any,
+    start: int,
+    tile_rows: int = 1,
+    first_row: int = 0,
+    *,
+    element: str,
+    width: int,
+    table: Any,
+    kind: str,
+) -> None:
+    """Decode elements with scales: rows by vectors if all is aligned, or else one element at a time."""
+    count, length, has_table = 16 // out.itemsize, out.shape[-1], table is not None
+    aligned = count // 2 if element == "E2M1" else count
+    shift = 31 if width >= length else width.bit_length() - 1
+    axes, row_shift = _axes_of_tiles(codes, scales, out, tile_rows), tile_rows.bit_length() - 1
+    if axes is None:
+        scales, row_shift, first_row = scales_by_row(scales, out.shape[-2], tile_rows, first_row), 0, 0
+        axes = merged_axes(out.shape[:-1], *(array.strides[:-1] for array in (codes, scales, out)))
+    is_regular = start == 0 and length % count == 0 and (shift == 31 or (width % count == 0 and width == 1 << shift))
+    if not is_regular or len(axes) > 2 or not _is_dense(out, 1, 16) or not _is_dense(codes, 1, aligned):
+        kernel = partial(kernels.decode_scaled_any, element=element, has_table=has_table)
+        scales = scales_by_row(scales, out.shape[-2] if out.ndim > 1 else 1, 1 << row_shift, first_row)
+        words = out.view(f"u{out.itemsize}")
+        shape = start, length, codes.shape[-1], scales.shape[-1], width
+        _launch(kernel, out.dtype, codes, scales, table if has_table else scales, *shape, words)
+        return
+    per_row = length // count
+    per_step = -(-per_row // SCALED_VECTORS)
+    sizes, *steps = zip(*[(1, 0, 0, 0)] * (2 - len(axes)), *axes, strict=True)
+    at_once = max(1, MAX_VECTORS // (per_step * sizes[1]))
+    kernel = partial(kernels.decode_scaled, element=element, scales=kind)
+    for first in range(0, sizes[0], at_once):
+        outer = min(at_once, sizes[0] - first)
+        threads = outer * sizes[1] * per_step
+        raw = [_raw(array, first * step[0]) for array, step in zip((codes, scales, out), steps, strict=True)]
+        shape = threads, per_row, per_step, sizes[1] if outer > 1 else 0, *itertools.chain(*steps)
+        shifts = scales.strides[-1], shift, row_shift, first_row
+        arguments = *raw[:2], _raw(table) if has_table else raw[1], *shape, *shifts, raw[2]
+        _launch(kernel, out.dtype, *arguments, threads=_in_blocks(threads))
+
+
+def _axes_of_tiles(codes: Any, scales: Any, out: Any, tile_rows: int) -> list[tuple[int, ...]] | None:
+    """Return the lengths and strides of the axes before the last, or None if they do not suit rows that share scales.
+
+    The axis of rows that share scales stays one of its own; its stride of scales is that of a tile.
+    """
+    if tile_rows == 1:
+        return merged_axes(out.shape[:-1], *(array.strides[:-1] for array in (codes, scales, out)))
+    outer = merged_axes(out.shape[:-2], *(array.strides[:-2] for array in (codes, scales, out)))
+    if tile_rows & (tile_rows - 1) or len(outer) > 1:
+        return None
+    return [*outer, (out.shape[-2], codes.strides[-2], scales.strides[-2], out.strides[-2])]
 
 
 def _encode(x: Any, blocks: Any, scales: Any, rule: str) -> None:
