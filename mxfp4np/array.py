@@ -15,7 +15,7 @@ from .backends import as_array, backend_for, device_of
 from .backends.threads import check_num_threads
 from .blocks import BlockArray
 from .errors import LayoutError
-from .format import BLOCK_SIZE, BYTES_PER_BLOCK, DTYPES, ORDERS, as_dtype, decoded_dtype
+from .format import BLOCK_SIZE, BYTES_PER_BLOCK, ORDERS
 
 _UINT8 = np.dtype(np.uint8)
 
@@ -61,9 +61,7 @@ class MXFP4Array(BlockArray):
     array([1., 2., 1., 2.], dtype=float32)
     """
 
-    __slots__ = ("order", "scales")
-
-    block_size = BLOCK_SIZE
+    __slots__ = ("_order", "_scales")
 
     def __init__(self, blocks: ArrayLike, scales: ArrayLike, order: str = "pairs") -> None:
         blocks, scales = as_array(blocks), as_array(scales)
@@ -85,10 +83,25 @@ class MXFP4Array(BlockArray):
             raise LayoutError(
                 f"blocks are on {device_of(blocks)!r} and scales on {device_of(scales)!r}: copy one of them"
             )
-        self.blocks: NDArray[np.uint8] = blocks
-        self.scales: NDArray[np.uint8] = scales
-        self.order, self.start = order, 0
-        self.shape: tuple[int, ...] = (*scales.shape[:-1], scales.shape[-1] * BLOCK_SIZE)
+        self._blocks: NDArray[np.uint8] = blocks
+        self._scales: NDArray[np.uint8] = scales
+        self._order, self._start = order, 0
+        self._shape = (*scales.shape[:-1], scales.shape[-1] * BLOCK_SIZE)
+
+    @property
+    def scales(self) -> NDArray[np.uint8]:
+        """The scales, uint8."""
+        return self._scales
+
+    @property
+    def order(self) -> str:
+        """Order of the elements of a block."""
+        return self._order
+
+    @property
+    def block_size(self) -> int:
+        """Values of a block: 32."""
+        return BLOCK_SIZE
 
     @property
     def inputs(self) -> tuple[NDArray[np.uint8], ...]:
@@ -96,19 +109,9 @@ class MXFP4Array(BlockArray):
         return self.blocks, self.scales
 
     @property
-    def dtype(self) -> np.dtype[Any]:
-        """bfloat16: what `decode`, NumPy and other libraries make of the values unless another dtype is asked for."""
-        return decoded_dtype("bfloat16")
-
-    @property
-    def T(self) -> NDArray[Any]:  # noqa: N802 - NumPy's name
-        """The values, decoded, with all axes reversed as NumPy does; `decode` can swap the last two only."""
-        return self.decode().T
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the packed blocks and scales."""
-        return self.blocks.nbytes + self.scales.nbytes
+    def format(self) -> str:
+        """``"MXFP4"``."""
+        return "MXFP4"
 
     def __repr__(self) -> str:
         return f"MXFP4Array(shape={self.shape}, nbytes={self.nbytes})"
@@ -118,18 +121,14 @@ class MXFP4Array(BlockArray):
 
     def replace(self, blocks: NDArray[np.uint8], scales: NDArray[np.uint8]) -> MXFP4Array:
         """Return the same view of other arrays, which have the same shapes."""
-        part = MXFP4Array(blocks, scales, self.order)
-        part.start, part.shape = self.start, self.shape
-        return part
+        return self._cut(MXFP4Array(blocks, scales, self.order), self.start, self.shape)
 
     def in_pairs(self) -> MXFP4Array:
         """Return the same values in the order "pairs": the array itself, or a copy of its blocks from "halves"."""
         if self.order == "pairs":
             return self
         codes = np.concatenate([self.blocks & 15, self.blocks >> 4], axis=-1)
-        part = self.replace(codes[..., 0::2] | codes[..., 1::2] << 4, self.scales)
-        part.order = "pairs"
-        return part
+        return self._cut(MXFP4Array(codes[..., 0::2] | codes[..., 1::2] << 4, self.scales), self.start, self.shape)
 
     def decode(
         self,
@@ -190,23 +189,3 @@ class MXFP4Array(BlockArray):
             self.blocks, self.scales, target, start=self.start, order=self.order, fresh=fresh, num_threads=num_threads
         )
         return out
-
-    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
-        """Decode for NumPy: to bfloat16, or through float32 to any other dtype."""
-        if self.device != "cpu":
-            raise TypeError(f"packed values on {self.device!r} do not become a numpy.ndarray unasked: use decode()")
-        if copy is False:
-            raise ValueError("packed MXFP4 values cannot become an array without a copy")
-        return self.astype("bfloat16" if dtype is None else dtype)
-
-    def astype(self, dtype: DTypeLike, *, copy: bool = True) -> NDArray[Any]:  # noqa: ARG002
-        """Return the values in any dtype, as NumPy's method: decoded to it, or through float32.
-
-        Parameters
-        ----------
-        dtype : str, type or numpy.dtype
-        copy : bool
-            Of no effect: decoded values are always new.
-        """
-        dtype = as_dtype(dtype)
-        return self.decode(dtype) if dtype.name in DTYPES and dtype.isnative else self.decode("float32").astype(dtype)

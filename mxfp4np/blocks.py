@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from .backends import Backend, device_of
-from .format import decoded_dtype
+from .format import DTYPES, as_dtype, decoded_dtype
 from .shapes import full_index, split, swapped
 from .text import parse_bytes
 
+_Array = TypeVar("_Array", bound="BlockArray")
+
 
 class BlockArray:
-    """An array of values in blocks.
+    """An array of values in blocks. Its attributes cannot be set: other arrays make another one.
 
     Attributes
     ----------
@@ -33,21 +35,66 @@ class BlockArray:
         Elements of each row's first block that are not part of the array: 0 unless a slice began inside a block.
     """
 
-    __slots__ = ("blocks", "shape", "start")
+    __slots__ = ("_blocks", "_shape", "_start")
 
-    blocks: NDArray[np.uint8]
-    shape: tuple[int, ...]
-    start: int
-    block_size: int
+    _blocks: NDArray[np.uint8]
+    _shape: tuple[int, ...]
+    _start: int
+
+    @property
+    def blocks(self) -> NDArray[np.uint8]:
+        """The blocks, uint8."""
+        return self._blocks
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the values."""
+        return self._shape
+
+    @property
+    def start(self) -> int:
+        """Elements of each row's first block that are not part of the array."""
+        return self._start
+
+    @property
+    def block_size(self) -> int:
+        """Values of a block."""
+        raise NotImplementedError
+
+    @property
+    def format(self) -> str:
+        """The name of the format, for messages."""
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """bfloat16: what `decode`, NumPy and other libraries make of the values unless another dtype is asked for."""
+        return decoded_dtype("bfloat16")
+
+    @property
+    def T(self) -> NDArray[Any]:  # noqa: N802 - NumPy's name
+        """The values, decoded, with all axes reversed as NumPy does; `decode` can swap the last two only."""
+        return self.decode().T
 
     @property
     def inputs(self) -> tuple[NDArray[np.uint8], ...]:
         """The arrays that are decoded, which an output may not overlap."""
         return (self.blocks,)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed blocks, scales included."""
+        return sum(array.nbytes for array in self.inputs)
+
     def _of_blocks(self, span: tuple[Any, ...]) -> Self:
         """Return what an index of the leading axes and of whole blocks selects."""
         raise NotImplementedError
+
+    @staticmethod
+    def _cut(part: _Array, start: int, shape: tuple[int, ...]) -> _Array:
+        """Return a new array as one of this shape, which begins inside its first block."""
+        part._start, part._shape = start, shape  # noqa: SLF001
+        return part
 
     def decode(
         self,
@@ -106,8 +153,7 @@ class BlockArray:
         begin, end = begin + self.start, end + self.start
         first = begin // self.block_size
         part = self._of_blocks((*lead, slice(first, -(-end // self.block_size) if end > begin else first)))
-        part.start, part.shape = begin % self.block_size, (*part.shape[:-1], end - begin)
-        return part
+        return self._cut(part, begin % self.block_size, (*part.shape[:-1], end - begin))
 
     def _split_index(self, index: Any) -> tuple[tuple[Any, ...], tuple[int, int]]:
         """Split an index into items for the leading axes, and begin and end along the last."""
@@ -121,6 +167,28 @@ class BlockArray:
         if self.device != "cpu":  # CuPy takes lists, but no arrays of the host
             lead = [item.tolist() if isinstance(item, np.ndarray) else item for item in lead]
         return tuple(lead), (begin, max(begin, end))
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
+        """Decode for NumPy: to bfloat16, or through float32 to any other dtype."""
+        if self.device != "cpu":
+            raise TypeError(
+                f"{self.format} values on {self.device!r} do not become a numpy.ndarray unasked: use decode()"
+            )
+        if copy is False:
+            raise ValueError(f"packed {self.format} values cannot become an array without a copy")
+        return self.astype("bfloat16" if dtype is None else dtype)
+
+    def astype(self, dtype: DTypeLike, *, copy: bool = True) -> NDArray[Any]:  # noqa: ARG002
+        """Return the values in any dtype, as NumPy's method: decoded to it, or through float32.
+
+        Parameters
+        ----------
+        dtype : str, type or numpy.dtype
+        copy : bool
+            Of no effect: decoded values are always new.
+        """
+        dtype = as_dtype(dtype)
+        return self.decode(dtype) if dtype.name in DTYPES and dtype.isnative else self.decode("float32").astype(dtype)
 
     def prepare_out(
         self,

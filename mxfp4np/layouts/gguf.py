@@ -44,23 +44,31 @@ class GGUFArray(BlockArray):
         The name of the type, for instance ``"Q8_0"``.
     """
 
-    __slots__ = ("block_size", "kind")
+    __slots__ = ("_block_size", "_kind")
 
     def __init__(self, blocks: NDArray[np.uint8], kind: str) -> None:
-        self.blocks, self.kind, self.start = blocks, kind, 0
+        self._blocks, self._kind, self._start = blocks, kind, 0
         block = block_of(kind)
         assert block is not None
-        self.block_size = block[0]
-        self.shape = (*blocks.shape[:-2], blocks.shape[-2] * self.block_size)
+        self._block_size = block[0]
+        self._shape = (*blocks.shape[:-2], blocks.shape[-2] * self.block_size)
+
+    @property
+    def block_size(self) -> int:
+        """Values of a block."""
+        return self._block_size
+
+    @property
+    def format(self) -> str:
+        """The name of the type."""
+        return self._kind
 
     def _of_blocks(self, span: tuple[Any, ...]) -> GGUFArray:
-        return GGUFArray(self.blocks[span], self.kind)
+        return GGUFArray(self.blocks[span], self._kind)
 
     def replace(self, blocks: NDArray[np.uint8]) -> GGUFArray:
         """Return the same view of another array, which has the same shape."""
-        part = GGUFArray(blocks, self.kind)
-        part.start, part.shape = self.start, self.shape
-        return part
+        return self._cut(GGUFArray(blocks, self._kind), self.start, self.shape)
 
     def decode(
         self,
@@ -87,6 +95,6 @@ class GGUFArray(BlockArray):
         blocks = np.ascontiguousarray(self.blocks)
         with np.errstate(all="ignore"):  # any bytes may be there
             # As one row: the package decodes 16 rows at a time, which takes fifteen times as long if they are short.
-            values = dequantize(blocks.reshape(1, -1), GGMLQuantizationType[self.kind])
+            values = dequantize(blocks.reshape(1, -1), GGMLQuantizationType[self._kind])
         rows: NDArray[np.float32] = values.reshape(*blocks.shape[:-2], -1)
         return rows[..., self.start : self.start + self.shape[-1]]
