@@ -324,3 +324,183 @@ def test_commands_name_and_keep_them(mixed, tmp_path, command, refused):
 def test_encode_refuses_codes(mixed, tmp_path):
     with pytest.raises(LayoutError, match=r"'a.weight' is quantised already, it is FP8: convert the checkpoint first"):
         mxfp4np.encode_checkpoint(mixed, tmp_path / "out", layout="mlx", include="n.weight")
+
+
+# FP8, MXFP8 and NVFP4 that do not fit
+
+
+SAYS_FP8 = {"quantization_config": {"quant_method": "fp8"}}
+MISFITS = {
+    "no scale, and config.json says that there is one": (
+        ["e.0.weight F8_E4M3 64 64"],
+        SAYS_FP8,
+        (
+            "tensor 'e.0.weight' is FP8 and has no scale: expected 'e.0.weight_scale_inv' or 'e.0.weight_scale', as "
+            "config.json says that weights are quantised, found none; open the folder that holds all shards"
+        ),
+    ),
+    "no scale of stacked experts": (
+        ["e.down_proj F8_E4M3 2 64 64"],
+        SAYS_FP8,
+        (
+            "tensor 'e.down_proj' is FP8 and has no scale: expected 'e.down_proj_scale_inv' or "
+            "'e.down_proj_weight_scale_inv', as"
+        ),
+    ),
+    "a scalar of a module that has a weight of its own": (
+        ["a.b.weight F8_E4M3 64 64", "a.weight F8_E4M3 64 64", "a.weight_scale F32 1"],
+        SAYS_FP8,
+        "tensor 'a.b.weight' is FP8 and has no scale",
+    ),
+    "no second scale": (
+        ["a.weight U8 64 32", "a.weight_scale F8_E4M3 64 4"],
+        None,
+        "tensor 'a.weight': expected 'a.weight_scale_2', the second scale of NVFP4, found none; open the folder",
+    ),
+    "no global scale": (
+        ["a.weight_packed U8 64 32", "a.weight_scale U8 64 4"],
+        None,
+        "tensor 'a.weight_packed': expected 'a.weight_global_scale', the second scale of NVFP4, found none",
+    ),
+    "several second scales": (
+        ["a.weight U8 64 32", "a.weight_scale F8_E4M3 64 4", "a.weight_scale_2 F32 64"],
+        None,
+        "tensor 'a.weight_scale_2': expected one value, or shape [], found shape [64]",
+    ),
+    "a second scale of integers": (
+        ["a.weight U8 64 32", "a.weight_scale F8_E4M3 64 4", "a.weight_scale_2 I32"],
+        None,
+        "tensor 'a.weight_scale_2': expected dtype F32 or BF16 or F16, found I32",
+    ),
+    "groups of 32 beside a second scale": (
+        ["a.weight U8 64 64", "a.weight_scale U8 64 4", "a.weight_scale_2 F32"],
+        None,
+        "tensor 'a.weight_scale': expected a scale for 16 values of each row of [64, 64], found [64, 4]",
+    ),
+    "tiles of another size": (
+        ["a.weight F8_E4M3 256 256", "a.weight_scale_inv F32 4 4"],
+        None,
+        (
+            "tensor 'a.weight_scale_inv': expected one scale for the tensor, for each row, or for 128 x 128 values, "
+            "as no config.json says otherwise, of [256, 256], found [4, 4]"
+        ),
+    ),
+    "rows that do not divide": (
+        ["a.weight F8_E4M3 192 256", "a.weight_scale_inv F32 3 2"],
+        {"weight_block_size": [128, 128]},
+        "or for 128 x 128 values, as config.json says, of [192, 256], found [3, 2]",
+    ),
+    "two tiles": (
+        ["a.weight F8_E4M3 150 256", "a.weight_scale_inv F32 2 2"],
+        {"weight_block_size": [128, 128], "x": {"block_structure": [100, 128]}},
+        "of [150, 256], found [2, 2], which fits tiles of",
+    ),
+    "scales that could be transposed": (
+        ["a.weight F8_E4M3 64 128", "a.weight_scale F32 128 1"],
+        None,
+        "tensor 'a.weight_scale': expected one scale for the tensor, for each row, or",
+    ),
+    "two tensors of scales": (
+        ["a.weight F8_E4M3 64 64", "a.weight_scale F32 1", "a.weight_scale_inv F32 1"],
+        None,
+        (
+            "tensor 'a.weight': expected one tensor of scales, found that it could be 'a.weight_scale_inv' or "
+            "'a.weight_scale'"
+        ),
+    ),
+    "scales of another dtype": (
+        ["a.weight F8_E4M3 64 64", "a.weight_scale F8_E4M3 64 1"],
+        None,
+        "tensor 'a.weight_scale': expected dtype F32 or BF16 or F16 or F8_E8M0 or U8, for FP8, found F8_E4M3",
+    ),
+    "MXFP8 with too few scales": (
+        ["a.weight F8_E4M3 64 128", "a.weight_scale U8 65 4"],
+        None,
+        "tensor 'a.weight_scale': expected a scale for 32 values of each row of [64, 128], found [65, 4]",
+    ),
+}
+
+
+@pytest.mark.parametrize(("tensors", "config", "message"), MISFITS.values(), ids=MISFITS)
+def test_what_does_not_fit_is_an_error(tmp_path, tensors, config, message, refused):
+    with mxfp4np.Checkpoint(checkpoint(tmp_path, [*tensors, "norm.weight BF16 64"], config)) as ckpt:
+        name = tensors[0].split()[0].removesuffix("_packed")
+        for call in (ckpt.info, ckpt.get, ckpt.packed):
+            with pytest.raises(LayoutError) as info:
+                call(name)
+            assert str(info.value).startswith(f"{tmp_path / 'model.safetensors'}: tensor '")
+            assert message in str(info.value)
+        assert ckpt["norm.weight"].shape == (64,)
+    assert message in refused("convert", tmp_path, tmp_path / "out")
+    result = mxfp4np.convert(tmp_path, tmp_path / "out", exclude=name)
+    assert result.contents.quantized[0] == name
+    assert any(message in finding for finding in mxfp4np.verify(tmp_path).findings)
+
+
+@pytest.mark.parametrize("config", [None, {"model_type": "x"}])
+def test_fp8_without_scales_is_plain_unless_a_config_says_that_it_has_some(tmp_path, config):
+    with mxfp4np.Checkpoint(checkpoint(tmp_path, ["a.weight F8_E4M3 64 64"], config)) as ckpt:
+        assert (ckpt.info("a.weight").format, ckpt["a.weight"].dtype.name) == (None, "float8_e4m3fn")
+        assert ckpt.get("a.weight", "float32")[0, 0] == ckpt["a.weight"][0, 0] == 2
+
+
+def test_bfloat16_beside_a_scale_is_plain(tmp_path):
+    tensors = ["a.weight BF16 64 64", "a.weight_scale_inv F32 1 1"]
+    with mxfp4np.Checkpoint(checkpoint(tmp_path, tensors, SAYS_FP8)) as ckpt:
+        assert [ckpt.info(name).format for name in ckpt] == [None, None]
+        assert ckpt["a.weight"].dtype.name == "bfloat16"
+
+
+@both_io
+@pytest.mark.parametrize("evidence", ["tensor", "metadata", None])
+@pytest.mark.parametrize(
+    ("codes", "scales", "group"), [("U8 128 64", "F8_E4M3 128 8", 16), ("F8_E4M3 128 128", "F8_E8M0 128 4", 32)]
+)
+def test_scales_of_comfyui_are_swizzled_also_where_their_shape_is_that_of_others(
+    tmp_path, codes, scales, group, evidence, io
+):
+    tensors = [f"a.weight {codes}", f"a.weight_scale {scales}", "a.weight_scale_2 F32"]
+    metadata = {"_quantization_metadata": json.dumps({"layers": {"a": {"format": "x"}}})}
+    if evidence == "tensor":
+        tensors.append("a.comfy_quant U8 19")
+    path = checkpoint(tmp_path, tensors, metadata=metadata if evidence == "metadata" else None) / "model.safetensors"
+    rng = np.random.default_rng(0)
+    with mxfp4np.Checkpoint(path) as ckpt:
+        at = ckpt._stored["a.weight_scale"].offset, ckpt._stored["a.weight"].offset
+    data = bytearray(path.read_bytes())
+    stored = rng.integers(100, 120, (128, 128 // group), np.uint8)
+    data[at[0] : at[0] + stored.nbytes] = stored.tobytes()
+    raw = rng.integers(0, 120, (128, int(codes.split()[-1])), np.uint8)
+    data[at[1] : at[1] + raw.nbytes] = raw.tobytes()
+    path.write_bytes(data)
+    with mxfp4np.Checkpoint(path, io=io) as ckpt:
+        packed = ckpt.packed("a.weight")
+        high_first = evidence is not None and group == 16
+        assert np.array_equal(packed.blocks, (raw << 4) | (raw >> 4) if high_first else raw)
+        found = packed.scales.view(np.uint8)
+        for row, column in ((0, 0), (0, 3), (37, 2), (127, 128 // group - 1)):
+            tile, within = divmod(column, 4)
+            place = 512 * tile + 16 * (row % 32) + 4 * (row // 32) + within
+            expected = stored[row, column] if evidence is None else stored.reshape(-1)[place]
+            assert found[row, column] == expected
+
+
+@pytest.mark.parametrize(("said", "fits"), [("false", False), ("true", True), (None, True)])
+def test_torchao_says_whether_scales_are_swizzled(tmp_path, said, fits):
+    metadata = {} if said is None else {"a.weight": json.dumps({"is_swizzled_scales": said == "true"})}
+    tensors = ["a._weight_qdata F8_E4M3 160 32", "a._weight_scale F8_E8M0 64 16"]
+    with mxfp4np.Checkpoint(checkpoint(tmp_path, tensors, metadata=metadata)) as ckpt:
+        if fits:
+            assert ckpt["a.weight"].shape == (160, 32)
+        else:
+            with pytest.raises(LayoutError, match="expected a scale for 32 values of each row"):
+                ckpt.info("a.weight")
+    metadata = {"a.weight": json.dumps({"is_swizzled_scales": said == "true"})}
+    tensors = ["a._weight_qdata F8_E4M3 160 32", "a._weight_scale F8_E8M0 160 1"]
+    (tmp_path / "plain").mkdir()
+    with mxfp4np.Checkpoint(checkpoint(tmp_path / "plain", tensors, metadata=metadata)) as ckpt:
+        if said == "true":
+            with pytest.raises(LayoutError):
+                ckpt.info("a.weight")
+        else:
+            assert ckpt["a.weight"].shape == (160, 32)
