@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "array": ("MXFP4Array",),
+    "scaled": ("ScaledArray",),
     "codec": ("decode", "encode"),
     "checkpoint": ("Checkpoint",),
     "files": ("load_file", "save_file"),

@@ -15,5 +15,6 @@ from .layouts.packed import TensorInfo as TensorInfo
 from .rewrite.convert import convert as convert
 from .rewrite.encode import encode_checkpoint as encode_checkpoint
 from .rewrite.verify import verify as verify
+from .scaled import ScaledArray as ScaledArray
 
 __version__: str

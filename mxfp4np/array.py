@@ -15,7 +15,7 @@ from .backends import as_array, backend_for, device_of
 from .backends.threads import check_num_threads
 from .blocks import BlockArray
 from .errors import LayoutError
-from .format import BLOCK_SIZE, BYTES_PER_BLOCK, DTYPES, ORDERS, as_dtype, decoded_dtype
+from .format import BLOCK_SIZE, BYTES_PER_BLOCK, ORDERS
 
 _UINT8 = np.dtype(np.uint8)
 
@@ -109,19 +109,9 @@ class MXFP4Array(BlockArray):
         return self.blocks, self.scales
 
     @property
-    def dtype(self) -> np.dtype[Any]:
-        """bfloat16: what `decode`, NumPy and other libraries make of the values unless another dtype is asked for."""
-        return decoded_dtype("bfloat16")
-
-    @property
-    def T(self) -> NDArray[Any]:  # noqa: N802 - NumPy's name
-        """The values, decoded, with all axes reversed as NumPy does; `decode` can swap the last two only."""
-        return self.decode().T
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the packed blocks and scales."""
-        return self.blocks.nbytes + self.scales.nbytes
+    def format(self) -> str:
+        """``"MXFP4"``."""
+        return "MXFP4"
 
     def __repr__(self) -> str:
         return f"MXFP4Array(shape={self.shape}, nbytes={self.nbytes})"
@@ -199,23 +189,3 @@ class MXFP4Array(BlockArray):
             self.blocks, self.scales, target, start=self.start, order=self.order, fresh=fresh, num_threads=num_threads
         )
         return out
-
-    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
-        """Decode for NumPy: to bfloat16, or through float32 to any other dtype."""
-        if self.device != "cpu":
-            raise TypeError(f"packed values on {self.device!r} do not become a numpy.ndarray unasked: use decode()")
-        if copy is False:
-            raise ValueError("packed MXFP4 values cannot become an array without a copy")
-        return self.astype("bfloat16" if dtype is None else dtype)
-
-    def astype(self, dtype: DTypeLike, *, copy: bool = True) -> NDArray[Any]:  # noqa: ARG002
-        """Return the values in any dtype, as NumPy's method: decoded to it, or through float32.
-
-        Parameters
-        ----------
-        dtype : str, type or numpy.dtype
-        copy : bool
-            Of no effect: decoded values are always new.
-        """
-        dtype = as_dtype(dtype)
-        return self.decode(dtype) if dtype.name in DTYPES and dtype.isnative else self.decode("float32").astype(dtype)

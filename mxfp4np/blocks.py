@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from .backends import Backend, device_of
-from .format import decoded_dtype
+from .format import DTYPES, as_dtype, decoded_dtype
 from .shapes import full_index, split, swapped
 from .text import parse_bytes
 
@@ -62,9 +62,29 @@ class BlockArray:
         raise NotImplementedError
 
     @property
+    def format(self) -> str:
+        """The name of the format, for messages."""
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """bfloat16: what `decode`, NumPy and other libraries make of the values unless another dtype is asked for."""
+        return decoded_dtype("bfloat16")
+
+    @property
+    def T(self) -> NDArray[Any]:  # noqa: N802 - NumPy's name
+        """The values, decoded, with all axes reversed as NumPy does; `decode` can swap the last two only."""
+        return self.decode().T
+
+    @property
     def inputs(self) -> tuple[NDArray[np.uint8], ...]:
         """The arrays that are decoded, which an output may not overlap."""
         return (self.blocks,)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed blocks, scales included."""
+        return sum(array.nbytes for array in self.inputs)
 
     def _of_blocks(self, span: tuple[Any, ...]) -> Self:
         """Return what an index of the leading axes and of whole blocks selects."""
@@ -147,6 +167,28 @@ class BlockArray:
         if self.device != "cpu":  # CuPy takes lists, but no arrays of the host
             lead = [item.tolist() if isinstance(item, np.ndarray) else item for item in lead]
         return tuple(lead), (begin, max(begin, end))
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
+        """Decode for NumPy: to bfloat16, or through float32 to any other dtype."""
+        if self.device != "cpu":
+            raise TypeError(
+                f"{self.format} values on {self.device!r} do not become a numpy.ndarray unasked: use decode()"
+            )
+        if copy is False:
+            raise ValueError(f"packed {self.format} values cannot become an array without a copy")
+        return self.astype("bfloat16" if dtype is None else dtype)
+
+    def astype(self, dtype: DTypeLike, *, copy: bool = True) -> NDArray[Any]:  # noqa: ARG002
+        """Return the values in any dtype, as NumPy's method: decoded to it, or through float32.
+
+        Parameters
+        ----------
+        dtype : str, type or numpy.dtype
+        copy : bool
+            Of no effect: decoded values are always new.
+        """
+        dtype = as_dtype(dtype)
+        return self.decode(dtype) if dtype.name in DTYPES and dtype.isnative else self.decode("float32").astype(dtype)
 
     def prepare_out(
         self,

@@ -367,7 +367,9 @@ class Checkpoint(Mapping[str, Any]):
         array = self.blocks(name) if (info := self.info(name)).layout else None
         if not isinstance(array, MXFP4Array | ScaledArray):
             found = info.format or f"plain {info.dtype}"
-            raise LayoutError(f"{info.stored[0].file.path}: tensor {name!r} is {found}, not packed: use get()")
+            raise LayoutError(
+                f"{info.stored[0].file.path}: tensor {name!r} is {found}, not MXFP4, FP8, MXFP8 or NVFP4: use get()"
+            )
         return array
 
     def blocks(self, name: str) -> Any:
@@ -498,7 +500,7 @@ class Checkpoint(Mapping[str, Any]):
                 raise TensorNotFoundError(self._not_found(name))
             name, rows = half
         tensor = self._tensors[name]
-        if isinstance(tensor, StoredTensor) and tensor.dtype in DTYPES:
+        if isinstance(tensor, StoredTensor) and tensor.dtype in DTYPES and not tensor.dtype.startswith("F8_"):
             return tensor, rows
         if name not in self._resolved:
             self._resolved[name] = self._resolver.resolve(name, tensor)

@@ -143,9 +143,9 @@ def _decoded_dtype(dtype: Hashable) -> np.dtype[Any]:
     dtype = _name_of_torch(dtype)
     name = dtype if isinstance(dtype, str) else getattr(dtype, "name", None) or getattr(dtype, "__name__", None)
     if name not in DTYPES:
-        raise ValueError(f"MXFP4 decodes to {', '.join(DTYPES)}, not to {dtype!r}")
+        raise ValueError(f"packed values decode to {', '.join(DTYPES)}, not to {dtype!r}")
     if isinstance(dtype, np.dtype) and not dtype.isnative:
-        raise ValueError(f"MXFP4 decodes to native byte order, not to {dtype!r}")
+        raise ValueError(f"packed values decode to native byte order, not to {dtype!r}")
     return dtype_named(name)
 
 

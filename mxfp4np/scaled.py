@@ -7,13 +7,14 @@ tensor name.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from .backends import as_array, backend_for
+from .backends import as_array, backend_for, device_of
 from .backends.threads import check_num_threads
 from .blocks import BlockArray
 from .errors import LayoutError
@@ -24,24 +25,38 @@ SCALE_DTYPES = ("uint8", "float8_e8m0fnu", "float8_e4m3fn", "float32", "bfloat16
 
 
 class ScaledArray(BlockArray):
-    """An array of elements with scales, still encoded.
+    """An array of elements with scales, still encoded: FP8, MXFP8 or NVFP4.
 
     Parameters
     ----------
     codes : (..., N, B) uint8, or of a float8 dtype
-        Rows of codes: a byte each or, of E2M1, two to a byte, the low one first.
+        Rows of codes: a byte each or, of E2M1, two to a byte, the low one first. Codes and scales may be tensors of
+        torch on the CPU, of which the array is a view.
     scales : (..., ceil(N / tile[0]), ceil(K / tile[1])) uint8, float8, float32, bfloat16 or float16
         uint8 and float8_e8m0fnu are E8M0.
     element : {"E4M3", "E5M2", "E2M1", "E4M3FNUZ", "E5M2FNUZ"}
+        The format of the codes.
     tile : (int, int)
         Rows and columns that share a scale; at the edges there may be fewer.
     second : float or array, optional
-        A scale above the scales: for all of them, or for each index of the axes before the rows.
+        A scale above the scales: for all of them, or ``(..., 1, 1)`` for each index of the axes before the rows.
     divide : bool
         Whether scales are divided by the second scale, not multiplied.
 
     Attributes
     ----------
+    blocks : numpy.ndarray of uint8
+        The codes, a view of the argument.
+    scales : numpy.ndarray
+        A view of the argument, E8M0 as uint8.
+    second : numpy.ndarray of float32, or None
+    element : str
+    divide : bool
+        As given.
+    block_size : int
+        Columns that share a scale.
+    tile_rows, first_row : int
+        Rows that share a scale, and how many rows of the first tile are not part of the array.
     shape : tuple of int
         Of the values: ``(..., N, K)``.
 
@@ -55,11 +70,13 @@ class ScaledArray(BlockArray):
     >>> import numpy as np
     >>> ones = np.full((2, 4), 0x38, np.uint8)
     >>> array = ScaledArray(ones, np.array([[0.5], [3.0]], np.float32), "E4M3", tile=(1, 4))
+    >>> array
+    ScaledArray(shape=(2, 4), element='E4M3', nbytes=16)
     >>> array[1, 1:].decode("float32")
     array([3., 3., 3.], dtype=float32)
     """
 
-    __slots__ = ("block_size", "divide", "element", "first_row", "scales", "second", "tile_rows")
+    __slots__ = ("_block_size", "_divide", "_element", "_first_row", "_scales", "_second", "_tile_rows")
 
     def __init__(
         self,
@@ -74,28 +91,80 @@ class ScaledArray(BlockArray):
         codes, scales = as_array(codes), as_array(scales)
         if element not in ELEMENTS:
             raise LayoutError(f"element must be one of {', '.join(ELEMENTS)}, found {element!r}")
-        if codes.dtype.itemsize != 1 or codes.ndim < 2:
-            raise LayoutError(f"codes must be bytes with 2 axes or more, found {codes.dtype} {list(codes.shape)}")
+        if codes.ndim < 2 or codes.dtype.name not in ("uint8", ELEMENTS[element]):
+            expected_dtype = " or ".join(filter(None, ("uint8", ELEMENTS[element])))
+            raise LayoutError(
+                f"codes of {element} must be {expected_dtype} with 2 axes or more, found {codes.dtype} "
+                f"{list(codes.shape)}"
+            )
         if scales.dtype.name not in SCALE_DTYPES:
             raise LayoutError(f"scales must be {', '.join(SCALE_DTYPES)}, found {scales.dtype}")
+        per_byte = 2 if element == "E2M1" else 1
+        if min(tile) < 1 or tile[1] % per_byte:
+            raise LayoutError(f"tile must be rows and columns of whole bytes, found {tile}")
         *lead, rows, nbytes = codes.shape
-        columns = nbytes * 2 if element == "E2M1" else nbytes
+        columns = nbytes * per_byte
         expected = (*lead, -(-rows // tile[0]), -(-columns // tile[1]))
         if scales.shape != expected:
             raise LayoutError(
                 f"scales must be {list(expected)}, one for a tile of {list(tile)} values of {[*lead, rows, columns]}, "
                 f"found {list(scales.shape)}"
             )
-        self.blocks: NDArray[np.uint8] = codes.view(np.uint8)
-        self.element, self.divide, self.start = element, divide, 0
-        self.block_size, self.shape = max(1, tile[1]), (*lead, rows, columns)
-        self.scales: NDArray[Any] = scales.view(np.uint8) if scales.dtype.name == "float8_e8m0fnu" else scales
-        self.second: NDArray[np.float32] | None = None if second is None else np.asarray(second, np.float32)
-        self.tile_rows, self.first_row = tile[0], 0  # of the first tile, the rows that are left out
+        if device_of(codes) != device_of(scales):
+            raise LayoutError(f"codes are on {device_of(codes)!r} and scales on {device_of(scales)!r}: copy one")
+        self._blocks, self._start, self._shape = codes.view(np.uint8), 0, (*lead, rows, columns)
+        self._element, self._divide, self._block_size = element, divide, tile[1]
+        self._scales: NDArray[Any] = scales.view(np.uint8) if scales.dtype.name == "float8_e8m0fnu" else scales
+        self._tile_rows, self._first_row = tile[0], 0
         if expected[-2] == 1:
-            self.tile_rows, self.scales = 1, np.broadcast_to(self.scales, (*lead, rows, expected[-1]))
-        if self.second is not None and self.second.ndim:
-            self.second = np.broadcast_to(self.second, (*self.scales.shape[:-1], 1))
+            self._tile_rows, self._scales = 1, np.broadcast_to(self._scales, (*lead, rows, expected[-1]))
+        self._second: NDArray[np.float32] | None = None
+        if second is not None:
+            self._second = np.asarray(second, np.float32)
+            if self._second.shape not in ((), (*lead, 1, 1)):
+                raise LayoutError(f"second must be one number or {[*lead, 1, 1]}, found {list(self._second.shape)}")
+            if self._second.ndim:
+                self._second = np.broadcast_to(self._second, (*self._scales.shape[:-1], 1))
+
+    @property
+    def scales(self) -> NDArray[Any]:
+        """The scales; of rows that share them all, a view that repeats them."""
+        return self._scales
+
+    @property
+    def second(self) -> NDArray[np.float32] | None:
+        """The scales above the scales."""
+        return self._second
+
+    @property
+    def element(self) -> str:
+        """The format of the codes."""
+        return self._element
+
+    @property
+    def divide(self) -> bool:
+        """Whether scales are divided by the second scale."""
+        return self._divide
+
+    @property
+    def block_size(self) -> int:
+        """Columns that share a scale."""
+        return self._block_size
+
+    @property
+    def tile_rows(self) -> int:
+        """Rows that share a scale."""
+        return self._tile_rows
+
+    @property
+    def first_row(self) -> int:
+        """Rows of the first tile that are not part of the array."""
+        return self._first_row
+
+    @property
+    def format(self) -> str:
+        """The format of the codes."""
+        return self._element
 
     @property
     def inputs(self) -> tuple[NDArray[Any], ...]:
@@ -109,53 +178,60 @@ class ScaledArray(BlockArray):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes and scales."""
-        return self.blocks.nbytes + self.scales.nbytes
+        """Bytes of codes and scales, each counted once."""
+        steps = zip(self.scales.shape, self.scales.strides, strict=True)
+        count: int = math.prod(size for size, step in steps if step)
+        return self.blocks.nbytes + count * self.scales.itemsize
 
     def __repr__(self) -> str:
         return f"ScaledArray(shape={self.shape}, element={self.element!r}, nbytes={self.nbytes})"
 
-    def _with(self, codes: NDArray[np.uint8], scales: NDArray[Any]) -> ScaledArray:
-        """Return the same kind of array, of other codes and scales."""
-        part = object.__new__(ScaledArray)
-        part.element, part.divide, part.second = self.element, self.divide, self.second
-        part.block_size, part.blocks, part.scales = self.block_size, codes, scales
-        part.tile_rows, part.first_row = self.tile_rows, self.first_row
-        part.start, part.shape = self.start, self.shape
-        return part
+    def __getitem__(self, index: Any) -> Self:
+        part = super().__getitem__(index)
+        if part.scales.shape[-1] != 1:
+            return part
+        per_byte = 2 if self.element == "E2M1" else 1  # of a wide tile, only what was asked for
+        begin, end = part.start // per_byte, -(-(part.start + part.shape[-1]) // per_byte)
+        codes = part.blocks[..., begin:end]
+        return self._cut(part.replace(codes, part.scales), part.start % per_byte, part.shape)
 
-    def _of_blocks(self, span: tuple[Any, ...]) -> ScaledArray:
+    def _of_blocks(self, span: tuple[Any, ...]) -> Self:
         *lead, blocks = span
+        lead = [y for x in lead for y in (x.nonzero() if isinstance(x, np.ndarray) and x.dtype == bool else (x,))]
         per_byte = 2 if self.element == "E2M1" else 1
         size = self.block_size // per_byte
         codes = self.blocks[(*lead, slice(blocks.start * size, blocks.stop * size))]
-        part = self._with(codes, self.scales)
-        part.shape = (*codes.shape[:-1], codes.shape[-1] * per_byte)
-        rows = self._scale_rows(part, lead)
-        part.scales = rows(self.scales)[..., blocks]
-        if self.second is not None and self.second.ndim:
-            part.second = rows(self.second)
-        return part
+        rows, tile_rows, first_row = self._scale_rows(lead)
+        second = self.second if self.second is None or not self.second.ndim else rows(self.second)
+        part = self._with(codes, rows(self.scales)[..., blocks], second, tile_rows, first_row)
+        return self._cut(part, 0, (*codes.shape[:-1], codes.shape[-1] * per_byte))
 
-    def _scale_rows(self, part: ScaledArray, lead: list[Any]) -> Callable[[NDArray[Any]], NDArray[Any]]:
-        """Return what selects the rows of scales that an index needs, and set where those of a part begin."""
+    def _scale_rows(self, lead: list[Any]) -> tuple[Callable[[NDArray[Any]], NDArray[Any]], int, int]:
+        """Return what selects the rows of scales that an index needs, and `tile_rows` and `first_row` of these."""
         if self.tile_rows == 1:
-            return lambda array: array[(*lead, ...)]
+            return (lambda array: array[(*lead, ...)]), 1, 0
         *outer, rows = lead
         numbers = np.arange(self.first_row, self.first_row + self.shape[-2])[rows]
-        part.first_row, part.tile_rows = 0, 1
         if not isinstance(rows, slice):  # lists go along with those of other axes
-            return lambda array: array[(*outer, numbers // self.tile_rows, ...)]
+            return (lambda array: array[(*outer, numbers // self.tile_rows, ...)]), 1, 0
         if rows.step in (None, 1) and numbers.size:
             first, last = int(numbers[0]), int(numbers[-1])
-            part.first_row, part.tile_rows = first % self.tile_rows, self.tile_rows
             tiles = slice(first // self.tile_rows, last // self.tile_rows + 1)
-            return lambda array: array[(*outer, tiles, ...)]
-        return lambda array: array[(*outer, ...)][..., numbers // self.tile_rows, :]
+            return (lambda array: array[(*outer, tiles, ...)]), self.tile_rows, first % self.tile_rows
+        return (lambda array: array[(*outer, ...)][..., numbers // self.tile_rows, :]), 1, 0
 
-    def replace(self, codes: NDArray[np.uint8], scales: NDArray[Any]) -> ScaledArray:
+    def _with(self, codes: Any, scales: Any, second: Any, tile_rows: int, first_row: int) -> Self:
+        """Return the same kind of array, of other codes and scales."""
+        part = object.__new__(type(self))
+        part._element, part._divide, part._block_size = self.element, self.divide, self.block_size
+        part._blocks, part._scales, part._second = codes, scales, second
+        part._tile_rows, part._first_row = tile_rows, first_row
+        return part
+
+    def replace(self, codes: NDArray[np.uint8], scales: NDArray[Any]) -> Self:
         """Return the same view of other arrays, which have the same shapes."""
-        return self._with(codes, scales)
+        part = self._with(codes, scales, self.second, self.tile_rows, self.first_row)
+        return self._cut(part, self.start, self.shape)
 
     def decode(
         self,
@@ -205,4 +281,5 @@ class ScaledArray(BlockArray):
         if second is not None:
             with np.errstate(all="ignore"):
                 values = values / second if self.divide else values * second
+            values[np.isnan(values)] = np.nan  # of no other bits
         return (scales.view(np.uint8), values) if is_bytes else (values, None)

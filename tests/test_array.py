@@ -119,7 +119,7 @@ def test_dtypes_by_name_type_and_dtype(pair, dtype, name):
 
 @pytest.mark.parametrize("dtype", ["float64", "int8", np.float64, "nonsense", np.dtype(">f4")])
 def test_other_dtypes_are_refused(pair, dtype):
-    with pytest.raises(ValueError, match="MXFP4 decodes to"):
+    with pytest.raises(ValueError, match="values decode to"):
         mxfp4np.decode(*pair, dtype)
 
 
@@ -135,7 +135,7 @@ def test_an_out_that_does_not_fit_is_refused(pair):
     for out, dtype, message in [
         (np.empty((4, 6, 95), np.float32), None, r"shape \(4, 6, 96\), found \(4, 6, 95\)"),
         (np.empty((4, 6, 96), np.float32), "float16", "dtype float16, found float32"),
-        (np.empty((4, 6, 96), np.int16), None, "MXFP4 decodes to"),
+        (np.empty((4, 6, 96), np.int16), None, "values decode to"),
         (read_only, None, "read-only"),
     ]:
         with pytest.raises(ValueError, match=message):

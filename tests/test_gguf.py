@@ -92,10 +92,10 @@ class TestOtherTypes:
                     assert chunk.nbytes <= 2048
                     whole[place] = chunk
                 assert_same_bits(whole, values.swapaxes(-1, -2) if transpose else values)
-            with pytest.raises(LayoutError, match=f"'w' is {kind}, not MXFP4: use get"):
+            with pytest.raises(LayoutError, match=f"'w' is {kind}, not MXFP4, FP8, MXFP8 or NVFP4: use get"):
                 ckpt.packed("w")
             for wrong in (np.zeros(3, np.float32), np.zeros(values.shape, np.int8)):
-                with pytest.raises(ValueError, match=r"out must have|decodes to"):
+                with pytest.raises(ValueError, match=r"out must have|decode to"):
                     ckpt.get("w", out=wrong)
 
     def test_convert_decodes_and_verifies(self, tmp_path, package, command):

@@ -13,6 +13,7 @@ from helpers import BACKENDS, CODES, DATA, FLOATS, SCALES, answers, both_io, pai
 import mxfp4np
 from mxfp4np import LayoutError, MXFP4Array, TensorNotFoundError
 from mxfp4np.cli import main
+from mxfp4np.format import FP4_VALUES
 from mxfp4np.storage.safetensors import write_safetensors
 
 SAMPLES = {
@@ -55,7 +56,7 @@ VALUES = oracle(CODES.reshape(6, 4, 16), SCALES, "float32")
 def test_every_sample_has_the_bits_that_its_tool_gives(sample, io, backend):
     with mxfp4np.Checkpoint(DATA / sample, io=io) as ckpt:
         expected = answers(sample)
-        assert {name for name in ckpt if ckpt.info(name).layout} <= set(expected)
+        assert {name for name in ckpt if ckpt.info(name).format == "MXFP4"} <= set(expected)
         for name, values in expected.items():
             assert_same_bits(ckpt.get(name, dtype="float32", backend=backend), values)
             assert ckpt.info(name).shape == values.shape
@@ -92,7 +93,7 @@ def test_pairs_split_over_shards(sample, io, tmp_path):
 def test_codes_are_read_in_place(sample):
     with mxfp4np.Checkpoint(DATA / sample) as ckpt:
         for name in ckpt:
-            if (info := ckpt.info(name)).layout:
+            if (info := ckpt.info(name)).format == "MXFP4":
                 array = ckpt.packed(name)
                 codes, scales = (ckpt.stored[half.name] for half in info.stored)
                 assert np.shares_memory(array.blocks, codes)
@@ -104,13 +105,13 @@ def test_a_missing_half_is_an_error_and_all_else_works(sample, tmp_path):
     folder = reshard(sample, tmp_path / "all") if (tmp_path / "all").mkdir() is None else None
     with mxfp4np.Checkpoint(folder) as ckpt:
         infos = [ckpt.info(name) for name in ckpt]
-        victim = next(info for info in infos if info.layout)
+        victim = next(info for info in infos if info.format == "MXFP4")
     for half, other in (victim.stored, victim.stored[::-1]):
         moved = half.file.path.rename(tmp_path / "moved")
         message = problem(folder, victim.name)
         assert half.name in message
         assert other.name in message
-        assert "half of an MXFP4 pair" in message
+        assert "half of a" in message
         assert "expected" in message
         assert "open the folder" in message
         with mxfp4np.Checkpoint(folder) as ckpt:
@@ -121,12 +122,19 @@ def test_a_missing_half_is_an_error_and_all_else_works(sample, tmp_path):
         moved.rename(half.file.path)
 
 
-def test_deepseek_fp8_weights_under_the_same_names_are_plain():
-    for sample in ("deepseek_v4", "deepseek_v4_f4"):
-        with mxfp4np.Checkpoint(DATA / sample) as ckpt:
-            assert ckpt.info("layers.0.attn.wq.weight").layout is None
-            assert ckpt["layers.0.attn.wq.weight"].dtype == ml_dtypes.float8_e4m3fn
-            assert ckpt["layers.0.attn.wq.scale"].dtype == ml_dtypes.float8_e8m0fnu
+@both_io
+@pytest.mark.parametrize("sample", ["deepseek_v4", "deepseek_v4_f4"])
+def test_deepseek_fp8_weights_have_the_same_names(sample, io):
+    name = "layers.0.attn.wq.weight"
+    with mxfp4np.Checkpoint(DATA / sample, io=io) as ckpt:
+        info = ckpt.info(name)
+        assert (info.format, info.layout, info.reason) == ("FP8", "deepseek", "suffix pair, F8_E4M3/F8_E8M0")
+        assert [half.name for half in info.stored] == [name, "layers.0.attn.wq.scale"]
+        scales = ckpt.stored["layers.0.attn.wq.scale"].astype(np.float32).repeat(32, 0).repeat(32, 1)
+        values = (ckpt.stored[name].astype(np.float32) * scales).astype(ml_dtypes.bfloat16)
+        assert_same_bits(ckpt[name], values)
+        with pytest.raises(TensorNotFoundError, match=f"it is the packed half of {name!r}"):
+            ckpt["layers.0.attn.wq.scale"]
 
 
 # Layouts without a sample
@@ -202,41 +210,40 @@ def test_inline_blocks_are_read_at_once_not_one_by_one(tmp_path, monkeypatch):
 
 # Look-alikes: what is not MXFP4 is refused, or plain
 
-SIXTEENS = np.ones((6, 8), np.uint8)  # a scale for 16 values
+SIXTEENS = RNG.integers(0, 127, (6, 8), np.uint8)  # a scale for 16 values
+ONE = ("F32", np.ones(1, np.float32))
 NVFP4 = {
-    "ModelOpt": pair_of("a.weight", "a.weight_scale", "U8", "F8_E4M3", scales=SIXTEENS)
-    | {"a.weight_scale_2": ("F32", np.ones(1, np.float32))},
-    "a global scale alone": pair_of("a.weight", "a.weight_scale")
-    | {"a.weight_scale_2": ("F32", np.ones(1, np.float32))},
-    "compressed-tensors": pair_of("a.weight_packed", "a.weight_scale", "U8", "F8_E4M3", scales=SIXTEENS)
-    | {"a.weight_global_scale": ("F32", np.ones(1, np.float32))},
-    "compressed-tensors, scales as bytes": pair_of("a.weight_packed", "a.weight_scale", scales=SIXTEENS),
-    "MLX": pair_of("a.weight", "a.scales", "U32", codes=CODES.view(np.uint32), scales=SIXTEENS),
-    "torchao": pair_of("a._weight_qdata", "a._weight_scale", "U8", "F8_E4M3", scales=SIXTEENS),
-    "groups of 32, but F8_E4M3": pair_of("a.weight_packed", "a.weight_scale", "U8", "F8_E4M3"),
+    "ModelOpt": (
+        "weight-scale",
+        pair_of("a.weight", "a.weight_scale", "U8", "F8_E4M3", scales=SIXTEENS) | {"a.weight_scale_2": ONE},
+    ),
+    "compressed-tensors": (
+        "compressed-tensors",
+        pair_of("a.weight_packed", "a.weight_scale", "U8", "F8_E4M3", scales=SIXTEENS) | {"a.weight_global_scale": ONE},
+    ),
+    "MLX": ("mlx", pair_of("a.weight", "a.scales", "U32", codes=CODES.view(np.uint32), scales=SIXTEENS)),
+    "torchao": ("torchao", pair_of("a._weight_qdata", "a._weight_scale", "U8", "F8_E4M3", scales=SIXTEENS)),
 }
 
 
 @pytest.mark.parametrize("case", NVFP4)
-def test_nvfp4_is_named(tmp_path, case):
-    path = write_tensors(tmp_path / "m.safetensors", NVFP4[case])
-    codes, *others = NVFP4[case]
+def test_nvfp4_is_decoded_and_never_taken_for_mxfp4(tmp_path, case):
+    layout, tensors = NVFP4[case]
+    path = write_tensors(tmp_path / "m.safetensors", tensors)
     with pytest.raises(LayoutError, match="forced layout 'quark'"):
         mxfp4np.Checkpoint(path, layout="quark")
+    codes = np.stack([CODES & 15, CODES >> 4], -1).reshape(6, 128)
     with mxfp4np.Checkpoint(path) as ckpt:
-        assert (ckpt.info(codes).format, ckpt.info(codes).layout) == ("NVFP4", None)
-        assert [ckpt.info(name).format for name in others] == [None] * len(others)
-        with pytest.raises(LayoutError, match=f"{codes}' is NVFP4, not MXFP4"):
-            ckpt.packed(codes)
-        assert {name: ckpt[name].nbytes for name in ckpt} == {name: ckpt.stored[name].nbytes for name in NVFP4[case]}
+        info = ckpt.info("a.weight")
+        assert list(ckpt) == ["a.weight"]
+        assert (info.format, info.layout, info.shape) == ("NVFP4", layout, (6, 128))
+        assert {half.name for half in info.stored} == set(tensors)
+        scales = SIXTEENS.view(ml_dtypes.float8_e4m3fn).astype(np.float32).repeat(16, 1)
+        assert_same_bits(ckpt.get("a.weight", "float32"), np.array(FP4_VALUES, np.float32)[codes] * scales)
 
 
 BYTES = RNG.integers(0, 120, (6, 128), np.uint8)
 PLAIN = {
-    "MXFP8 of compressed-tensors": pair_of("a.weight", "a.weight_scale", "F8_E4M3", codes=BYTES),
-    "MXFP8 of torchao": pair_of("a._weight_qdata", "a._weight_scale", "F8_E4M3", "F8_E8M0", codes=BYTES),
-    "FP8 of DeepSeek": pair_of("a.weight", "a.scale", "F8_E4M3", "F8_E8M0", codes=BYTES, scales=SCALES[:1, :1]),
-    "FP8 with as many scales": pair_of("a.weight", "a.scale", "F8_E4M3", "F8_E8M0"),
     "affine MLX": pair_of("a.weight", "a.scales", "U32", "F32", codes=CODES.view(np.uint32), scales=FLOATS)
     | {"a.biases": ("F32", FLOATS)},
     "int4 of compressed-tensors": pair_of(
@@ -248,6 +255,7 @@ PLAIN = {
     "int4 of ModelOpt": pair_of("a.weight", "a.weight_scale", "U8", "F32", scales=FLOATS[:3, :1]),
     "bytes": {"a.weight": ("U8", CODES), "b": ("U8", CODES), "num_blocks": ("U8", CODES[0, :3])},
     "words": {"a.weight": ("U32", CODES.view(np.uint32)), "b.weight": ("I8", CODES.view(np.int8))},
+    "FP8 without scales": {"a.weight": ("F8_E4M3", BYTES)},
 }
 
 
@@ -405,7 +413,7 @@ def test_config_is_read_only_where_headers_do_not_tell(monkeypatch):
             assert not read
             for name in ckpt:
                 ckpt.info(name)
-            assert bool(read) == (sample in ("quark", "modelopt"))
+            assert bool(read) == (sample in ("quark", "modelopt") or sample.startswith("deepseek"))  # tiles of FP8
             assert len(read) == len(set(read))
         read.clear()
 
@@ -551,21 +559,24 @@ def test_inspect_lists_what_a_mixed_checkpoint_holds_and_why(tmp_path, capsys):
         pair_of("a.weight_packed", "a.weight_scale")
         | pair_of("b.weight", "b.scale", "I8", "F8_E8M0")
         | pair_of("c.weight", "c.scale", "F8_E4M3", "F8_E8M0", codes=BYTES)
+        | pair_of("f.weight", "f.scale", "I8", "F32", scales=FLOATS[:, :1])
         | {"d.weight": ("F32", FLOATS), "e.weight_packed": ("U8", CODES)}
     )
     path = write_tensors(tmp_path / "m.safetensors", tensors)
     assert main(["inspect", str(path), "--json"]) == 0
     found = {row["name"]: row for row in json.loads(capsys.readouterr().out)["tensors"]}
-    assert set(found) == {"a.weight", "b.weight", "c.weight", "c.scale", "d.weight", "e.weight"}
+    assert set(found) == {"a.weight", "b.weight", "c.weight", "d.weight", "e.weight", "f.weight", "f.scale"}
     layouts = {name: (row.get("layout"), row.get("reason")) for name, row in found.items()}
     assert layouts["a.weight"] == ("compressed-tensors", "suffix pair, U8/U8")
     assert layouts["b.weight"] == ("deepseek", "suffix pair, I8/F8_E8M0")
-    assert layouts["c.weight"] == layouts["c.scale"] == layouts["d.weight"] == (None, None)
+    assert layouts["c.weight"] == ("deepseek", "suffix pair, F8_E4M3/F8_E8M0")
+    assert layouts["f.weight"] == layouts["f.scale"] == layouts["d.weight"] == (None, None)
     assert "e.weight_scale" in found["e.weight"]["problem"]
     assert main(["inspect", str(path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "layout compressed-tensors: suffix pair, U8/U8; axes [.., out, in]" in lines
     assert "layout deepseek: suffix pair, I8/F8_E8M0; axes [.., out, in]" in lines
+    assert "layout deepseek: suffix pair, F8_E4M3/F8_E8M0; axes [.., out, in]" in lines
 
 
 def test_not_found_names_the_tensor_that_a_half_belongs_to():

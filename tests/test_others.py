@@ -1,4 +1,7 @@
-"""What is quantised, but not as MXFP4: each producer's names, dtypes and shapes, and the format that they are given."""
+"""What is quantised, but not as MXFP4: each producer's names, dtypes and shapes, and the format that they are given.
+
+FP8, MXFP8 and NVFP4 are decoded; see also test_scaled.
+"""
 
 import json
 from functools import partial
@@ -8,7 +11,7 @@ import pytest
 from helpers import assert_same, both_io
 
 import mxfp4np
-from mxfp4np import LayoutError
+from mxfp4np import LayoutError, TensorNotFoundError
 from mxfp4np.storage.safetensors import write_safetensors
 from mxfp4np.storage.tensorfile import nbytes_of
 
@@ -26,44 +29,102 @@ def checkpoint(folder, tensors, config=None, metadata=None):
     return folder
 
 
-PRODUCERS = {  # format, codes, what lies beside them; E8M0 and U8 scales are named, all others are numbers
-    "HF fp8, blocks": ("FP8", "a.weight F8_E4M3 256 256", "a.weight_scale_inv F32 2 2"),
-    "HF fp8, per tensor": ("FP8", "a.weight F8_E4M3 64 64", "a.weight_scale_inv BF16", "a.activation_scale BF16"),
-    "HF fp8, fused experts": ("FP8", "e.gate_up_proj F8_E4M3 2 256 64", "e.gate_up_proj_scale_inv F32 2 2 1"),
-    "DeepSeek-V4": ("FP8", "a.weight F8_E4M3 256 256", "a.scale F8_E8M0 2 2"),
-    "shared scale": ("FP8", "n.shard_0.weight F8_E4M3 24 32", "n.weight_scale BF16 1"),
-    "FP8 tensor": ("FP8", "a.weight F8_E4M3 64 64", "a.weight_scale BF16 1"),
-    "FP8 channel": ("FP8", "a.weight F8_E4M3 64 64", "a.weight_scale F32 64 1", "a.input_scale F32"),
-    "ModelOpt blocks": ("FP8", "a.weight F8_E4M3 256 256", "a.weight_scale F32 2 1 2 1"),
-    "Quark, blocks of 32": ("FP8", "a.weight F8_E4M3 64 128", "a.weight_scale U8 2 4"),
-    "Quark E5M2": ("FP8", "a.weight F8_E5M2 64 64", "a.weight_scale BF16"),
-    "torchao Float8Tensor": ("FP8", "a._weight_qdata F8_E4M3 3 24 64", "a._weight_scale F32 3 24 1"),
-    "Mistral": ("FP8", "a.weight F8_E4M3 64 64", "a.qscale_weight F32", "a.qscale_act F32"),
-    "ComfyUI, old": ("FP8", "a.weight F8_E4M3 64 64", "a.scale_weight F32", "a.scale_input F32"),
-    "compressed-tensors MXFP8": ("MXFP8", "a.weight F8_E4M3 64 64", "a.weight_scale U8 64 2"),
-    "MiniMax-M3": ("MXFP8", "a.weight F8_E4M3 64 64", "a.weight_scale_inv U8 64 2"),
-    "Inkling 2": ("MXFP8", "e.w13_weight F8_E4M3 2 64 64", "e.w13_weight_scale U8 2 64 2"),
-    "torchao MXTensor": ("MXFP8", "a._weight_qdata F8_E5M2 24 96", "a._weight_scale F8_E8M0 24 3"),
-    "torchao MXTensor, swizzled": ("MXFP8", "a._weight_qdata F8_E4M3 160 32", "a._weight_scale F8_E8M0 64 16"),
-    "MLX mxfp8": ("MXFP8", "a.weight U32 64 16", "a.scales U8 64 2"),
-    "ComfyUI mxfp8": ("MXFP8", "a.weight F8_E4M3 64 96", "a.weight_scale F8_E8M0 128 4", "a.comfy_quant U8 19"),
+DECODED = {  # format, layout, codes, their scales; after an empty text what lies beside them
+    "HF fp8, blocks": ("FP8", "weight-scale-inv", "a.weight F8_E4M3 256 256", "a.weight_scale_inv F32 2 2"),
+    "HF fp8, per tensor": (
+        "FP8",
+        "weight-scale-inv",
+        "a.weight F8_E4M3 64 64",
+        "a.weight_scale_inv BF16",
+        "",
+        "a.activation_scale BF16",
+    ),
+    "HF fp8, fused experts": (
+        "FP8",
+        "weight-scale-inv",
+        "e.gate_up_proj F8_E4M3 2 256 64",
+        "e.gate_up_proj_scale_inv F32 2 2 1",
+    ),
+    "DeepSeek-V4": ("FP8", "deepseek", "a.weight F8_E4M3 256 256", "a.scale F8_E8M0 2 2"),
+    "shared scale": ("FP8", "weight-scale", "n.shard_0.weight F8_E4M3 24 32", "n.weight_scale BF16 1"),
+    "FP8 tensor": ("FP8", "weight-scale", "a.weight F8_E4M3 64 64", "a.weight_scale BF16 1"),
+    "FP8 channel": (
+        "FP8",
+        "weight-scale",
+        "a.weight F8_E4M3 64 64",
+        "a.weight_scale F32 64 1",
+        "",
+        "a.input_scale F32",
+    ),
+    "ModelOpt channel": ("FP8", "weight-scale", "a.weight F8_E4M3 64 64", "a.weight_scale F32 64"),
+    "ModelOpt blocks": ("FP8", "weight-scale", "a.weight F8_E4M3 256 256", "a.weight_scale F32 2 1 2 1"),
+    "one scale for each expert": ("FP8", "weight-scale", "e.weight F8_E4M3 3 64 64", "e.weight_scale F32 3 1 1"),
+    "one row": ("FP8", "weight-scale", "a.weight F8_E4M3 1 64", "a.weight_scale F32"),
+    "Quark E5M2": ("FP8", "weight-scale", "a.weight F8_E5M2 64 64", "a.weight_scale BF16"),
+    "FNUZ": ("FP8", "weight-scale", "a.weight F8_E4M3FNUZ 64 64", "a.weight_scale BF16"),
+    "torchao Float8Tensor": ("FP8", "torchao", "a._weight_qdata F8_E4M3 3 24 64", "a._weight_scale F32 3 24 1"),
+    "Mistral": ("FP8", "mistral", "a.weight F8_E4M3 64 64", "a.qscale_weight F32", "", "a.qscale_act F32"),
+    "ComfyUI, old": ("FP8", "comfyui", "a.weight F8_E4M3 64 64", "a.scale_weight F32", "", "a.scale_input F32"),
+    "compressed-tensors MXFP8": ("MXFP8", "weight-scale", "a.weight F8_E4M3 64 64", "a.weight_scale U8 64 2"),
+    "MiniMax-M3": ("MXFP8", "weight-scale-inv", "a.weight F8_E4M3 64 64", "a.weight_scale_inv U8 64 2"),
+    "Inkling 2": ("MXFP8", "weight-scale", "e.w13_weight F8_E4M3 2 64 64", "e.w13_weight_scale U8 2 64 2"),
+    "torchao MXTensor": ("MXFP8", "torchao", "a._weight_qdata F8_E5M2 24 96", "a._weight_scale F8_E8M0 24 3"),
+    "torchao MXTensor, swizzled": (
+        "MXFP8",
+        "torchao",
+        "a._weight_qdata F8_E4M3 160 32",
+        "a._weight_scale F8_E8M0 64 16",
+    ),
+    "MLX mxfp8": ("MXFP8", "mlx", "a.weight U32 64 16", "a.scales U8 64 2"),
+    "ComfyUI mxfp8": (
+        "MXFP8",
+        "weight-scale",
+        "a.weight F8_E4M3 64 96",
+        "a.weight_scale F8_E8M0 128 4",
+        "",
+        "a.comfy_quant U8 19",
+    ),
     "compressed-tensors NVFP4": (
         "NVFP4",
+        "compressed-tensors",
         "a.weight_packed U8 64 32",
         "a.weight_scale F8_E4M3 64 4",
         "a.weight_global_scale F32 1",
     ),
-    "ModelOpt NVFP4": ("NVFP4", "a.weight U8 64 32", "a.weight_scale F8_E4M3 64 4", "a.weight_scale_2 F32"),
-    "ModelOpt NVFP4, fused": (
+    "ModelOpt NVFP4": (
         "NVFP4",
+        "weight-scale",
+        "a.weight U8 64 32",
+        "a.weight_scale F8_E4M3 64 4",
+        "a.weight_scale_2 F32",
+    ),
+    "ModelOpt NVFP4, stacked": (
+        "NVFP4",
+        "modelopt-experts",
         "e.down_proj U8 2 16 64",
         "e.down_proj_weight_scale F8_E4M3 2 2 64",
         "e.down_proj_weight_scale_2 F32",
     ),
-    "torchao NVFP4Tensor": ("NVFP4", "a._weight_qdata U8 160 16", "a._weight_scale F8_E4M3 64 16"),
-    "MLX nvfp4": ("NVFP4", "a.weight U32 64 8", "a.scales U8 64 4"),
-    "ComfyUI nvfp4": ("NVFP4", "a.weight U8 48 48", "a.weight_scale F8_E4M3 128 8", "a.weight_scale_2 F32"),
-    "F4 and E4M3": ("NVFP4", "a.weight F4 64 64", "a.weight_scale F8_E4M3 64 4"),
+    "torchao NVFP4Tensor": ("NVFP4", "torchao", "a._weight_qdata U8 160 16", "a._weight_scale F8_E4M3 64 16"),
+    "MLX nvfp4": ("NVFP4", "mlx", "a.weight U32 64 8", "a.scales U8 64 4"),
+    "ComfyUI nvfp4": (
+        "NVFP4",
+        "weight-scale",
+        "a.weight U8 48 48",
+        "a.weight_scale F8_E4M3 128 8",
+        "a.weight_scale_2 F32",
+        "",
+        "a.comfy_quant U8 19",
+    ),
+    "F4 and E4M3": (
+        "NVFP4",
+        "weight-scale",
+        "a.weight F4 64 64",
+        "a.weight_scale F8_E4M3 64 4",
+        "a.weight_scale_2 BF16 1",
+    ),
+}
+PRODUCERS = {  # format, codes, what lies beside them; what is not decoded
     "Quark fp6": ("MXFP6", "a.weight U8 64 96", "a.weight_scale U8 64 4"),
     "F6": ("MXFP6", "a.weight F6_E2M3 64 64", "a.weight_scale F8_E8M0 64 2"),
     "F6 alone": ("FP6", "a F6_E3M2 64 64"),
@@ -91,6 +152,35 @@ PRODUCERS = {  # format, codes, what lies beside them; E8M0 and U8 scales are na
     "EXL2": ("EXL2", "a.q_weight I32 8 64", "a.q_groups I16 4", "a.q_scale I32 2 8"),
     "EXL3": ("EXL3", "a.trellis I16 4 4 64", "a.suh F16 64", "a.svh F16 64"),
 }
+
+
+def fields(producer):
+    """Return a producer's codes and scales, and what lies beside them."""
+    _, _, *tensors = DECODED[producer]
+    cut = tensors.index("") if "" in tensors else len(tensors)
+    return tensors[:cut], tensors[cut + 1 :]
+
+
+@both_io
+@pytest.mark.parametrize("producer", DECODED)
+def test_codes_and_scales_of_each_producer_are_one_tensor(tmp_path, producer, io):
+    form, layout, *_ = DECODED[producer]
+    tensors, beside = fields(producer)
+    with mxfp4np.Checkpoint(checkpoint(tmp_path, [*tensors, *beside, "norm.weight BF16 64"]), io=io) as ckpt:
+        stored = [line.split()[0] for line in tensors]
+        name = stored[0].removesuffix("_packed").replace("._weight_qdata", ".weight")
+        assert set(ckpt) == {name, "norm.weight", *(line.split()[0] for line in beside)}
+        info = ckpt.info(name)
+        assert (info.format, info.dtype, info.layout) == (form, form, layout)
+        assert [half.name for half in info.stored] == stored
+        assert info.reason == f"suffix pair, {'/'.join(line.split()[1] for line in tensors)}"
+        values = ckpt[name]
+        assert (values.shape, values.dtype.name) == (info.shape, "bfloat16")
+        assert ckpt.packed(name).shape == info.shape
+        for half in stored[1:]:
+            with pytest.raises(TensorNotFoundError, match=f"it is the packed half of {name!r}"):
+                ckpt.info(half)
+        assert {ckpt.info(line.split()[0]).format for line in beside} <= {None}
 
 
 @pytest.mark.parametrize("producer", PRODUCERS)
@@ -124,15 +214,19 @@ def test_plain_tensors_have_no_format(tmp_path, tensors):
 
 
 @pytest.mark.parametrize(
-    ("expected", "tensor", "config"),
+    ("expected", "tensors", "config"),
     [
-        ("FP8", "e.0.weight F8_E4M3 64 64", {"quantization_config": {"quant_method": "fp8"}}),
-        ("MXFP6", "a.weight U8 64 50", {"quant_method": "quark", "dtype": "mx", "mx_element_dtype": "fp6_e3m2"}),
+        ("MXFP6", ["a.weight U8 64 50"], {"quant_method": "quark", "dtype": "mx", "mx_element_dtype": "fp6_e3m2"}),
+        ("FP8", ["a.weight F8_E4M3 64 128", "a.weight_scale U8 2 4"], {"w": {"block_size": [32, 32]}}),
+        ("FP8", ["a.weight F8_E4M3 64 96", "a.weight_scale_inv F32 3 2"], {"weight_block_size": [24, 48]}),
+        ("FP8", ["a.weight F8_E4M3 64 96", "a.weight_scale_inv F32 64 3"], {"weight_block_size": [1, 32]}),
     ],
 )
-def test_documents_say_what_headers_do_not(tmp_path, expected, tensor, config):
-    with mxfp4np.Checkpoint(checkpoint(tmp_path, [tensor], config)) as ckpt:
-        assert ckpt.info(tensor.split()[0]).format == expected
+def test_documents_say_what_headers_do_not(tmp_path, expected, tensors, config):
+    with mxfp4np.Checkpoint(checkpoint(tmp_path, tensors, config)) as ckpt:
+        info = ckpt.info(tensors[0].split()[0])
+        assert info.format == expected
+        assert expected == "MXFP6" or ckpt[info.name].shape == info.shape == info.stored[0].shape
 
 
 def test_integers_that_could_be_mxfp4_with_converted_scales(tmp_path):
@@ -152,20 +246,22 @@ def test_bits_of_words_are_those_of_the_config(tmp_path):
 
 @pytest.fixture
 def mixed(tmp_path):
-    """FP8, NVFP4 and GPTQ codes beside MXFP4 and plain tensors."""
+    """GPTQ, bitsandbytes and INT8 codes beside FP8, NVFP4, MXFP4 and plain tensors."""
     tensors = [
-        *PRODUCERS["HF fp8, blocks"][1:],
-        *(line.replace("a.", "b.", 1) for line in PRODUCERS["MLX nvfp4"][1:]),
+        *DECODED["HF fp8, blocks"][2:],
+        *(line.replace("a.", "b.", 1) for line in DECODED["MLX nvfp4"][2:]),
         *(line.replace("a.", "c.", 1) for line in PRODUCERS["GPTQ"][1:]),
         *(line.replace("a.", "d.", 1) for line in PRODUCERS["bitsandbytes in bfloat16"][1:]),
+        *(line.replace("a.", "e.", 1) for line in PRODUCERS["compressed-tensors int8"][1:]),
         "m.weight_packed U8 4 32",
         "m.weight_scale U8 4 2",
         "n.weight BF16 4 32",
     ]
-    return checkpoint(tmp_path / "in", tensors) if (tmp_path / "in").mkdir() is None else None
+    (tmp_path / "in").mkdir()
+    return checkpoint(tmp_path / "in", tensors)
 
 
-CODES = {"a.weight": "FP8", "b.weight": "NVFP4", "c.qweight": "GPTQ", "d.weight": "bitsandbytes"}
+CODES = {"c.qweight": "GPTQ", "d.weight": "bitsandbytes", "e.weight": "INT8"}
 
 
 @both_io
@@ -196,8 +292,10 @@ def test_codes_come_as_stored_or_not_at_all(mixed, io, name):
 def test_load_file_converts_no_codes(mixed):
     found = mxfp4np.load_file(mixed, dtype="float32")
     with mxfp4np.Checkpoint(mixed) as ckpt:
-        converted = {name for name, array in found.items() if array.dtype != ckpt[name].dtype}
-        assert converted == {"n.weight", "c.scales"} | {"m.weight"}
+        plain = {name: array for name, array in found.items() if ckpt.info(name).layout is None}
+        converted = {name for name, array in plain.items() if array.dtype != ckpt[name].dtype}
+        assert converted == {"n.weight", "c.scales", "e.weight_scale"}
+    assert {found[name].dtype.name for name in ("a.weight", "b.weight", "m.weight")} == {"float32"}
 
 
 def test_commands_name_and_keep_them(mixed, tmp_path, command, refused):
@@ -205,22 +303,204 @@ def test_commands_name_and_keep_them(mixed, tmp_path, command, refused):
     assert status == 0
     for name, kind in CODES.items():
         assert any(line.startswith(f"{name} ") and f"({kind})" in line for line in out.splitlines())
-    assert "1 of them MXFP4" in out
-    assert "1 of them GPTQ" in out
-    assert command("verify", mixed)[:2] == (0, "verified 12 tensors, 136 B read: nothing wrong\n")
+    for kind in ("MXFP4", "FP8", "NVFP4", "GPTQ"):
+        assert f"1 of them {kind}" in out
+    assert command("verify", mixed)[0] == 0
     status, _, err = command("convert", mixed, tmp_path / "out", "--verify")
     assert status == 0
     assert "still quantised" in err
-    assert "4 tensors" in err
+    assert "3 tensors" in err
     with mxfp4np.Checkpoint(mixed) as source, mxfp4np.Checkpoint(tmp_path / "out") as target:
         assert {name: target.info(name).format for name in CODES} == CODES
-        for name in source.stored.keys() & target.stored.keys():
+        for name in source.stored.keys() & target.stored.keys() - {"a.weight", "b.weight"}:
             assert_same(source.stored[name], target.stored[name])
-    assert command("decode", mixed, "a.weight", "-o", tmp_path / "a.safetensors")[0] == 0
-    message = refused("decode", mixed, "b.weight", "--dtype", "float32", "-o", tmp_path / "b.npy")
-    assert "tensor 'b.weight' is NVFP4, which is not decoded" in message
+        for name in ("a.weight", "b.weight", "m.weight"):
+            assert_same(source[name], target[name])
+    assert command("decode", mixed, "e.weight", "-o", tmp_path / "e.safetensors")[0] == 0
+    message = refused("decode", mixed, "e.weight", "--dtype", "float32", "-o", tmp_path / "e.npy")
+    assert "tensor 'e.weight' is INT8, which is not decoded" in message
 
 
 def test_encode_refuses_codes(mixed, tmp_path):
     with pytest.raises(LayoutError, match=r"'a.weight' is quantised already, it is FP8: convert the checkpoint first"):
         mxfp4np.encode_checkpoint(mixed, tmp_path / "out", layout="mlx", include="n.weight")
+
+
+# FP8, MXFP8 and NVFP4 that do not fit
+
+
+SAYS_FP8 = {"quantization_config": {"quant_method": "fp8"}}
+MISFITS = {
+    "no scale, and config.json says that there is one": (
+        ["e.0.weight F8_E4M3 64 64"],
+        SAYS_FP8,
+        (
+            "tensor 'e.0.weight' is FP8 and has no scale: expected 'e.0.weight_scale_inv' or 'e.0.weight_scale', as "
+            "config.json says that weights are quantised, found none; open the folder that holds all shards"
+        ),
+    ),
+    "no scale of stacked experts": (
+        ["e.down_proj F8_E4M3 2 64 64"],
+        SAYS_FP8,
+        (
+            "tensor 'e.down_proj' is FP8 and has no scale: expected 'e.down_proj_scale_inv' or "
+            "'e.down_proj_weight_scale_inv', as"
+        ),
+    ),
+    "a scalar of a module that has a weight of its own": (
+        ["a.b.weight F8_E4M3 64 64", "a.weight F8_E4M3 64 64", "a.weight_scale F32 1"],
+        SAYS_FP8,
+        "tensor 'a.b.weight' is FP8 and has no scale",
+    ),
+    "no second scale": (
+        ["a.weight U8 64 32", "a.weight_scale F8_E4M3 64 4"],
+        None,
+        "tensor 'a.weight': expected 'a.weight_scale_2', the second scale of NVFP4, found none; open the folder",
+    ),
+    "no global scale": (
+        ["a.weight_packed U8 64 32", "a.weight_scale U8 64 4"],
+        None,
+        "tensor 'a.weight_packed': expected 'a.weight_global_scale', the second scale of NVFP4, found none",
+    ),
+    "several second scales": (
+        ["a.weight U8 64 32", "a.weight_scale F8_E4M3 64 4", "a.weight_scale_2 F32 64"],
+        None,
+        "tensor 'a.weight_scale_2': expected one value, or shape [], found shape [64]",
+    ),
+    "a second scale of integers": (
+        ["a.weight U8 64 32", "a.weight_scale F8_E4M3 64 4", "a.weight_scale_2 I32"],
+        None,
+        "tensor 'a.weight_scale_2': expected dtype F32 or BF16 or F16, found I32",
+    ),
+    "groups of 32 beside a second scale": (
+        ["a.weight U8 64 64", "a.weight_scale U8 64 4", "a.weight_scale_2 F32"],
+        None,
+        "tensor 'a.weight_scale': expected a scale for 16 values of each row of [64, 64], found [64, 4]",
+    ),
+    "tiles of another size": (
+        ["a.weight F8_E4M3 256 256", "a.weight_scale_inv F32 4 4"],
+        None,
+        (
+            "tensor 'a.weight_scale_inv': expected one scale for the tensor, for each row, or for 128 x 128 values, "
+            "as no config.json says otherwise, of [256, 256], found [4, 4]"
+        ),
+    ),
+    "rows that do not divide": (
+        ["a.weight F8_E4M3 192 256", "a.weight_scale_inv F32 3 2"],
+        {"weight_block_size": [128, 128]},
+        "or for 128 x 128 values, as config.json says, of [192, 256], found [3, 2]",
+    ),
+    "two tiles": (
+        ["a.weight F8_E4M3 150 256", "a.weight_scale_inv F32 2 2"],
+        {"weight_block_size": [128, 128], "x": {"block_structure": [100, 128]}},
+        "of [150, 256], found [2, 2], which fits tiles of",
+    ),
+    "scales that could be transposed": (
+        ["a.weight F8_E4M3 64 128", "a.weight_scale F32 128 1"],
+        None,
+        "tensor 'a.weight_scale': expected one scale for the tensor, for each row, or",
+    ),
+    "two tensors of scales": (
+        ["a.weight F8_E4M3 64 64", "a.weight_scale F32 1", "a.weight_scale_inv F32 1"],
+        None,
+        (
+            "tensor 'a.weight': expected one tensor of scales, found that it could be 'a.weight_scale_inv' or "
+            "'a.weight_scale'"
+        ),
+    ),
+    "scales of another dtype": (
+        ["a.weight F8_E4M3 64 64", "a.weight_scale F8_E4M3 64 1"],
+        None,
+        "tensor 'a.weight_scale': expected dtype F32 or BF16 or F16 or F8_E8M0 or U8, for FP8, found F8_E4M3",
+    ),
+    "MXFP8 with too few scales": (
+        ["a.weight F8_E4M3 64 128", "a.weight_scale U8 65 4"],
+        None,
+        "tensor 'a.weight_scale': expected a scale for 32 values of each row of [64, 128], found [65, 4]",
+    ),
+}
+
+
+@pytest.mark.parametrize(("tensors", "config", "message"), MISFITS.values(), ids=MISFITS)
+def test_what_does_not_fit_is_an_error(tmp_path, tensors, config, message, refused):
+    with mxfp4np.Checkpoint(checkpoint(tmp_path, [*tensors, "norm.weight BF16 64"], config)) as ckpt:
+        name = tensors[0].split()[0].removesuffix("_packed")
+        for call in (ckpt.info, ckpt.get, ckpt.packed):
+            with pytest.raises(LayoutError) as info:
+                call(name)
+            assert str(info.value).startswith(f"{tmp_path / 'model.safetensors'}: tensor '")
+            assert message in str(info.value)
+        assert ckpt["norm.weight"].shape == (64,)
+    assert message in refused("convert", tmp_path, tmp_path / "out")
+    result = mxfp4np.convert(tmp_path, tmp_path / "out", exclude=name)
+    assert result.contents.quantized[0] == name
+    assert any(message in finding for finding in mxfp4np.verify(tmp_path).findings)
+
+
+@pytest.mark.parametrize("config", [None, {"model_type": "x"}])
+def test_fp8_without_scales_is_plain_unless_a_config_says_that_it_has_some(tmp_path, config):
+    with mxfp4np.Checkpoint(checkpoint(tmp_path, ["a.weight F8_E4M3 64 64"], config)) as ckpt:
+        assert (ckpt.info("a.weight").format, ckpt["a.weight"].dtype.name) == (None, "float8_e4m3fn")
+        assert ckpt.get("a.weight", "float32")[0, 0] == ckpt["a.weight"][0, 0] == 2
+
+
+def test_bfloat16_beside_a_scale_is_plain(tmp_path):
+    tensors = ["a.weight BF16 64 64", "a.weight_scale_inv F32 1 1"]
+    with mxfp4np.Checkpoint(checkpoint(tmp_path, tensors, SAYS_FP8)) as ckpt:
+        assert [ckpt.info(name).format for name in ckpt] == [None, None]
+        assert ckpt["a.weight"].dtype.name == "bfloat16"
+
+
+@both_io
+@pytest.mark.parametrize("evidence", ["tensor", "metadata", None])
+@pytest.mark.parametrize(
+    ("codes", "scales", "group"), [("U8 128 64", "F8_E4M3 128 8", 16), ("F8_E4M3 128 128", "F8_E8M0 128 4", 32)]
+)
+def test_scales_of_comfyui_are_swizzled_also_where_their_shape_is_that_of_others(
+    tmp_path, codes, scales, group, evidence, io
+):
+    tensors = [f"a.weight {codes}", f"a.weight_scale {scales}", "a.weight_scale_2 F32"]
+    metadata = {"_quantization_metadata": json.dumps({"layers": {"a": {"format": "x"}}})}
+    if evidence == "tensor":
+        tensors.append("a.comfy_quant U8 19")
+    path = checkpoint(tmp_path, tensors, metadata=metadata if evidence == "metadata" else None) / "model.safetensors"
+    rng = np.random.default_rng(0)
+    with mxfp4np.Checkpoint(path) as ckpt:
+        at = ckpt._stored["a.weight_scale"].offset, ckpt._stored["a.weight"].offset
+    data = bytearray(path.read_bytes())
+    stored = rng.integers(100, 120, (128, 128 // group), np.uint8)
+    data[at[0] : at[0] + stored.nbytes] = stored.tobytes()
+    raw = rng.integers(0, 120, (128, int(codes.split()[-1])), np.uint8)
+    data[at[1] : at[1] + raw.nbytes] = raw.tobytes()
+    path.write_bytes(data)
+    with mxfp4np.Checkpoint(path, io=io) as ckpt:
+        packed = ckpt.packed("a.weight")
+        high_first = evidence is not None and group == 16
+        assert np.array_equal(packed.blocks, (raw << 4) | (raw >> 4) if high_first else raw)
+        found = packed.scales.view(np.uint8)
+        for row, column in ((0, 0), (0, 3), (37, 2), (127, 128 // group - 1)):
+            tile, within = divmod(column, 4)
+            place = 512 * tile + 16 * (row % 32) + 4 * (row // 32) + within
+            expected = stored[row, column] if evidence is None else stored.reshape(-1)[place]
+            assert found[row, column] == expected
+
+
+@pytest.mark.parametrize(("said", "fits"), [("false", False), ("true", True), (None, True)])
+def test_torchao_says_whether_scales_are_swizzled(tmp_path, said, fits):
+    metadata = {} if said is None else {"a.weight": json.dumps({"is_swizzled_scales": said == "true"})}
+    tensors = ["a._weight_qdata F8_E4M3 160 32", "a._weight_scale F8_E8M0 64 16"]
+    with mxfp4np.Checkpoint(checkpoint(tmp_path, tensors, metadata=metadata)) as ckpt:
+        if fits:
+            assert ckpt["a.weight"].shape == (160, 32)
+        else:
+            with pytest.raises(LayoutError, match="expected a scale for 32 values of each row"):
+                ckpt.info("a.weight")
+    metadata = {"a.weight": json.dumps({"is_swizzled_scales": said == "true"})}
+    tensors = ["a._weight_qdata F8_E4M3 160 32", "a._weight_scale F8_E8M0 160 1"]
+    (tmp_path / "plain").mkdir()
+    with mxfp4np.Checkpoint(checkpoint(tmp_path / "plain", tensors, metadata=metadata)) as ckpt:
+        if said == "true":
+            with pytest.raises(LayoutError):
+                ckpt.info("a.weight")
+        else:
+            assert ckpt["a.weight"].shape == (160, 32)

@@ -826,7 +826,7 @@ def test_a_target_that_must_not_be_written(tmp_path):
         ({"task": (1, 2), "force": True}, "remove it"),
         ({"max_shard_size": 0}, "max_shard_size"),
         ({"num_threads": 0}, "num_threads must be at least 1"),
-        ({"dtype": "int8"}, "MXFP4 decodes to"),
+        ({"dtype": "int8"}, "values decode to"),
         ({"transpose": "maybe"}, "transpose must be"),
         ({"layout": "none"}, "layout must be"),
     ],
@@ -1258,7 +1258,7 @@ class TestCommand:
 
     def test_warnings(self, command, tmp_path):
         for option in ("--dry-run", "--quiet"):
-            err = command("convert", DEEPSEEK, tmp_path / "a", option)[2]
+            err = command("convert", DEEPSEEK, tmp_path / "a", option, "--exclude", "*attn*")[2]
             assert err.startswith("mxfp4np: warning: still quantised")
             assert err.count("\n") == 1
         source = build(tmp_path / "in", {"w": packed(2, 64, low=200, high=201)})

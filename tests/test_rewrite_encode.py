@@ -362,5 +362,5 @@ def test_gguf_as_a_source(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(LayoutError, match=r"tensor 'b.weight' is quantised already, as gguf: convert"):
+    with pytest.raises(LayoutError, match=r"tensor 'b.weight' is quantised already, it is Q8_0: convert"):
         mxfp4np.encode_checkpoint(tmp_path / "m.gguf", tmp_path / "out", layout="mlx")

@@ -61,7 +61,6 @@ FLOAT32 = {"a.weight": np.float32}
         ({"quantization": {"bits": 4}}, FLOAT32, "'quantization' says that"),
         (QUANTIZED, {"w": None, **FLOAT32}, None),
         (QUANTIZED, {"b.weight": np.uint8, **FLOAT32}, None),
-        (QUANTIZED, {"b.weight": ml_dtypes.float8_e4m3fn, **FLOAT32}, None),
         ({"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {}}}, FLOAT32, None),
         ({"quantization_config": None}, FLOAT32, None),
     ],

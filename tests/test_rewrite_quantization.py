@@ -189,7 +189,10 @@ def written(folder, name="config.json"):
 
 def test_config_describes_what_was_decoded_and_what_stays(tmp_path):
     source = checkpoint(tmp_path / "in", CONFIG)
-    result = mxfp4np.convert(source, tmp_path / "out")
+    result = mxfp4np.convert(source, tmp_path / "all")
+    assert (result.contents.quantized, result.problem) == ([], None)
+    assert "quantization_config" not in written(tmp_path / "all")
+    result = mxfp4np.convert(source, tmp_path / "out", exclude=f"{ATTENTION}*")
     assert result.contents.quantized == [f"{ATTENTION}.weight"]
     assert result.problem is None
     config = written(tmp_path / "out")
@@ -205,7 +208,7 @@ def test_config_describes_what_was_decoded_and_what_stays(tmp_path):
 
 def test_configs_of_parts_of_a_model(tmp_path):
     config = {"text_config": CONFIG, "vision_config": {"expert_dtype": "fp4"}, "compression_config": {"a": 1}}
-    mxfp4np.convert(checkpoint(tmp_path / "in", config), tmp_path / "out")
+    mxfp4np.convert(checkpoint(tmp_path / "in", config), tmp_path / "out", exclude=f"{ATTENTION}*")
     ignore = written(tmp_path / "out")["text_config"]["quantization_config"]["ignore"]
     assert ignore[0] == MLP
     assert "model.language_model.layers.0.mlp.up_proj" in ignore
@@ -244,7 +247,7 @@ def test_files_of_quantizers(tmp_path, name, before, after):
     for fp8 in (True, False):
         source = checkpoint(tmp_path / f"in {fp8}", CONFIG, fp8=fp8)
         (source / name).write_text(json.dumps(before))
-        mxfp4np.convert(source, tmp_path / f"out {fp8}")
+        mxfp4np.convert(source, tmp_path / f"out {fp8}", exclude=f"{ATTENTION}*")
         assert written(tmp_path / f"out {fp8}", name) == (after if fp8 else None)
     mxfp4np.convert(source, tmp_path / "copy", exclude=f"{MLP}*")
     assert written(tmp_path / "copy", name) == before
@@ -255,10 +258,13 @@ def test_scales_go_with_their_quantisation(tmp_path):
     cache = "model.layers.0.self_attn.k_scale"
     scales = {f"{MLP}.input_scale": scalar, f"{ATTENTION}.input_scale": scalar, cache: scalar}
     others = {f"{MLP}.output_scale.x": scalar, "model.logit_scale": scalar, f"{HEAD}.input_scale": scalar}
-    result = mxfp4np.convert(checkpoint(tmp_path / "in", CONFIG, **scales, **others), tmp_path / "out", verify=True)
+    source = checkpoint(tmp_path / "in", CONFIG, **scales, **others)
+    result = mxfp4np.convert(source, tmp_path / "out", exclude=f"{ATTENTION}*", verify=True)
     assert result.contents.unneeded == [f"{MLP}.input_scale"]
     assert result.verification.findings == []
     assert any("left out with the quantisation" in line for line in result.warnings())
+    result = mxfp4np.convert(source, tmp_path / "all")
+    assert result.contents.unneeded == sorted(scales)
     plain = checkpoint(tmp_path / "plain", CONFIG, fp8=False, **scales, **others)
     result = mxfp4np.convert(plain, tmp_path / "none")
     assert result.contents.unneeded == [f"{MLP}.input_scale", cache]
@@ -278,7 +284,7 @@ PROBLEMS = {
     "another orientation": (CONFIG, {}, {"transpose": "yes"}, "not as the model expects it"),
     "a rotation": (ROTATED, {}, {}, "transform_config"),
     "scaled inputs": (CONFIG, {f"{MLP}.pre_quant_scale": np.ones(64, np.float32)}, {}, "changes what the weights mean"),
-    "modelopt": (MODELOPT, {}, {}, "transformers does not load"),
+    "modelopt": (MODELOPT, {}, {"exclude": f"{ATTENTION}*"}, "transformers does not load"),
     "experts of compressed-tensors beside packed weights": (
         EXPERTS,
         {
@@ -288,7 +294,7 @@ PROBLEMS = {
         {"exclude": f"{MLP}*"},
         "transformers does not load",
     ),
-    "no word of it": (NOTHING, {}, {}, "transformers does not load"),
+    "no word of it": (NOTHING, {}, {"exclude": f"{ATTENTION}*"}, "transformers does not load"),
 }
 
 

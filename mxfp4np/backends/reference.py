@@ -74,7 +74,7 @@ class ReferenceBackend(HostBackend):
                 self.decode_scaled(*rows, element=element, width=width, table=table, start=start)
             return
         if element == "E2M1":
-            codes = np.stack([codes & 0x0F, codes >> 4], axis=-1).reshape(*codes.shape[:-1], -1)
+            codes = np.stack([codes & 0x0F, codes >> 4], axis=-1).reshape(*codes.shape[:-1], 2 * codes.shape[-1])
         places = np.arange(start, start + out.shape[-1])
         values = element_values(element)[codes[..., places]]
         factors = scales if table is None else table[scales]

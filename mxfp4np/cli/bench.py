@@ -142,9 +142,9 @@ def checkpoint_source(checkpoint: Checkpoint, size: int) -> Source:
             left -= info.decoded_nbytes()
     if names:
         what = f"{len(names)} of {len(packed)} packed tensors"
-        return Source(what, [checkpoint.packed(name) for name in names], names)
+        return Source(what, [checkpoint.blocks(name) for name in names], names)
     name = packed[0].name
-    _, array = next(checkpoint.packed(name).iter_chunks(max(size, 2 * BLOCK_SIZE)))
+    _, array = next(checkpoint.blocks(name).iter_chunks(max(size, 2 * BLOCK_SIZE)))
     return Source(f"part of 1 of {len(packed)} packed tensors", [array], [name])
 
 

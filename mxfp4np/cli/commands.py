@@ -134,7 +134,7 @@ def _inspect(args: argparse.Namespace) -> int:
         with byte_bar(sum(info.nbytes for info in packed), "reading", quiet=args.quiet) as progress:
             for info in packed:
                 stats[info.name] = Stats()
-                stats[info.name].add(checkpoint.packed(info.name), progress)
+                stats[info.name].add(checkpoint.blocks(info.name), progress)
         if args.json:
             print(json.dumps(to_json(checkpoint, table, stats)))
             return 0

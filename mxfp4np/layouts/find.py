@@ -69,9 +69,10 @@ class Documents:
                 left += value
         return list(found)
 
-    def is_swizzled(self, name: str) -> bool:
-        """Return whether the header says that the scales of a logical tensor are swizzled."""
-        return "true" in self.values(METADATA, name, "is_swizzled_scales")
+    def is_swizzled(self, name: str) -> bool | None:
+        """Return whether the scales of a logical tensor are swizzled, None if the header does not say."""
+        found = self.values(METADATA, name, "is_swizzled_scales")
+        return "true" in found if found else None
 
     def contradict(self, layout: Layout, name: str) -> bool:
         """Return whether the header has metadata of this tensor that does not match a layout."""

@@ -58,6 +58,11 @@ class GGUFArray(BlockArray):
         """Values of a block."""
         return self._block_size
 
+    @property
+    def format(self) -> str:
+        """The name of the type."""
+        return self._kind
+
     def _of_blocks(self, span: tuple[Any, ...]) -> GGUFArray:
         return GGUFArray(self.blocks[span], self._kind)
 

@@ -12,11 +12,12 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Final, NamedTuple
 
+from ..errors import LayoutError
 from ..format import BYTES_PER_BLOCK
 from ..storage.tensorfile import DTYPES, StoredTensor
 from .find import Documents
-from .scaled import DECODED, ScaledCandidate
-from .table import SCALED_LAYOUTS, ScaledLayout
+from .scaled import DECODED, ScaledCandidate, is_transposed
+from .table import METADATA, SCALED_LAYOUTS, ScaledLayout
 
 _FLOAT8: Final = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 _FLOAT6: Final = ("F6_E2M3", "F6_E3M2")
@@ -27,6 +28,11 @@ _EXPONENTS: Final = ("U8", "F8_E8M0")
 _FLOATS: Final = ("F64", "F32", "F16", "BF16")
 
 _SCALED: Final = {known.codes: [x for x in SCALED_LAYOUTS if x.codes == known.codes] for known in SCALED_LAYOUTS}
+_SHARED: Final = next(x for x in SCALED_LAYOUTS if x.scales == ".weight_scale")
+"""The layout of one scale for several tensors, which has the name of the module that they are parts of."""
+
+COMFYUI: Final = ("comfy_quant", "_quantization_metadata")
+"""What ComfyUI writes: a tensor of each quantised module, and JSON in the metadata of the header."""
 
 _SECOND_SCALES: Final = ("_scale_2", "_global_scale", "_per_tensor_scale")
 """Suffixes of NVFP4's second scale, after the name of the weight; other formats have none."""
@@ -104,6 +110,24 @@ class Others:
             return self._mx_format
         return None
 
+    def check_scale(self, tensor: StoredTensor) -> None:
+        """Refuse FP8 without a scale, if a document says that weights have scales.
+
+        Raises
+        ------
+        LayoutError
+        """
+        if tensor.dtype not in _FLOAT8 or self.format_of(tensor) != "FP8":
+            return
+        stem, dot, last = tensor.name.rpartition(".")
+        suffix = dot + last if dot + last in _SCALED else ""
+        stem = stem if suffix else tensor.name
+        first, second, *_ = (repr(stem + layout.scales) for layout in _SCALED[suffix])
+        raise LayoutError(
+            f"{tensor.file.path}: tensor {tensor.name!r} is FP8 and has no scale: expected {first} or {second}, as "
+            "config.json says that weights are quantised, found none; open the folder that holds all shards"
+        )
+
     def _signature(self, tensor: StoredTensor, stem: str, suffix: str) -> str | None:
         for known in _SIGNATURES.get(suffix, ()):
             if tensor.dtype[0] in known.kinds and (beside := stem + known.beside) in self._stored:
@@ -116,17 +140,22 @@ class Others:
 
     def _scaled(self, codes: StoredTensor, stem: str, suffix: str) -> str | None:
         """Return the format of codes that have scales beside them, which say what it is."""
-        for layout, scales in self._scales_of(codes, stem, suffix):
-            found = self._format_of_pair(codes, scales)
-            if found in DECODED:
-                names = codes.name.removesuffix(layout.codes) + layout.second, f"{stem}.comfy_quant"
-                second = self._stored.get(names[0]) if found == "NVFP4" and layout.second else None
-                high_first = found == "NVFP4" and names[1] in self._stored
-                self.found[codes.name] = ScaledCandidate(layout, found, codes, scales, second, high_first)
-            if found:
-                self.scales.add(scales.name)
-                return found
-        return None
+        pairs = [
+            (layout, scales, self._format_of_pair(codes, scales))
+            for layout, scales in self._scales_of(codes, stem, suffix)
+        ]
+        pairs = [x for x in pairs if x[2] and (not x[0].transposed or is_transposed(codes, x[1]))]
+        if not pairs:
+            return None
+        layout, scales, found = pairs[0]
+        if found in DECODED:
+            rivals = [x.name for _, x, _ in pairs[1:] if x is not scales and x.shape == scales.shape]
+            name = codes.name.removesuffix(layout.codes) + layout.second
+            second = self._stored.get(name) if found == "NVFP4" and layout.second else None
+            comfyui = f"{stem}.{COMFYUI[0]}" in self._stored or bool(self._documents.values(METADATA, COMFYUI[1], stem))
+            self.found[codes.name] = ScaledCandidate(layout, found, codes, scales, second, comfyui, rivals)
+        self.scales.add(scales.name)
+        return found
 
     def _scales_of(self, codes: StoredTensor, stem: str, suffix: str) -> Iterator[tuple[ScaledLayout, StoredTensor]]:
         stem, layouts = (stem, _SCALED[suffix]) if suffix in _SCALED else (codes.name, _SCALED[""])
@@ -136,15 +165,15 @@ class Others:
         if suffix == ".weight" and codes.dtype in _FLOAT8:  # one scale for several tensors
             parent = stem.rpartition(".")[0]
             shared = self._stored.get(f"{parent}.weight_scale")
-            if shared is not None and math.prod(shared.shape) == 1:
-                yield layouts[1], shared
+            if shared is not None and math.prod(shared.shape) == 1 and f"{parent}.weight" not in self._stored:
+                yield _SHARED, shared
 
     def _format_of_pair(self, codes: StoredTensor, scales: StoredTensor) -> str | None:
         *rows, length = codes.byte_shape
         fitting = {size: (*rows, length // size) for size in (BYTES_PER_BLOCK, *_FORMATS_OF_BYTES) if not length % size}
         if codes.dtype in _FLOAT8:
             blocks = scales.dtype in _EXPONENTS and 32 * math.prod(scales.shape) >= math.prod(codes.shape)
-            return "MXFP8" if blocks else "FP8" if scales.dtype in (*_FLOATS, *_EXPONENTS) else None
+            return "MXFP8" if blocks else "FP8"
         if codes.dtype in _FLOAT6:
             return "MXFP6"
         if scales.dtype == "F8_E4M3" or self._has_second_scale(codes):
@@ -182,7 +211,5 @@ class Others:
     @cached_property
     def _says_quantised(self) -> bool:
         """Whether a document says that weights have scales, which FP8 weights without any may lack."""
-        return bool(
-            self._documents.values("config.json", "", "quant_method")
-            or self._documents.values("hf_quant_config.json", "", "quant_algo")
-        )
+        methods = self._documents.values("config.json", "", "quant_method")
+        return bool(methods or self._documents.values("hf_quant_config.json", "", "quant_algo") - {"none"})

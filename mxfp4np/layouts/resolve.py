@@ -40,6 +40,7 @@ class Resolver:
             If codes or scales are missing or inconsistent, or if there are several layouts.
         """
         if isinstance(found, StoredTensor):
+            self._others.check_scale(found)
             return self._of_gguf(found)
         if isinstance(found, ScaledCandidate):
             return found.resolve(self._documents)
@@ -91,8 +92,9 @@ class Resolver:
         stem = name.removesuffix(layouts[0].weight)
         missing = dict.fromkeys(repr(f"{stem}{x.scales if is_codes else x.codes}") for x in supported or layouts)
         raise LayoutError(
-            f"{lone.file.path}: tensor {lone.name!r} is half of an MXFP4 pair: expected {' or '.join(missing)} in one "
-            "of the checkpoint's files, found none; open the folder that holds all shards"
+            f"{lone.file.path}: tensor {lone.name!r} is half of {'an MXFP4 pair' if is_codes else 'a pair'}: expected "
+            f"{' or '.join(missing)} in one of the checkpoint's files, found none; open the folder that holds all "
+            "shards"
         )
 
     def _undecided(self, name: str, choices: Sequence[PackedTensor]) -> LayoutError:

@@ -29,6 +29,12 @@ GROUPS: Final = {"MXFP8": 32, "NVFP4": 16}
 TILE: Final = (128, 128)
 """Values that share a scale of FP8, if no document says otherwise."""
 
+FLOATS: Final = ("F32", "BF16", "F16")
+"""Dtypes of scales that are numbers."""
+
+SCALES: Final = {"FP8": (*FLOATS, "F8_E8M0", "U8"), "MXFP8": ("F8_E8M0", "U8"), "NVFP4": ("F8_E4M3", "U8")}
+"""Dtypes of the scales of each format."""
+
 
 class ScaledTensor(NamedTuple):
     """A logical tensor of codes and scales of consistent shapes."""
@@ -87,7 +93,10 @@ class ScaledCandidate(NamedTuple):
     codes: StoredTensor
     scales: StoredTensor
     second: StoredTensor | None
-    high_first: bool
+    comfyui: bool
+    """Whether ComfyUI wrote it: scales are swizzled, and the high four bits of a byte come first."""
+    rivals: list[str]
+    """Names of other tensors that could be the scales."""
 
     @property
     def stored(self) -> tuple[StoredTensor, ...]:
@@ -100,50 +109,72 @@ class ScaledCandidate(NamedTuple):
         Raises
         ------
         LayoutError
-            If a second scale is missing, or if shapes fit no reading, or several.
+            If dtypes do not fit, if a second scale is missing, or if shapes fit no reading, or several.
         """
-        if self.layout.needs_second and self.format == "NVFP4" and self.second is None:
-            stem = self.codes.name.removesuffix(self.layout.codes)
-            raise LayoutError(
-                f"{self.codes.file.path}: tensor {self.codes.name!r} is NVFP4: expected its second scale "
-                f"{stem + self.layout.second!r}, found none; open the folder that holds all shards"
-            )
-        readings = self._readings(documents)
+        self._check()
+        readings = self._of_groups(documents) if self.format in GROUPS else self._of_tiles(documents)
         if len(readings) != 1:
-            shape, scales = list(self.codes.shape), list(self.scales.shape)
-            found = " or ".join(f"one for {list(x.tile)} values" for x in readings) or "no tile that fits"
-            raise LayoutError(
-                f"{self.scales.file.path}: tensor {self.scales.name!r}: expected scales {self.scales.dtype} for "
-                f"{self.format} codes {shape} of {self.codes.name!r}, found shape {scales}: {found}"
-            )
+            if readings:
+                fits = " and ".join(f"{x.tile[0]} x {x.tile[1]}" for x in readings)
+                found = f"{list(self.scales.shape)}, which fits tiles of {fits} values"
+            else:
+                found = f"{list(self.scales.shape)}"
+            raise self._mismatch(self.scales, f"{self._expected(documents)}", found)
         return readings[0]
 
-    def _readings(self, documents: Documents) -> list[ScaledTensor]:
-        """Return the readings that the shapes fit, without those that mean the same."""
-        codes = self.codes.byte_shape
-        if len(codes) < 2:
-            return []
-        *lead, rows, nbytes = codes
-        reason = f"suffix pair, {'/'.join(x.dtype for x in self.stored)}"
-        common = {"high_first": self.high_first, "reason": reason}
-        found: list[ScaledTensor] = []
+    def _check(self) -> None:
+        """Check what does not depend on how the shapes are read."""
+        if self.rivals:
+            names = " or ".join(map(repr, (self.scales.name, *self.rivals)))
+            raise self._mismatch(self.codes, "one tensor of scales", f"that it could be {names}")
+        if self.scales.dtype not in SCALES[self.format]:
+            expected = " or ".join(SCALES[self.format])
+            raise self._mismatch(self.scales, f"dtype {expected}, for {self.format}", self.scales.dtype)
+        if self.format != "NVFP4":
+            return
+        if self.second is None and self.layout.needs_second:
+            name = self.codes.name.removesuffix(self.layout.codes) + self.layout.second
+            raise self._mismatch(
+                self.codes, f"{name!r}, the second scale of NVFP4", "none; open the folder that holds all shards"
+            )
+        if self.second is not None and self.second.dtype not in FLOATS:
+            raise self._mismatch(self.second, f"dtype {' or '.join(FLOATS)}", self.second.dtype)
+        if self.second is not None and math.prod(self.second.shape) not in (1, math.prod(self.codes.shape[:-2])):
+            lead = list(self.codes.shape[:-2])
+            raise self._mismatch(self.second, f"one value, or shape {lead}", f"shape {list(self.second.shape)}")
+
+    def _expected(self, documents: Documents) -> str:
+        """Return which shapes the scales could have, in words."""
         if self.format in GROUPS:
-            tile, columns = (1, GROUPS[self.format]), nbytes * (2 if self.format == "NVFP4" else 1)
-            plain = (*lead, rows, -(-columns // tile[1]))
-            flat = math.prod(swizzled_shape(plain)), math.prod(self.scales.shape)
-            is_swizzled = self.high_first or documents.is_swizzled(self.logical) or self.scales.shape != plain
-            if self.scales.shape == plain or (is_swizzled and flat[0] == flat[1] and not lead):
-                found.append(self._tensor((*lead, rows, columns), tile, swizzled=is_swizzled, **common))
-            turned = (*lead, 2 * rows // tile[1], nbytes)
-            if self.format == "NVFP4" and self.scales.shape == turned and (2 * rows) % tile[1] == 0:
-                found.append(self._tensor((*lead, nbytes, 2 * rows), tile, transposed=True, **common))
-            return found
-        shape = (*lead, rows, nbytes)
-        for tile in self._tiles(shape, documents):
-            same = min(tile[0], rows), min(tile[1], nbytes)
-            if not any(same == x.tile for x in found):
-                found.append(self._tensor(shape, same, **common))
+            return f"a scale for {GROUPS[self.format]} values of each row of {list(self.codes.shape)}"
+        tiles = " or ".join(f"{rows} x {columns}" for rows, columns in documents.tiles or [TILE])
+        said = "as config.json says" if documents.tiles else "as no config.json says otherwise"
+        return f"one scale for the tensor, for each row, or for {tiles} values, {said}, of {list(self.codes.shape)}"
+
+    def _mismatch(self, tensor: StoredTensor, expected: str, found: str) -> LayoutError:
+        return LayoutError(f"{tensor.file.path}: tensor {tensor.name!r}: expected {expected}, found {found}")
+
+    def _of_groups(self, documents: Documents) -> list[ScaledTensor]:
+        """Return the readings that the shapes fit, of a format whose scales are for groups along a row."""
+        *lead, rows, nbytes = self.codes.byte_shape
+        size = GROUPS[self.format]
+        found: list[ScaledTensor] = []
+        if not self.layout.transposed:
+            columns = nbytes * 2 if self.format == "NVFP4" else nbytes
+            plain = (*lead, rows, -(-columns // size))
+            said = self.comfyui or documents.is_swizzled(self.logical)
+            is_plain = self.scales.shape == plain and said is not True
+            if is_plain or (self.scales.shape in _swizzled_shapes(plain) and said is not False):
+                found.append(self._tensor((*lead, rows, columns), (1, size), swizzled=not is_plain))
+        if self.format == "NVFP4" and is_transposed(self.codes, self.scales):
+            found.append(self._tensor((*lead, nbytes, 2 * rows), (1, size), transposed=True))
         return found
+
+    def _of_tiles(self, documents: Documents) -> list[ScaledTensor]:
+        """Return the readings that the shapes fit, without those that mean the same."""
+        *_, rows, columns = shape = self.codes.shape
+        tiles = dict.fromkeys((max(1, min(a, rows)), max(1, min(b, columns))) for a, b in self._tiles(shape, documents))
+        return [self._tensor(shape, tile) for tile in tiles]
 
     @property
     def logical(self) -> str:
@@ -151,7 +182,20 @@ class ScaledCandidate(NamedTuple):
         return self.codes.name.removesuffix(self.layout.codes) + self.layout.weight
 
     def _tensor(self, shape: Shape, tile: tuple[int, int], **options: Any) -> ScaledTensor:
-        return ScaledTensor(self.layout, self.codes, self.scales, self.second, self.format, shape, tile, **options)
+        reason = f"suffix pair, {'/'.join(x.dtype for x in self.stored)}"
+        high_first = self.comfyui and self.format == "NVFP4"
+        return ScaledTensor(
+            self.layout,
+            self.codes,
+            self.scales,
+            self.second,
+            self.format,
+            shape,
+            tile,
+            reason,
+            high_first=high_first,
+            **options,
+        )
 
     def _tiles(self, shape: Shape, documents: Documents) -> list[tuple[int, int]]:
         """Return the tiles of FP8 whose scales have this shape."""
@@ -159,13 +203,27 @@ class ScaledCandidate(NamedTuple):
         scales = self.scales.shape
         if len(scales) == len(shape) + 2 and scales[-3] == scales[-1] == 1:  # ModelOpt's blocks: [.., N, 1, K, 1]
             scales = (*lead, scales[-4], scales[-2])
-        fits = {
-            (rows, columns): math.prod(scales) in (1, math.prod(lead)) and (math.prod(scales) == 1 or bool(lead)),
-            (1, columns): scales in ((*lead, rows), (*lead, rows, 1)),
-        }
-        for tile in documents.tiles or [TILE]:
-            fits.setdefault(tile, scales == (*lead, -(-rows // tile[0]), -(-columns // tile[1])))
-        return [tile for tile, fit in fits.items() if fit]
+        found: list[tuple[int, int]] = []
+        if math.prod(scales) == 1 or (lead and math.prod(scales) == math.prod(lead)):
+            found.append((rows, columns))
+        if scales in ((*lead, rows), (*lead, rows, 1)):
+            found.append((1, columns))
+        if len(scales) == len(shape):
+            tiles = documents.tiles or [TILE]
+            found += [x for x in tiles if scales == (*lead, -(-rows // x[0]), -(-columns // x[1]))]
+        return found
+
+
+def is_transposed(codes: StoredTensor, scales: StoredTensor) -> bool:
+    """Tell whether NVFP4 is packed along the axis before the last, ``[.., in / 2, out]``, by its shapes."""
+    *lead, rows, columns = (1, *codes.byte_shape)
+    return (1, *scales.shape) == (*lead, 2 * rows // GROUPS["NVFP4"], columns) and 2 * rows % GROUPS["NVFP4"] == 0
+
+
+def _swizzled_shapes(plain: Shape) -> tuple[Shape, Shape]:
+    """Return the shapes in which torchao and ComfyUI store swizzled scales."""
+    *lead, down, across = swizzled_shape(plain)
+    return (*lead, down, across), (*lead, 4 * down, across // 4)
 
 
 class ScaledReader(Reader):

@@ -152,7 +152,7 @@ LAYOUTS: Final = (
 
 
 class ScaledLayout(NamedTuple):
-    """A producer's way to name codes of FP8, MXFP8, NVFP4 and others, and their scales."""
+    """A way to name codes of FP8, MXFP8, NVFP4 and others, and their scales. Several producers have the first two."""
 
     name: str
     codes: str
@@ -164,11 +164,13 @@ class ScaledLayout(NamedTuple):
     needs_second: bool = False
     divide: bool = False
     """Whether scales are divided by the second one."""
+    transposed: bool = False
+    """Whether codes and scales are stored as ``[.., in, out]``, as the model that loads the weights expects them."""
 
 
 SCALED_LAYOUTS: Final = (
-    ScaledLayout("fp8-inv", ".weight", ".weight_scale_inv"),
-    ScaledLayout("fp8-scale", ".weight", ".weight_scale", second=".weight_scale_2", needs_second=True),
+    ScaledLayout("weight-scale-inv", ".weight", ".weight_scale_inv"),
+    ScaledLayout("weight-scale", ".weight", ".weight_scale", second=".weight_scale_2", needs_second=True),
     ScaledLayout("deepseek", ".weight", ".scale"),
     ScaledLayout("mlx", ".weight", ".scales"),
     ScaledLayout("mistral", ".weight", ".qscale_weight"),
@@ -184,17 +186,27 @@ SCALED_LAYOUTS: Final = (
     ),
     ScaledLayout("torchao", "._weight_qdata", "._weight_scale", second="._weight_per_tensor_scale"),
     ScaledLayout("torchao", "._weight_qdata", "._weight_scale_and_zero"),
-    ScaledLayout("fp8-inv", "", "_scale_inv", ""),
-    ScaledLayout("fp8-inv", "", "_weight_scale_inv", ""),
-    ScaledLayout("fp8-scale", "", "_weight_scale", "", second="_weight_scale_2", needs_second=True),
-    ScaledLayout("fp8-scale", "", "_scale", ""),
+    ScaledLayout("weight-scale-inv", "", "_scale_inv", ""),
+    ScaledLayout("weight-scale-inv", "", "_weight_scale_inv", ""),
+    ScaledLayout(
+        "modelopt-experts",
+        "",
+        "_weight_scale",
+        "",
+        second="_weight_scale_2",
+        needs_second=True,
+        transposed=True,
+    ),
+    ScaledLayout("weight-scale", "", "_weight_scale", "", second="_weight_scale_2", needs_second=True),
+    ScaledLayout("weight-scale", "", "_scale", ""),
 )
-"""In the order in which they are tried; the last four are of weights without a suffix, such as stacked experts."""
+"""In the order in which they are tried; the last five are of weights without a suffix, such as stacked experts."""
 
 
 def wants_transpose(layout: str | None, shape: Shape, transpose: str) -> bool:
     """Return whether a tensor of this layout, None if it is plain, and shape is to be transposed, by `TRANSPOSE`."""
     if transpose not in TRANSPOSE:
         raise ValueError(f"transpose must be 'auto', 'yes' or 'no', found {transpose!r}")
-    wanted = transpose == "yes" or (transpose == "auto" and any(x.transposed for x in LAYOUTS if x.name == layout))
+    known = (*LAYOUTS, *SCALED_LAYOUTS)
+    wanted = transpose == "yes" or (transpose == "auto" and any(x.transposed for x in known if x.name == layout))
     return wanted and layout is not None and len(shape) > 1

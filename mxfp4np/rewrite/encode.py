@@ -139,7 +139,7 @@ def plan_encoding(
     for name, info in choice.infos.items():
         obstacle = choice.obstacle(info) if name in choice.chosen else None
         if info.format is not None:
-            how = f"as {info.layout}" if info.layout else f"it is {info.format}"
+            how = f"as {info.layout}" if info.format == "MXFP4" else f"it is {info.format}"
             obstacle = f"is quantised already, {how}: convert the checkpoint first"
         if obstacle is not None:
             raise LayoutError(f"{info.stored[0].file.path}: tensor {name!r} {obstacle}")
