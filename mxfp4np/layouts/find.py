@@ -286,8 +286,10 @@ def split_gate_up(name: object, tensors: Mapping[str, Found]) -> tuple[str, slic
     return None
 
 
-def _has_rows(tensor: StoredTensor | list[Candidate]) -> bool:
+def _has_rows(tensor: Found) -> bool:
     """Return whether a tensor has the axis of rows: of plain ones, which are biases, it is the last."""
     if isinstance(tensor, StoredTensor):
         return len(tensor.shape) > 0
+    if not isinstance(tensor, list):
+        return True
     return all(len(x.codes.shape) - x.layout.blocks_axis > 1 for x in tensor if x.codes is not None)
