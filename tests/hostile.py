@@ -417,8 +417,12 @@ def read_all(path, mode):
                 info = checkpoint.info(name)
                 array = checkpoint[name]
                 assert info.layout is None or array.shape == info.shape, f"{info.shape}, but {array.shape}"
-        for name in checkpoint.stored:
-            checkpoint.stored[name].tobytes()
+        ends = {}
+        for name, tensor in sorted(checkpoint._stored.items(), key=lambda item: item[1].offset):
+            assert len(checkpoint.stored[name].tobytes()) == tensor.nbytes, f"{name!r} has not all of its bytes"
+            if tensor.nbytes:
+                assert ends.get(tensor.file.path, 0) <= tensor.offset, f"{name!r} overlaps another one"
+                ends[tensor.file.path] = tensor.offset + tensor.nbytes
         with contextlib.suppress(CheckpointError):
             _ = checkpoint.config
         return names

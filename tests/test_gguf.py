@@ -361,6 +361,7 @@ HOSTILE = {
     "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "found a big-endian one"),
     "header as data": (gguf_bytes([], [("w", [4], 0, 2**64 - 64)], bytes(64)), "expected bytes up to"),
     "beyond the end": (gguf_bytes([], [("w", [4], 0, 64)], bytes(64)), "found a file of"),
+    "an unknown type beyond the end": (gguf_bytes([], [("w", [4], 99, 2**40)], bytes(64)), "found a file of"),
     "not aligned": (gguf_bytes([], [("w", [4], 0, 8)], bytes(64)), "multiple of 32, found 8"),
     "overlap": (gguf_bytes([], [("w", [16], 0, 0), ("v", [8], 0, 32)], bytes(64)), "'w' and 'v' overlap"),
     "the same bytes": (gguf_bytes([], [("w", [8], 0, 0), ("v", [8], 0, 0)], bytes(64)), "overlap"),

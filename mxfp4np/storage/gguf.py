@@ -83,7 +83,7 @@ class GGUFFile(TensorFile):
         last = _Entry("", "", (), 0, size - begin)
         for entry, following in pairwise([*entries, last]):
             name, dtype, shape, nbytes, offset = entry
-            nbytes = following.offset - offset if nbytes is None else nbytes
+            nbytes = max(0, following.offset - offset) if nbytes is None else nbytes
             if offset % alignment:
                 raise ValueError(f"tensor {name!r}: expected an offset of a multiple of {alignment}, found {offset:,}")
             if begin + offset + nbytes > size:
