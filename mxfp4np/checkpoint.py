@@ -25,6 +25,7 @@ from .layouts.names import Names, as_names, find_named
 from .layouts.others import Others
 from .layouts.packed import TensorInfo
 from .layouts.resolve import Resolver, Tensor
+from .layouts.scaled import ScaledCandidate
 from .layouts.table import LAYOUTS
 from .scaled import ScaledArray
 from .shapes import split_both
@@ -254,6 +255,13 @@ class Checkpoint(Mapping[str, Any]):
             raise TensorNotFoundError(self._not_found(name))
         tensor = self._tensors[name]
         return stored_of(tensor)
+
+    def format_of(self, name: str) -> str | None:
+        """Return the format of a logical tensor, whether or not its stored ones fit each other; see `TensorInfo`."""
+        found = self._tensors[name]
+        if isinstance(found, StoredTensor):
+            return self._others.format_of(found)
+        return found.format if isinstance(found, ScaledCandidate) else "MXFP4"
 
     # Arrays
 
