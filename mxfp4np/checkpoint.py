@@ -26,6 +26,7 @@ from .layouts.names import Names, as_names, find_named
 from .layouts.others import Others
 from .layouts.packed import TensorInfo
 from .layouts.resolve import Resolver, Tensor
+from .layouts.scaled import ScaledCandidate
 from .layouts.table import LAYOUTS
 from .scaled import ScaledArray
 from .shapes import split_both
@@ -267,6 +268,13 @@ class Checkpoint(Mapping[str, Any]):
     def changed_files(self) -> list[Path]:
         """Return the files that are no longer those that were opened."""
         return [file.path for file in self._files if not file.is_unchanged()]
+
+    def format_of(self, name: str) -> str | None:
+        """Return the format of a logical tensor, whether or not its stored ones fit each other; see `TensorInfo`."""
+        found = self._tensors[name]
+        if isinstance(found, StoredTensor):
+            return self._others.format_of(found)
+        return found.format if isinstance(found, ScaledCandidate) else "MXFP4"
 
     # Arrays
 

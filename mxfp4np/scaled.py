@@ -271,6 +271,17 @@ class ScaledArray(BlockArray):
         )
         return out
 
+    def count_infinite(self) -> int:
+        """Return how many values are infinite since their codes or scales are, and not because they are too large."""
+        ones = np.full_like(self.blocks, {"E2M1": 0x22, "E4M3": 0x38, "E5M2": 0x3C}.get(self.element, 0x40))
+        elements = self._with(
+            self.blocks, np.broadcast_to(np.float32(1), self.scales.shape), None, self.tile_rows, self.first_row
+        )
+        factors = self.replace(ones, self.scales)
+        both = [self._cut(x, self.start, self.shape).decode("float32", backend="numpy") for x in (elements, factors)]
+        with np.errstate(all="ignore"):
+            return int(np.count_nonzero(np.isinf(both[0] * both[1]) & (np.isinf(both[0]) | np.isinf(both[1]))))
+
     def _factors(self) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
         """Return the scales, as bytes and a table of their factors, or as factors."""
         scales, second = self.scales, self.second

@@ -23,6 +23,7 @@ FP4 = {
     "scale_dtype": "torch.uint8",
     "dynamic": False,
 }
+NVFP4 = FP4 | {"strategy": "tensor_group", "group_size": 16, "scale_dtype": "torch.float8_e4m3fn"}
 FP8 = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel", "dynamic": False}
 SMALL = {
     "vocab_size": 64,
@@ -61,12 +62,22 @@ def rewrite(folder, tensors, metadata=None, **config):
     return folder
 
 
-def compressed(tensors, packed, scaled=()):
+def nvfp4(tensor, seed=0):
+    """Return random codes and scales of NVFP4."""
+    rng, shape = np.random.default_rng(seed), (*tensor.shape[:-1], tensor.shape[-1] // 16)
+    codes = rng.integers(0, 256, (*tensor.shape[:-1], tensor.shape[-1] // 2), np.uint8)
+    return codes, rng.integers(0x30, 0x48, shape, np.uint8).view(ml_dtypes.float8_e4m3fn)
+
+
+def compressed(tensors, packed, scaled=(), nv=()):
     """Pack the tensors whose names match by compressed-tensors' names."""
     found = {}
     for name, tensor in tensors.items():
         stem = name.removesuffix(".weight")
-        if name.endswith(".weight") and re.search(packed, name):
+        if nv and name.endswith(".weight") and re.search(nv, name):
+            found[f"{stem}.weight_packed"], found[f"{stem}.weight_scale"] = nvfp4(tensor)
+            found[f"{stem}.weight_global_scale"] = np.full(1, 77, np.float32)
+        elif name.endswith(".weight") and re.search(packed, name):
             found[f"{stem}.weight_packed"], found[f"{stem}.weight_scale"] = mxfp4(tensor)
         elif scaled and name.endswith(".weight") and re.search(scaled, name):
             found[name] = fp8(tensor)
@@ -100,7 +111,7 @@ def assert_same_model(source, target):
 
 @pytest.fixture
 def llama(tmp_path):
-    """A Llama with its MLP in MXFP4 and its attention in FP8."""
+    """A Llama with its MLP in MXFP4 and NVFP4, and its attention in FP8."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(**SMALL, intermediate_size=128, num_key_value_heads=4)
@@ -112,17 +123,20 @@ def llama(tmp_path):
         "ignore": ["lm_head"],
         "config_groups": {
             "group_0": {"targets": ["re:.*self_attn.*"], "weights": FP8, "format": "float-quantized"},
-            "group_1": {"targets": ["re:.*mlp.*"], "weights": FP4, "format": "mxfp4-pack-quantized"},
+            "group_1": {"targets": ["re:.*mlp.(up|down).*"], "weights": FP4, "format": "mxfp4-pack-quantized"},
+            "group_2": {"targets": ["re:.*mlp.gate.*"], "weights": NVFP4, "format": "nvfp4-pack-quantized"},
         },
     }
-    packed = compressed(tensors, r"\.mlp\.", r"\.self_attn\.")
+    packed = compressed(tensors, r"\.mlp\.", r"\.self_attn\.", r"gate_proj")
     return rewrite(tmp_path / "in", packed, quantization_config=quantization)
 
 
-@pytest.mark.parametrize("exclude", [(), "*.layers.1.*", "*.down_proj.weight"])
+@pytest.mark.parametrize("exclude", [(), "*.layers.1.*", "*.down_proj.weight", "*self_attn*", "*mlp*", "*gate_proj*"])
 def test_compressed_tensors(llama, tmp_path, exclude):
     result = mxfp4np.convert(llama, tmp_path / "out", exclude=exclude, verify=True)
     assert result.problem is None
+    assert result.verification.findings == []
+    assert ("quantization_config" in json.loads((tmp_path / "out" / "config.json").read_text())) == bool(exclude)
     assert result.loader.startswith("transformers.AutoModelForCausalLM")
     assert_same_model(llama, tmp_path / "out")
 
@@ -134,7 +148,7 @@ def test_compressed_tensors_with_linear_layers_as_the_target_of_both_groups(llam
     groups = config["quantization_config"]["config_groups"]
     groups["group_0"]["targets"] = ["Linear"]
     path.write_text(json.dumps(config))
-    mxfp4np.convert(llama, tmp_path / "out")
+    mxfp4np.convert(llama, tmp_path / "out", exclude="*self_attn*")
     logits_of(load(tmp_path / "out"))
 
 
@@ -157,13 +171,43 @@ def test_experts_of_compressed_tensors(tmp_path):
     }
     packed = compressed(tensors, r"\.experts\.", r"\.self_attn\.._proj")
     source = rewrite(tmp_path / "in", packed, quantization_config=quantization)
-    assert mxfp4np.convert(source, tmp_path / "out").problem is None
-    assert_same_model(source, tmp_path / "out")
+    for name, exclude in (("out", ()), ("part", "*self_attn*")):
+        assert mxfp4np.convert(source, tmp_path / name, exclude=exclude).problem is None
+        assert_same_model(source, tmp_path / name)
     assert mxfp4np.convert(source, tmp_path / "half", exclude="*.layers.1.*").problem is not None
 
 
+def fp8_blocks(tensors, matches, block, scale_dtype):
+    """Quantise matrices to FP8 by transformers' names."""
+    found = dict(tensors)
+    for name, tensor in tensors.items():
+        if re.search(matches, name):
+            found[name] = fp8(tensor)
+            shape = () if block is None else [-(-n // block) for n in tensor.shape]
+            found[f"{name}_scale_inv"] = (2.0 ** -np.random.default_rng(0).integers(7, 10, shape)).astype(scale_dtype)
+    return found
+
+
+@pytest.mark.parametrize("exclude", [(), "*.layers.1.*"])
+@pytest.mark.parametrize(("block", "dtype"), [(128, np.float32), (128, ml_dtypes.bfloat16), (None, ml_dtypes.bfloat16)])
+def test_fine_grained_fp8(tmp_path, block, dtype, exclude):
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    sizes = SMALL | {"hidden_size": 256}
+    config = Qwen3Config(**sizes, intermediate_size=128, num_key_value_heads=4, head_dim=64)
+    tensors = save(tmp_path / "in", config, Qwen3ForCausalLM)
+    found = fp8_blocks(tensors, r"\.(mlp|self_attn)\..*_proj", block, dtype)
+    quantization = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    quantization["weight_block_size"] = None if block is None else [block, block]
+    source = rewrite(tmp_path / "in", found, quantization_config=quantization)
+    result = mxfp4np.convert(source, tmp_path / "out", exclude=exclude, verify=True)
+    assert (result.problem, result.verification.findings) == (None, [])
+    assert_same_model(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("exclude", [(), "*attn*", "*.experts.*"])
 @pytest.mark.parametrize("gpu", [False, True])
-def test_deepseek_v4(tmp_path, gpu, monkeypatch):
+def test_deepseek_v4(tmp_path, gpu, exclude, monkeypatch):
     """DeepSeek's own names, FP4 experts, the rest in FP8 blocks; ``gpu`` as where FP8 runs natively."""
     import torch
     from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
@@ -201,17 +245,22 @@ def test_deepseek_v4(tmp_path, gpu, monkeypatch):
         "weight_block_size": [128, 128],
     }
     source = rewrite(tmp_path / "in", found, expert_dtype="fp4", quantization_config=quantization)
-    assert mxfp4np.convert(source, tmp_path / "out", verify=True).problem is None
+    assert mxfp4np.convert(source, tmp_path / "out", exclude=exclude, verify=True).problem is None
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert ("expert_dtype" in config) == ("experts" in str(exclude))
+    assert ("quantization_config" in config) == bool(exclude)
     if not gpu:
         assert_same_model(source, tmp_path / "out")
         return
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    for folder, dtype in ((source, torch.int8), (tmp_path / "out", torch.bfloat16)):
+    plain, codes = torch.bfloat16, torch.float8_e4m3fn
+    ours = torch.int8 if "experts" in str(exclude) else plain, codes if "attn" in str(exclude) else plain
+    for folder, (fp4, fp8_) in ((source, (torch.int8, codes)), (tmp_path / "out", ours)):
         model = load(folder)
-        assert model.model.layers[0].mlp.experts.gate_up_proj.dtype == dtype
-        assert model.model.layers[0].mlp.shared_experts.up_proj.weight.dtype == torch.float8_e4m3fn
+        assert model.model.layers[0].mlp.experts.gate_up_proj.dtype == fp4
+        assert model.model.layers[0].self_attn.q_a_proj.weight.dtype == fp8_
 
 
 def test_a_vision_language_model(tmp_path):
@@ -236,8 +285,9 @@ def test_a_vision_language_model(tmp_path):
     assert not any("language_model" in name for name in tensors)
     packed = compressed(tensors, r"^model\.layers.*\.mlp\.", r"^model\.layers.*\.self_attn\.")
     source = rewrite(tmp_path / "in", packed, quantization_config=quantization)
-    mxfp4np.convert(source, tmp_path / "out")
-    logits_of(load(tmp_path / "out", "AutoModelForImageTextToText"))
+    for name, exclude in (("out", ()), ("part", "*self_attn*")):
+        mxfp4np.convert(source, tmp_path / name, exclude=exclude)
+        logits_of(load(tmp_path / name, "AutoModelForImageTextToText"))
     plain = tmp_path / "plain"
     save(plain, config, Qwen2VLForConditionalGeneration)
     mxfp4np.encode_checkpoint(plain, tmp_path / "packed", layout="compressed-tensors", exclude="*visual*")
@@ -262,12 +312,14 @@ def test_gpt_oss_with_the_experts_of_a_layer_excluded(tmp_path):
     assert_same_model(tmp_path / "packed", tmp_path / "half")
 
 
-def test_mlx(tmp_path):
-    """A part is affine words, which stay; what was decoded is plain to mlx_lm."""
+@pytest.mark.parametrize("mode", ["affine", "mxfp8", "nvfp4"])
+def test_mlx(tmp_path, mode):
+    """Affine words stay; what was decoded is plain to mlx_lm."""
     import mlx.core as mx
     from mlx_lm.utils import load_model
 
-    affine, fp4 = {"group_size": 32, "bits": 8, "mode": "affine"}, {"group_size": 32, "bits": 4, "mode": "mxfp4"}
+    other = {"group_size": 16 if mode == "nvfp4" else 32, "bits": 4 if mode == "nvfp4" else 8, "mode": mode}
+    fp4 = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
     sizes = {key: SMALL[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
     config = sizes | {"model_type": "llama", "intermediate_size": 128, "rms_norm_eps": 1e-6, "num_key_value_heads": 4}
     config |= {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
@@ -275,12 +327,12 @@ def test_mlx(tmp_path):
 
     def add(name, *shape):
         weight = mx.array(rng.normal(0, 0.1, shape).astype(np.float32)).astype(mx.bfloat16)
-        how = fp4 if "mlp" in name else affine if "self_attn" in name else None
+        how = fp4 if "mlp" in name else other if "self_attn" in name else None
         if how is None:
             tensors[f"{name}.weight"] = weight
             return
-        if how is affine:
-            others[name] = affine
+        if how is other:
+            others[name] = other
         for key, part in zip(("weight", "scales", "biases"), mx.quantize(weight, **how), strict=False):
             tensors[f"{name}.{key}"] = part
 
@@ -306,11 +358,21 @@ def test_mlx(tmp_path):
         model = load_model(folder)[0]
         logits.append(np.array(model(mx.arange(1, 9)[None]).astype(mx.float32)))
     assert type(model.model.layers[0].mlp.up_proj).__name__ == "Linear"
-    assert type(model.model.layers[0].self_attn.q_proj).__name__ == "QuantizedLinear"
+    kind = "QuantizedLinear" if mode == "affine" else "Linear"
+    assert type(model.model.layers[0].self_attn.q_proj).__name__ == kind
+    with mxfp4np.Checkpoint(tmp_path / "out") as ckpt:
+        for name in ckpt if mode != "affine" else ():
+            module = name.removesuffix(".weight")
+            how = fp4 if "mlp" in name else other
+            if f"{module}.scales" in tensors:
+                parts = tensors[name], tensors[f"{module}.scales"]
+                expected = mx.dequantize(*parts, dtype=mx.bfloat16, **how).astype(mx.float32)
+                assert np.array_equal(ckpt.get(name, "float32"), np.array(expected))
     assert np.allclose(*logits, atol=1e-2)  # mlx multiplies packed and plain weights by different kernels
 
 
-def test_torchao(tmp_path):
+@pytest.mark.parametrize("exclude", [(), "*self_attn*"])
+def test_torchao(tmp_path, exclude):
     """transformers reads torchao's tensors by the metadata of the file, which stays for those that stay."""
     import torch
     from safetensors.torch import save_file
@@ -335,8 +397,8 @@ def test_torchao(tmp_path):
     kind = {"_type": "Float8WeightOnlyConfig", "_version": 2, "_data": {}}
     quantization = {"quant_method": "torchao", "quant_type": {"default": kind}}
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": quantization}))
-    result = mxfp4np.convert(tmp_path / "in", tmp_path / "out", verify=True)
-    assert (len(result.contents.decoded), len(result.contents.quantized)) == (6, 8)
+    result = mxfp4np.convert(tmp_path / "in", tmp_path / "out", exclude=exclude, verify=True)
+    assert (len(result.contents.decoded), len(result.contents.quantized)) == ((6, 8) if exclude else (14, 0))
     theirs, ours = load(tmp_path / "in").state_dict(), load(tmp_path / "out").state_dict()
 
     def values(tensor):
@@ -345,5 +407,5 @@ def test_torchao(tmp_path):
 
     for name, tensor in ours.items():
         assert not isinstance(tensor, MXTensor)
-        assert isinstance(tensor, Float8Tensor) == (".self_attn." in name)
+        assert isinstance(tensor, Float8Tensor) == (".self_attn." in name and bool(exclude))
         assert torch.equal(values(tensor), values(theirs[name])), name

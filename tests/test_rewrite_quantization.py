@@ -19,6 +19,8 @@ PART = Modules(frozenset([MLP]), {ATTENTION: "FP8"}, frozenset([HEAD]))
 KEPT = Modules(frozenset([MLP]), {ATTENTION: "MXFP4"})
 WEIGHTS = {"num_bits": 4, "type": "float", "group_size": 32}
 FP8 = {"num_bits": 8, "type": "float"}
+NVFP4, MXFP8 = WEIGHTS | {"group_size": 16}, FP8 | {"group_size": 32}
+INT4 = {"num_bits": 4, "type": "int", "group_size": 32}
 
 
 def groups(*members):
@@ -37,6 +39,18 @@ CHANGES = {
         KEPT,
         {"quant_method": "compressed-tensors", "ignore": [MLP]} | groups((0, ([ATTENTION], WEIGHTS))),
     ),
+    **{
+        f"compressed-tensors: {left} stays": (
+            {"quant_method": "compressed-tensors"}
+            | groups(*enumerate((["Linear"], x) for x in (WEIGHTS, FP8, NVFP4, MXFP8, INT4))),
+            Modules(frozenset([MLP]), {ATTENTION: left}),
+            {"quant_method": "compressed-tensors", "ignore": [MLP]}
+            | groups(*((n, (["Linear"], x)) for n, x in sorted({number: weights, 4: INT4}.items()))),
+        )
+        for number, (left, weights) in enumerate(
+            {"MXFP4": WEIGHTS, "FP8": FP8, "NVFP4": NVFP4, "MXFP8": MXFP8, "INT4": INT4}.items()
+        )
+    },
     "compressed-tensors: other kinds of groups": (
         {"quant_method": "compressed-tensors", "ignore": None, "config_groups": {"MXFP4": ["Linear"], "x": 1}},
         PART,
@@ -71,6 +85,11 @@ CHANGES = {
         {"quant_method": "fp8", "modules_to_not_convert": [HEAD], "expert_dtype": "fp8"},
         PART,
         {"quant_method": "fp8", "modules_to_not_convert": [HEAD, MLP], "expert_dtype": "fp8"},
+    ),
+    "modelopt with groups": (
+        {"quant_method": "modelopt", "ignore": []} | groups((0, ([MLP], NVFP4)), (1, ([ATTENTION], FP8))),
+        PART,
+        {"quant_method": "modelopt", "ignore": [MLP]} | groups((1, ([ATTENTION], FP8))),
     ),
     "fp4 experts that stay": (
         {"quant_method": "fp8", "expert_dtype": "fp4", "modules_to_not_convert": []},
@@ -304,6 +323,117 @@ def test_what_no_loader_takes_is_not_offered_to_one(tmp_path, config, more, opti
     assert problem in result.problem
     assert any(line.endswith(result.problem) for line in result.warnings())
     assert result.loader == f"mxfp4np.Checkpoint({str(tmp_path / 'out')!r})"
+
+
+# ComfyUI, torchao, and scales that several tensors share
+
+
+def comfyui(folder, **more):
+    """Two modules in FP8 as ComfyUI has them, with more tensors."""
+    folder.mkdir()
+    tensors = {"scaled_fp8": np.zeros(2, ml_dtypes.float8_e4m3fn), "norm.weight": np.ones(64, np.float32)}
+    for module in ("a", "b"):
+        tensors |= {
+            f"{module}.weight": np.ones((64, 64), ml_dtypes.float8_e4m3fn),
+            f"{module}.weight_scale": np.ones((), np.float32),
+            f"{module}.comfy_quant": np.frombuffer(b'{"format": "float8_e4m3fn"}', np.uint8),
+        }
+    layers = {module: {"format": "float8_e4m3fn"} for module in "ab"}
+    metadata = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
+    save_raw(folder / "model.safetensors", tensors | more, metadata | {"other": "kept"})
+    return folder
+
+
+def test_marks_of_comfyui_go_with_what_they_describe(tmp_path):
+    source = comfyui(tmp_path / "in")
+    result = mxfp4np.convert(source, tmp_path / "out", verify=True)
+    assert result.contents.unneeded == ["a.comfy_quant", "b.comfy_quant", "scaled_fp8"]
+    with mxfp4np.Checkpoint(tmp_path / "out") as ckpt:
+        assert (set(ckpt), ckpt.metadata) == (
+            {"a.weight", "b.weight", "norm.weight"},
+            {"format": "pt", "other": "kept"},
+        )
+    assert mxfp4np.verify(source, tmp_path / "out").findings == []
+    mxfp4np.convert(source, tmp_path / "part", exclude="b.*", verify=True)
+    with mxfp4np.Checkpoint(tmp_path / "part") as ckpt:
+        assert set(ckpt.stored) == {
+            "a.weight",
+            "b.weight",
+            "b.weight_scale",
+            "b.comfy_quant",
+            "scaled_fp8",
+            "norm.weight",
+        }
+        assert list(json.loads(ckpt.metadata["_quantization_metadata"])["layers"]) == ["b"]
+        assert ckpt.info("b.weight").format == "FP8"
+
+
+def test_metadata_of_comfyui_that_cannot_be_read_stays(tmp_path):
+    save_raw(tmp_path / "model.safetensors", {"w": pair(2, 1)}, {"_quantization_metadata": "[]"})
+    mxfp4np.convert(tmp_path, tmp_path / "out")
+    with mxfp4np.Checkpoint(tmp_path / "out") as ckpt:
+        assert ckpt.metadata["_quantization_metadata"] == "[]"
+
+
+def test_metadata_of_torchao_goes_when_nothing_is_quantised_any_more(tmp_path):
+    tensors = {"plain.weight": np.ones((2, 32), np.float32)}
+    metadata = {"plain.weight": '{"_type": "Tensor"}', "tensor_names": '["a.weight", "b.weight", "plain.weight"]'}
+    for module in "ab":
+        tensors[f"{module}._weight_qdata"] = np.ones((2, 32), ml_dtypes.float8_e4m3fn)
+        tensors[f"{module}._weight_scale"] = np.ones((2, 1), np.float32)
+        metadata[f"{module}.weight"] = '{"_type": "Float8Tensor"}'
+    save_raw(tmp_path / "model.safetensors", tensors, metadata)
+    mxfp4np.convert(tmp_path, tmp_path / "out")
+    assert mxfp4np.Checkpoint(tmp_path / "out").metadata == {"format": "pt"}
+    mxfp4np.convert(tmp_path, tmp_path / "part", exclude="b.*")
+    left = mxfp4np.Checkpoint(tmp_path / "part").metadata
+    assert left == {
+        "format": "pt",
+        "tensor_names": '["b.weight", "plain.weight"]',
+        "b.weight": metadata["b.weight"],
+        "plain.weight": metadata["plain.weight"],
+    }
+
+
+@pytest.mark.parametrize(("exclude", "left"), [((), 0), ("*shard_1*", 1), ("*shard*", 3)])
+def test_a_scale_that_tensors_share_stays_as_long_as_one_of_them_does(tmp_path, exclude, left):
+    rng = np.random.default_rng(0)
+    tensors = {f"n.shard_{i}.weight": rng.normal(size=(8, 32)).astype(ml_dtypes.float8_e4m3fn) for i in range(3)}
+    tensors["n.weight_scale"] = np.full(1, 0.3, np.float32)
+    save_raw(tmp_path / "model.safetensors", tensors)
+    result = mxfp4np.convert(tmp_path, tmp_path / "out", exclude=exclude, verify=True)
+    assert (len(result.contents.quantized), result.verification.findings) == (left, [])
+    assert mxfp4np.verify(tmp_path, tmp_path / "out").findings == []
+    with mxfp4np.Checkpoint(tmp_path) as source, mxfp4np.Checkpoint(tmp_path / "out") as target:
+        assert ("n.weight_scale" in target.stored) == bool(left)
+        for name in source:
+            assert np.array_equal(source[name], target[name])
+
+
+def test_scales_of_stacked_experts_go_with_their_quantisation(tmp_path):
+    experts = "model.layers.0.mlp.experts"
+    scales = {f"{experts}.{name}_proj_input_scale": np.ones((), np.float32) for name in ("down", "gate_up")}
+    tensors = {
+        f"{experts}.{name}_proj{ending}": value
+        for name in ("down", "gate_up")
+        for ending, value in (
+            ("", np.full((2, 16, 64), 0x21, np.uint8)),
+            ("_weight_scale", np.ones((2, 2, 64), ml_dtypes.float8_e4m3fn)),
+            ("_weight_scale_2", np.ones((), np.float32)),
+        )
+    }
+    save_raw(tmp_path / "model.safetensors", tensors | scales)
+    result = mxfp4np.convert(tmp_path, tmp_path / "out", verify=True)
+    assert result.contents.unneeded == sorted(scales)
+    with mxfp4np.Checkpoint(tmp_path) as source, mxfp4np.Checkpoint(tmp_path / "out") as target:
+        name = f"{experts}.down_proj"
+        assert source.info(name).shape == (2, 64, 32)
+        assert target.info(name).shape == (2, 32, 64)  # as transformers holds it
+        assert np.array_equal(source.get(name, transpose=True), target[name])
+    result = mxfp4np.convert(tmp_path, tmp_path / "no", transpose="no")
+    assert "not as the model expects it" in result.problem
+    part = mxfp4np.convert(tmp_path, tmp_path / "part", exclude="*.down_proj")
+    assert part.contents.unneeded == []
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple
 from ..checkpoint import Checkpoint
 from ..errors import CheckpointError
 from ..format import BLOCK_SIZE
+from ..layouts.others import COMFYUI
 from ..storage.discover import PathLike, is_hidden
 from ..storage.jsonfile import parse_json, read_json
 from ..storage.named import named
@@ -111,8 +112,24 @@ def kept_metadata(checkpoint: Checkpoint, items: Iterable[Item]) -> dict[str, st
             names = [name for name in parse_json(kept.pop("tensor_names")) if name not in gone]
         except (ValueError, TypeError):
             names = []
-        kept |= {"tensor_names": json.dumps(names)} if names else {}
+        if checkpoint.stored.keys() >= set(names):  # all of them are plain
+            gone |= set(names)
+        else:
+            kept["tensor_names"] = json.dumps(names)
+    if (text := kept.pop(COMFYUI[1], None)) is not None:
+        left = _of_layers(text, lambda layer: f"{layer}.weight" not in gone)
+        kept |= {} if left is None else {COMFYUI[1]: left}
     return {key: text for key, text in kept.items() if key not in gone} | PT_METADATA
+
+
+def _of_layers(text: str, stays: Callable[[str], bool]) -> str | None:
+    """Return ComfyUI's metadata with the layers that stay, None if there are none."""
+    try:
+        document = json.loads(text)
+        document["layers"] = {layer: how for layer, how in document["layers"].items() if stays(layer)}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return text
+    return json.dumps(document) if document["layers"] else None
 
 
 def config_of(checkpoint: Checkpoint, source: Source) -> dict[str, Any]:

@@ -25,7 +25,7 @@ class Contents:
     dropped: list[str]
     """Those that the caller leaves out, or excludes although safetensors has no name for their types."""
     unneeded: list[str]
-    """Scales of activations and caches, left out with the quantisation that they belong to."""
+    """Scales of activations and caches, and marks of ComfyUI, left out with the quantisation that they belong to."""
     modules: Modules
 
     @property
@@ -45,7 +45,8 @@ def _excluded(checkpoint: Checkpoint, name: str) -> TensorInfo:
         return checkpoint.info(name)
     except LayoutError as error:
         stored = checkpoint.stored_tensors(name)
-        return TensorInfo(name, stored[0].shape, stored[0].dtype, None, stored, str(error), "MXFP4")
+        form = checkpoint.format_of(name)
+        return TensorInfo(name, stored[0].shape, stored[0].dtype, None, stored, str(error), form)
 
 
 def is_matrix(info: TensorInfo) -> bool:

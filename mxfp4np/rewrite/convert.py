@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import product
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 from numpy.typing import DTypeLike
 
-from ..array import MXFP4Array
 from ..backends import as_numpy
 from ..backends.memory import aligned_empty
 from ..checkpoint import Checkpoint
-from ..format import BYTES_PER_BLOCK, decoded_dtype
-from ..layouts.table import LAYOUTS, wants_transpose
+from ..format import decoded_dtype
+from ..layouts.table import wants_transpose
 from ..shapes import swapped
 from ..storage.discover import PathLike
 from ..storage.tensorfile import DTYPES, SAFETENSORS_DTYPES
@@ -34,6 +32,9 @@ from .workers import Progress
 
 CHUNK_BYTES: Final = 32 << 20
 """Decoded bytes that a thread has in memory at a time. One expert of gpt-oss-20b fits, and can be transposed whole."""
+
+WARM_BYTES: Final = 4096
+"""Decoded bytes of a tensor of each kind that are decoded before threads start."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,12 @@ class Decoded(Item):
             reports[self.name] = overflow
 
 
-def _warm_up(dtype: str, device: str, orders: Iterable[str], transposes: Iterable[bool]) -> None:
-    """Decode one block in each way that `Decoded` does."""
-    for order, transpose in product(orders, transposes):
-        block = MXFP4Array(np.zeros((1, 1, BYTES_PER_BLOCK), np.uint8), np.zeros((1, 1), np.uint8), order)
-        as_numpy(block.decode(dtype, transpose=transpose, device=device, num_threads=1))
+def _warm_up(checkpoint: Checkpoint, dtype: str, ways: Iterable[tuple[str, bool]]) -> None:
+    """Decode a little of some tensors, as `Decoded` does: ``ways`` are their names, and whether they are transposed."""
+    for name, transpose in ways:
+        pieces = checkpoint.pieces(name, WARM_BYTES, dtype=dtype, transpose=transpose)
+        for _, packed in islice(pieces, 1):
+            as_numpy(packed.decode(dtype, transpose=transpose, device=checkpoint.device, num_threads=1))
 
 
 @dataclass(frozen=True)
@@ -93,13 +95,19 @@ def plan_conversion(
     include, exclude, drop = patterns(include), patterns(exclude), patterns(drop)
     contents = contents_of(checkpoint, include, exclude, drop, config_of(checkpoint, source))
     items: list[Item] = []
+    written: set[str] = set()
+    ways: dict[tuple[object, ...], tuple[str, bool]] = {}
     for name in checkpoint:
         if info := contents.decoded.get(name):
             transposed = wants_transpose(info.layout, info.shape, transpose)
             shape = swapped(info.shape) if transposed else info.shape
             items.append(Decoded(name, (Output(name, SAFETENSORS_DTYPES[wanted], shape),), transposed))
+            ways.setdefault((info.layout, transposed, *(x.dtype for x in info.stored)), (name, transposed))
         elif info := contents.copied.get(name):
-            items.append(Copied.of(info))
+            copied = Copied.of(info)
+            outputs = [x for x in copied.outputs if x.name not in written]  # several tensors may share a scale
+            written |= {x.name for x in outputs}
+            items.append(replace(copied, outputs=tuple(outputs)))
     if not items:
         raise ValueError(f"{checkpoint.folder}: no tensor is left to convert: see --drop")
     changes: dict[str, Change] = {"config.json": lambda config: decoded_config(config, wanted, contents.modules)}
@@ -114,9 +122,7 @@ def plan_conversion(
         "drop": drop,
         "layouts": sorted(layouts),  # a forced one changes values without changing a header
     }
-    orders = {known.order for known in LAYOUTS if known.name in layouts}
-    transposes = {item.transpose for item in items if isinstance(item, Decoded)}
-    warm_up = partial(_warm_up, wanted, checkpoint.device, orders, transposes)
+    warm_up = partial(_warm_up, checkpoint, wanted, list(ways.values()))
     shards = make_shards(items, max_shard_size, kept_metadata(checkpoint, items))
     return ConversionPlan(
         folder,
@@ -183,7 +189,7 @@ class Conversion(Run):
         if contents.unneeded:
             yield (
                 "left out with the quantisation that they belonged to: "
-                f"{count(len(contents.unneeded), 'scale')}, {escape(contents.unneeded[0])} first"
+                f"{count(len(contents.unneeded), 'tensor')}, {escape(contents.unneeded[0])} first"
             )
         if self.problem is not None:
             yield f"no known loader takes the result for a whole model: {escape(self.problem)}"

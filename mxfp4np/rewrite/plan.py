@@ -80,7 +80,9 @@ class Copied(Item):
 
     def chunks(self, checkpoint: Checkpoint, reports: dict[str, Any]) -> Chunks:  # noqa: ARG002
         """Yield the bytes of the stored tensors."""
-        for which, tensor in enumerate(checkpoint.stored_tensors(self.name)):
+        stored = {tensor.name: tensor for tensor in checkpoint.stored_tensors(self.name)}
+        for which, output in enumerate(self.outputs):
+            tensor = stored[output.name]
             for index in split(tensor.array_shape, max(1, element(tensor.dtype)[0] // 8), COPY_BYTES):
                 yield which, np.ascontiguousarray(tensor.array(index))
 

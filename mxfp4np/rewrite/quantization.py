@@ -110,20 +110,33 @@ def module_of(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-_OF_ACTIVATIONS: Final = ("input_scale", "input_global_scale", "activation_scale", "scale_input", "output_scale")
+_OF_ACTIVATIONS: Final = (
+    "input_scale",
+    "input_global_scale",
+    "activation_scale",
+    "scale_input",
+    "output_scale",
+    "qscale_act",
+    "comfy_quant",
+)
 _OF_CACHE: Final = ("k_scale", "v_scale", "q_scale")
+_OF_FP8: Final = "scaled_fp8"
 _CHANGING: Final = ("pre_quant_scale", "svdquant_lora_a", "svdquant_lora_b", "weight_zero_point")
-"""Ends of names: of scales of activations and caches, and of tensors without which weights mean something else."""
+"""Ends of names: of scales of activations, and of ComfyUI's mark of a module; of scales of caches; of ComfyUI's mark of
+a file with FP8; and of tensors without which weights mean something else."""
 
 
 def unneeded_scales(shapes: Mapping[str, tuple[int, ...]], modules: Modules) -> list[str]:
     """Return the names of scales of activations and caches whose quantisation is gone, given all names and shapes."""
     gone = modules.decoded - modules.quantized.keys()
     cache = bool(gone) and not modules.quantized
+    fp8 = bool(gone) and not modules.has("FP8")
     found: list[str] = []
     for name, shape in shapes.items():
         module, _, ending = name.rpartition(".")
-        if len(shape) < 2 and ((ending in _OF_ACTIVATIONS and module in gone) or (ending in _OF_CACHE and cache)):
+        of_module = ending in _OF_ACTIVATIONS or ending.endswith("_input_scale")  # of stacked experts: NAME_input_scale
+        of_all = (ending in _OF_CACHE and cache) or (ending == _OF_FP8 and fp8)
+        if len(shape) < 2 and ((of_module and module in gone) or of_all):
             found.append(name)
     return found
 
@@ -209,7 +222,7 @@ def _compressed_tensors(quantization: Config, modules: Modules) -> Config:
 
 
 def _shrink_groups(quantization: Config, modules: Modules) -> Config:
-    """Remove groups of MXFP4 if no module has it any more, and decoded modules from the targets of the others."""
+    """Remove groups of formats that no module has any more, and decoded modules from the targets of the others."""
     if not isinstance(quantization.get("config_groups"), dict):
         return quantization
     groups: Config = {}
@@ -218,11 +231,21 @@ def _shrink_groups(quantization: Config, modules: Modules) -> Config:
         if not isinstance(weights, dict) or not isinstance(group.get("targets"), list):
             groups[name] = group
             continue
-        is_mxfp4 = [weights.get(key) for key in ("num_bits", "type", "group_size")] == [4, "float", BLOCK_SIZE]
+        how = [weights.get(key) for key in ("type", "num_bits", "group_size")]
+        form = next((known for known, value in _FORMATS.items() if how[: len(value)] == value), None)
         targets = [target for target in group["targets"] if target not in modules.decoded]
-        if targets and (modules.has("MXFP4") or not is_mxfp4):
+        if targets and (form is None or modules.has(form)):
             groups[name] = {**group, "targets": targets}
     return {**quantization, "config_groups": groups}
+
+
+_FORMATS: Final[Mapping[str, list[Any]]] = {
+    "MXFP4": ["float", 4, BLOCK_SIZE],
+    "NVFP4": ["float", 4, 16],
+    "MXFP8": ["float", 8, BLOCK_SIZE],
+    "FP8": ["float", 8],
+}
+"""Type, bits and group size of compressed-tensors' groups of each format; the first that matches."""
 
 
 def _wildcards(modules: Modules) -> list[str]:

@@ -21,6 +21,7 @@ from ..format import BLOCK_SIZE, RULES, SCALE_NAN, decoded_dtype
 from ..format import DTYPES as DECODED
 from ..layouts.packed import TensorInfo
 from ..layouts.table import TRANSPOSE, wants_transpose
+from ..scaled import ScaledArray
 from ..shapes import place_in_whole, split, swapped
 from ..storage.discover import PathLike, repository_hint
 from ..storage.tensorfile import DTYPES, StoredTensor, element
@@ -214,7 +215,7 @@ def compare(
             if isinstance(chunk, MXFP4Array):
                 nan_blocks += int(np.count_nonzero(chunk.scales == SCALE_NAN))
             if difference is None:
-                difference = _first_difference(index, expected, target.get(name, index=index or ...))
+                difference = _first_difference(index, expected, target.get(name, index=index or ...), equal_nan=True)
             pool.advance(file.name, name, expected.nbytes)
         return nan_blocks, overflow, difference and f"{file}: tensor {name!r}{difference}"
 
@@ -334,18 +335,29 @@ def _difference_of_copies(ours: Stored, theirs: Stored, pool: Workers) -> str | 
 def count_overflow(packed: BlockArray, values: NDArray[Any]) -> int:
     """Return how many decoded values were too large for their dtype."""
     if not isinstance(packed, MXFP4Array):
-        return int(np.count_nonzero(np.isinf(values)))
+        infinite = int(np.count_nonzero(np.isinf(values)))
+        return infinite - packed.count_infinite() if infinite and isinstance(packed, ScaledArray) else infinite
     # No code overflows up to these scales: 6 * 2**13 in float16, 6 * 2**125 in the others.
     most = 140 if values.dtype == np.float16 else 252
     large = (packed.scales > most) & (packed.scales != SCALE_NAN)
     return int(np.count_nonzero(np.isinf(values))) if large.any() else 0
 
 
-def _first_difference(index: tuple[int | slice, ...], expected: NDArray[Any], actual: NDArray[Any]) -> str | None:
-    """Compare the bytes of a chunk; return the place and the values of the first difference."""
+def _first_difference(
+    index: tuple[int | slice, ...], expected: NDArray[Any], actual: NDArray[Any], *, equal_nan: bool = False
+) -> str | None:
+    """Compare the bytes of a chunk; return the place and the values of the first difference.
+
+    With ``equal_nan``, NaN may have any bits.
+    """
     theirs, ours = (np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in (expected, actual))
     if np.array_equal(theirs, ours):
         return None
-    at = int(np.flatnonzero(theirs != ours)[0]) // expected.itemsize
+    differs = (theirs != ours).reshape(-1, expected.itemsize).any(axis=-1)
+    if equal_nan:
+        differs &= ~(np.isnan(expected) & np.isnan(actual)).reshape(-1)
+    if not differs.any():
+        return None
+    at = int(differs.argmax())
     place = place_in_whole(index, np.unravel_index(at, expected.shape))
     return f"[{', '.join(map(str, place))}]: expected {expected.flat[at]!s}, found {actual.flat[at]!s}"
