@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import os
 import re
 import shutil
@@ -24,7 +23,7 @@ from .. import __version__
 from ..errors import CheckpointWarning, MXFP4Error
 from ..format import DTYPES, RULES
 from ..layouts.table import ENCODED_LAYOUTS, TRANSPOSE
-from ..text import escape, format_bytes, parse_bytes
+from ..text import as_json, escape, format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -136,7 +135,7 @@ def _inspect(args: argparse.Namespace) -> int:
                 stats[info.name] = Stats()
                 stats[info.name].add(checkpoint.packed(info.name), progress)
         if args.json:
-            print(json.dumps(to_json(checkpoint, table, stats)))
+            print(as_json(to_json(checkpoint, table, stats)))
             return 0
         groups = collapse(table)
         print("\n".join([*table_lines(groups), *file_lines(checkpoint)]))
@@ -170,7 +169,7 @@ def _call(function: Callable[..., Any], args: argparse.Namespace, what: str) -> 
 
 
 def _print(args: argparse.Namespace, found: dict[str, Any], lines: Iterator[str]) -> None:
-    print(json.dumps(found) if args.json else "\n".join(lines))
+    print(as_json(found) if args.json else "\n".join(lines))
 
 
 def _convert(args: argparse.Namespace) -> int:
