@@ -113,7 +113,8 @@ def encode(
     "ceil"   ceil(log2(a)) - 2                                       torchao's CEIL
     ======== ======================================================= ===================================
 
-    but at least -127, which a block of zeros gets too. The elements ``x / 2**e`` round to the nearest E2M1 value, ties
+    but at least -127, which a block of zeros gets too; and 125 from 1.75 * 2**127 on, where finite values would become
+    infinite otherwise. The elements ``x / 2**e`` round to the nearest E2M1 value, ties
     to the even code, and saturate at 6. -0.0, and negative values that round to zero, become -0.0. A block with NaN or
     infinity gets scale 255, so that all of it decodes to NaN; its codes are zeros with the signs of ``x``. Nothing is
     rounded twice, and subnormal numbers are not flushed to zero.
@@ -130,9 +131,10 @@ def encode(
     scale, the bytes are the same too; otherwise the scale is smaller, if it can be, and the codes are larger. "ceil"
     keeps the values of blocks that do not hold a 6 together with a 0.5 or 1.5.
 
-    torchao 0.18 differs in three cases. An infinity does not make its block NaN. It divides blocks of scale 0 by
-    2**-126, not 2**-127, and in RCEIL not at all. RCEIL's logarithm, rounded to float32, can miss that ``a / 6`` is
-    just above a power of two. In a block with NaN, its codes of NaN, and in RCEIL all codes, are arbitrary.
+    torchao 0.18 differs in four cases. Magnitudes from 1.75 * 2**127 on become infinite, but under FLOOR. An infinity
+    does not make its block NaN. It divides blocks of scale 0 by 2**-126, not 2**-127, and in RCEIL not at all. RCEIL's
+    logarithm, rounded to float32, can miss that ``a / 6`` is just above a power of two. In a block with NaN, its codes
+    of NaN, and in RCEIL all codes, are arbitrary.
 
     Examples
     --------

@@ -37,6 +37,12 @@ SCALE_BIAS: Final = 127
 SCALE_NAN: Final = 255
 """The scale byte that makes every element of its block NaN."""
 
+OVERFLOW: Final = 1.75 * 2.0**127
+"""The smallest magnitude that scales above `OVERFLOW_SCALE` would round to 2**128, infinity in bfloat16 and float32."""
+
+OVERFLOW_SCALE: Final = 252
+"""The scale byte that encoding gives to finite blocks with such magnitudes: they saturate at 6 * 2**125."""
+
 FP4_VALUES: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """The value of each four-bit E2M1 code: one sign bit, two exponent bits (bias 1), one mantissa bit."""
 

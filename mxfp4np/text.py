@@ -5,12 +5,14 @@ It knows nothing of tensors or files, so that rewriting and the command line can
 
 from __future__ import annotations
 
+import json
+import math
 import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
 from fnmatch import translate
-from typing import Final
+from typing import Any, Final
 
 LINE_WIDTH: Final = 1000
 """Most characters of a line that is printed."""
@@ -130,6 +132,25 @@ def parse_bytes(size: int | str) -> int:
     if match is None:
         raise ValueError(f"{size!r} is not a size: expected for instance 200MB, 5GB or 5GiB")
     return int(Decimal(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2] or " "))
+
+
+def as_json(value: Any) -> str:
+    """Return strict JSON: NaN and the infinities, which it has no form for, become null.
+
+    Examples
+    --------
+    >>> as_json({"error": float("inf"), "codes": [1, 2]})
+    '{"error": null, "codes": [1, 2]}'
+    """
+
+    def strict(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: strict(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [strict(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(strict(value), allow_nan=False)
 
 
 def count(number: int, what: str) -> str:

@@ -48,6 +48,7 @@ def encode_oracle(x, rule):
     bound, side = RULES[rule]
     first = -126 if side == "right" else -127
     scales = np.searchsorted(bound * 2.0 ** np.arange(first, first + 254), largest, side=side).astype(np.uint8)
+    scales[largest >= 3.5 * 2.0**126] = 252  # under the scale 253 they would round to 4 * 2**126, which is infinity
     scales[~np.isfinite(largest)] = 255
     order = np.array([0, 2, 4, 6, 1, 3, 5, 7], np.uint8)
     magnitudes = np.abs(values) / 2.0 ** (scales[..., None].astype(np.float64) - 127)

@@ -364,3 +364,16 @@ def test_gguf_as_a_source(tmp_path):
     writer.close()
     with pytest.raises(LayoutError, match=r"tensor 'b.weight' is quantised already, it is Q8_0: convert"):
         mxfp4np.encode_checkpoint(tmp_path / "m.gguf", tmp_path / "out", layout="mlx")
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_largest_values_saturate_and_json_stays_strict(tmp_path, command, rule):
+    x = np.full((64, 64), 3.3e38, np.float32)
+    mxfp4np.save_file({"a.weight": x}, tmp_path / "in.safetensors")
+    arguments = ("encode", tmp_path / "in.safetensors", tmp_path / "out", "--layout", "compressed-tensors")
+    status, out, _ = command(*arguments, "--rule", rule, "--json")
+    assert status == 0
+    found = json.loads(out, parse_constant=pytest.fail)
+    assert 0.2 < found["relative_error"] < 0.25
+    with mxfp4np.Checkpoint(tmp_path / "out") as ckpt:
+        assert (ckpt.get("a.weight", "float32") == np.float32(6 * 2.0**125)).all()

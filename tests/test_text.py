@@ -1,13 +1,15 @@
 """Text: patterns choose names, nothing steers the terminal, sizes are close and plain, columns are aligned."""
 
+import json
 import time
 from fnmatch import fnmatchcase
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mxfp4np.text import CELL_WIDTH, LINE_WIDTH, align, escape, format_bytes, matcher, select, shorten
+from mxfp4np.text import CELL_WIDTH, LINE_WIDTH, align, as_json, escape, format_bytes, matcher, select, shorten
 
 
 @pytest.mark.parametrize(
@@ -26,6 +28,28 @@ from mxfp4np.text import CELL_WIDTH, LINE_WIDTH, align, escape, format_bytes, ma
 )
 def test_escape(text, shown):
     assert escape(text) == shown
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.floats().map(np.float64) | st.text(),
+    lambda inner: st.lists(inner) | st.lists(inner).map(tuple) | st.dictionaries(st.text(), inner),
+)
+
+
+@given(anything)
+def test_json_is_strict(value):
+    def refuse(constant):
+        pytest.fail(f"{constant} is not JSON")
+
+    text = as_json(value)
+    again = json.loads(text, parse_constant=refuse)
+    if not any(word in json.dumps(value) for word in ("NaN", "Infinity")):
+        assert text == json.dumps(value)
+        assert again == json.loads(json.dumps(value))
+
+
+def test_numbers_that_json_lacks_are_null():
+    assert as_json({"a": (np.nan, [-np.inf, 1.5])}) == '{"a": [null, [null, 1.5]]}'
 
 
 @given(st.text())

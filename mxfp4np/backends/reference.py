@@ -11,7 +11,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..format import BLOCK_SIZE, FP4_BOUNDS, FP4_VALUES, SCALE_BIAS, SCALE_NAN, element_values
+from ..format import (
+    BLOCK_SIZE,
+    FP4_BOUNDS,
+    FP4_VALUES,
+    OVERFLOW,
+    OVERFLOW_SCALE,
+    SCALE_BIAS,
+    SCALE_NAN,
+    element_values,
+)
 from .memory import HostBackend, scales_by_row
 
 BLOCKS_AT_ONCE = 1 << 15
@@ -128,6 +137,7 @@ def _shared_scales(largest: NDArray[np.float64], rule: str) -> NDArray[np.uint8]
     }[rule]
     scales = np.maximum(exponent - 3 + rounded_up, -SCALE_BIAS) + SCALE_BIAS
     scales[largest == 0] = 0
+    scales[largest >= OVERFLOW] = OVERFLOW_SCALE
     scales[~np.isfinite(largest)] = SCALE_NAN
     chosen: NDArray[np.uint8] = scales.astype(np.uint8)
     return chosen

@@ -24,8 +24,8 @@ from ..memory import (
 )
 from ..reference import ReferenceBackend
 from ..threads import default_num_threads
-from .compiler import CompiledFunction, build_once, compiled_kernel
-from .geometry import COLUMN_ROWS, GROUP_ROWS, SCALED_JOB, make_job
+from .compiler import BuilderBusyError, build_once, check_numba, compiled_kernel
+from .geometry import COLUMN_ROWS, GROUP_ROWS, JOB, SCALED_JOB, make_job
 from .tables import MANTISSA_BITS, NORMAL_SCALES, decode_table, encode_table, word_name
 
 if TYPE_CHECKING:
@@ -90,11 +90,9 @@ class CPUBackend(HostBackend):
             name, streaming = "decode_columns", streaming and _is_aligned(job, "values_step")
         else:
             name = _decoder(job, streaming=streaming)
-        kernel = compiled_kernel("decode", name, out.itemsize, order == "halves", streaming)
-        if kernel is None:
-            return ReferenceBackend().decode(blocks, scales, out, start=start, order=order)
-        job |= _table(word_name(out.dtype))
-        _run(kernel, job, num_threads, columns=columns)
+        kernel = "decode", name, out.itemsize, order == "halves", streaming
+        if not _run(kernel, job, (word_name(out.dtype),), num_threads, columns=columns):
+            ReferenceBackend().decode(blocks, scales, out, start=start, order=order)
 
     def decode_scaled(
         self,
@@ -124,19 +122,15 @@ class CPUBackend(HostBackend):
                     *rows, element=element, width=width, table=table, start=start, num_threads=num_threads
                 )
             return
-        kernel = None
         if job is not None and has_half_precision():
-            constants = element, name_of(out.dtype), table is not None
             streaming = out.nbytes >= STREAMING_BYTES and not fresh
-            if columns:
-                kernel = compiled_kernel("scaled", "decode_scaled_columns", *constants)
-            else:
-                kernel = compiled_kernel("scaled", _scaled_decoder(job, streaming=streaming), *constants, streaming)
-        if kernel is None or job is None:
-            reference = ReferenceBackend()
-            return reference.decode_scaled(codes, scales, out, element=element, width=width, table=table, start=start)
-        job["table"] = 0 if table is None else address_of(table)
-        _run_units(kernel, make_job(job, SCALED_JOB), job, COLUMN_ROWS if columns else 1, num_threads)
+            name = "decode_scaled_columns" if columns else _scaled_decoder(job, streaming=streaming)
+            kernel = "scaled", name, element, name_of(out.dtype), table is not None, *(() if columns else (streaming,))
+            job["table"] = 0 if table is None else address_of(table)
+            if _run_units(kernel, job, SCALED_JOB, COLUMN_ROWS if columns else 1, num_threads):
+                return
+        reference = ReferenceBackend()
+        reference.decode_scaled(codes, scales, out, element=element, width=width, table=table, start=start)
 
     def encode(
         self,
@@ -157,10 +151,9 @@ class CPUBackend(HostBackend):
             for part in zip(x, codes, scales, strict=True):
                 self.encode(*part, rule=rule, num_threads=num_threads)
         else:
-            kernel = compiled_kernel("encode", "encode_columns" if columns else "encode_rows", x.itemsize)
-            if kernel is None:
+            kernel = "encode", "encode_columns" if columns else "encode_rows", x.itemsize
+            if not _run(kernel, job, (word_name(x.dtype), rule), num_threads, columns=columns):
                 return ReferenceBackend().encode(x, blocks, scales, rule=rule)
-            _run(kernel, job | _table(word_name(x.dtype), rule), num_threads, columns=columns)
         if codes is not blocks:
             blocks[...] = codes
 
@@ -186,13 +179,11 @@ def stream(
     ValueError
         If an array is not contiguous.
     """
-    kernel = compiled_kernel("decode", "move_blocks", out.itemsize)
-    if kernel is None:
-        raise BackendUnavailableError("the limit of memory is measured by compiled code: unset NUMBA_DISABLE_JIT")
     job = _describe(blocks, scales, out)
     if job is None or job["blocks_per_row"] != scales.size:
         raise ValueError("expected arrays whose rows follow each other without gaps")
-    _run(kernel, job | _table(word_name(out.dtype)), num_threads)
+    if not _run(("decode", "move_blocks", out.itemsize), job, (word_name(out.dtype),), num_threads):
+        raise BackendUnavailableError("the limit of memory is measured by compiled code: unset NUMBA_DISABLE_JIT")
 
 
 def stream_elements(codes: NDArray[np.uint8], out: NDArray[Any], *, num_threads: int | None = None) -> None:
@@ -212,17 +203,16 @@ def stream_elements(codes: NDArray[np.uint8], out: NDArray[Any], *, num_threads:
         If Numba's compiler is switched off.
     """
     step = BLOCK_SIZE * codes.size // out.size
-    kernel = compiled_kernel("scaled", "move_scaled", step, out.itemsize)
-    if kernel is None:
-        raise BackendUnavailableError("the limit of memory is measured by compiled code: unset NUMBA_DISABLE_JIT")
     job = dict.fromkeys(SCALED_JOB.names or (), 0)
     job |= {"codes": address_of(codes), "values": address_of(out), "prefetch_distance": PREFETCH_BYTES}
     job |= {"matrices": 1, "rows": 1, "blocks_per_row": out.size // BLOCK_SIZE}
-    _run_units(kernel, make_job(job, SCALED_JOB), job, 1, num_threads)
+    if not _run_units(("scaled", "move_scaled", step, out.itemsize), job, SCALED_JOB, 1, num_threads):
+        raise BackendUnavailableError("the limit of memory is measured by compiled code: unset NUMBA_DISABLE_JIT")
 
 
 def instruction_set() -> str:
     """Return the instruction set that kernels are compiled to: what Numba's code generator reports."""
+    check_numba()
     from numba.core.registry import cpu_target
 
     from .simd import target_of
@@ -321,25 +311,52 @@ def _table(name: str, rule: str | None = None) -> dict[str, int]:
     return fields
 
 
-def _run(kernel: CompiledFunction, fields: dict[str, int], num_threads: int | None, *, columns: bool = False) -> None:
-    """Run a kernel over all units of a job. With ``columns``, a unit is one block of each row in a group of rows."""
-    _run_units(kernel, make_job(fields), fields, GROUP_ROWS if columns else 1, num_threads)
+def _run(
+    kernel: tuple[Any, ...],
+    fields: dict[str, int],
+    table: tuple[str, ...],
+    num_threads: int | None,
+    *,
+    columns: bool = False,
+) -> bool:
+    """Run a kernel over all units of a `JOB`; see `_run_units`. ``table`` are the arguments of `_table`.
+
+    With ``columns``, a unit is one block of each row in a group of rows.
+    """
+    return _run_units(kernel, fields, JOB, GROUP_ROWS if columns else 1, num_threads, table)
 
 
 def _run_units(
-    kernel: CompiledFunction, job: Any, fields: dict[str, int], group_rows: int, num_threads: int | None
-) -> None:
-    """Run a kernel over all units of a job: blocks, each of as many rows as are in a group."""
-    address, _ = job.buffer_info()
+    kernel: tuple[Any, ...],
+    fields: dict[str, int],
+    record: np.dtype[Any],
+    group_rows: int,
+    num_threads: int | None,
+    table: tuple[str, ...] | None = None,
+) -> bool:
+    """Run a kernel over all units of a job; return whether there is compiled code, without which nothing is done.
+
+    ``kernel`` are the arguments of `compiled_kernel`. A unit is a block of each of ``group_rows`` rows.
+    """
     units = fields["matrices"] * -(-fields["rows"] // group_rows) * fields["blocks_per_row"]
     blocks = units * group_rows
-    if blocks <= ALONE_BLOCKS:
-        kernel.call(address, 0, units)
-        return
+    try:
+        compiled = compiled_kernel(*kernel)
+        if compiled is None:
+            return False
+        job = make_job(fields if table is None else fields | _table(*table), record)
+        pool = None if blocks <= ALONE_BLOCKS else worker_pool()
+    except BuilderBusyError:
+        return False
+    address, _ = job.buffer_info()
+    if pool is None:
+        compiled.call(address, 0, units)
+        return True
     threads = min(num_threads or default_num_threads(), -(-blocks // THREAD_BLOCKS))
     fewest, most = CHUNK_BLOCKS
     chunk = max(1, fewest // group_rows), max(1, most // group_rows)
-    worker_pool().run(kernel.address, address, units, chunk, threads)
+    pool.run(compiled.address, address, units, chunk, threads)
+    return True
 
 
 # Elements with scales
@@ -347,10 +364,14 @@ def _run_units(
 
 def has_half_precision() -> bool:
     """Tell whether the processor widens float16 to float32, as the kernels for elements with scales need."""
+    try:
+        target = instruction_set()
+    except BuilderBusyError:
+        return False
     from numba.core.registry import cpu_target
 
     _, _, features = cpu_target.target_context.codegen().magic_tuple()
-    return instruction_set() == "neon" or "+f16c" in features.split(",")
+    return target == "neon" or "+f16c" in features.split(",")
 
 
 def _describe_scaled(

@@ -361,6 +361,8 @@ _ENCODE = """
     // The exponent of the largest magnitude, rounded up where the rule says so, minus 2, the largest exponent of E2M1.
     bool finite = largest < 0x7F800000u;
     int scale = finite ? max((int)(largest + round_up >> 23) - 2, 0) : 255;
+    if (finite && largest >= 0x7F600000u)  // 1.75 * 2**127: the next scale would make it infinite
+        scale = 252;
     float factor = __uint_as_float(finite ? 254 - scale << 23 : 0);
     unsigned words[VALUES / 8];
     #pragma unroll
