@@ -7,7 +7,7 @@ GGUF's own types have that layout if the gguf package decodes them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, TypeAlias
 
 from ..errors import LayoutError
 from ..storage.tensorfile import DTYPES, StoredTensor
@@ -19,7 +19,7 @@ from .packed import PackedTensor, swizzled_shape
 from .scaled import ScaledCandidate, ScaledTensor
 from .table import LAYOUTS, METADATA, Layout, Shape
 
-Tensor = PackedTensor | ScaledTensor | StoredTensor
+Tensor: TypeAlias = PackedTensor | ScaledTensor | StoredTensor
 """A logical tensor of a known layout, or a stored one that is plain or not decoded."""
 
 _GGUF: Final = next(layout for layout in LAYOUTS if layout.name == "gguf")
