@@ -122,4 +122,7 @@ def test_system_calls_that_fail_or_are_the_last(strace, tmp_path, capfd, command
                 assert left == expected, inject
             again = [] if command == "decode" else ["--resume"]
             assert cli.main([*arguments, *again]) == 0, (inject, capfd.readouterr().err)
-            assert tree(tmp_path / "out") == expected, inject
+            found = tree(tmp_path / "out")
+            if command == "decode":  # which knows of no other run, and leaves the files of all alone
+                found = {name: data for name, data in found.items() if not name.endswith(".tmp")}
+            assert found == expected, inject
