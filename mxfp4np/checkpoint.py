@@ -300,7 +300,7 @@ class Checkpoint(Mapping[str, Any]):
             name for one half of them.
         dtype : str, type, numpy.dtype or torch.dtype, optional
             For packed tensors bfloat16 (the default), float16 or float32. A plain tensor is returned in its stored
-            dtype, or as a converted copy in another. Codes of other formats, such as FP8, are returned as stored only.
+            dtype, or as a converted copy in another. Codes of other formats, such as INT4, are returned as stored only.
         default : optional
             Returned for an unknown name; without it, that is an error. By keyword only, unlike that of a dict's `get`.
         out : numpy.ndarray, optional
@@ -494,6 +494,7 @@ class Checkpoint(Mapping[str, Any]):
         if any(candidate.layout.name == layout for found in candidates for candidate in found):
             return
         detected = dict.fromkeys(candidate.layout.name for found in candidates for candidate in found)
+        detected |= dict.fromkeys(x.layout.name for x in self._tensors.values() if isinstance(x, ScaledCandidate))
         raise LayoutError(
             f"{self.folder}: no tensor has names and dtypes of the forced layout {layout!r}: leave it out, detected: "
             f"{', '.join(detected) or 'no packed tensor'}"

@@ -40,7 +40,7 @@ def load_file(
     dtype : str, type or numpy.dtype, optional
         bfloat16, float16 or float32, for packed tensors and for plain ones of these dtypes. By default packed tensors
         become bfloat16, and plain ones keep their dtype, as all others do: integers, and codes of formats that are not
-        decoded, such as FP8.
+        decoded, such as INT4.
 
     Returns
     -------

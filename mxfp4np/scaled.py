@@ -179,9 +179,7 @@ class ScaledArray(BlockArray):
     @property
     def nbytes(self) -> int:
         """Bytes of codes and scales, each counted once."""
-        steps = zip(self.scales.shape, self.scales.strides, strict=True)
-        count: int = math.prod(size for size, step in steps if step)
-        return self.blocks.nbytes + count * self.scales.itemsize
+        return self.blocks.nbytes + self.count_scales() * self.scales.itemsize
 
     def __repr__(self) -> str:
         return f"ScaledArray(shape={self.shape}, element={self.element!r}, nbytes={self.nbytes})"
@@ -270,6 +268,36 @@ class ScaledArray(BlockArray):
             num_threads=num_threads,
         )
         return out
+
+    def exponents(self) -> NDArray[np.uint8]:
+        """Return the exponents of the scales that are not zero, flat, with the bias of E8M0: 255 is NaN or infinity.
+
+        The second scale is applied. Of rows that share all scales, each is counted once.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> ScaledArray(np.zeros((1, 96), np.uint8), np.array([[1, 0, 0.3]], np.float32), "E4M3").exponents()
+        array([127, 125], dtype=uint8)
+        """
+        once = tuple(slice(None) if step else slice(1) for step in self.scales.strides)
+        second = self.second if self.second is None or not self.second.ndim else self.second[(*once[:-1], ...)]
+        scales, table = self._with(self.blocks, self.scales[once], second, 1, 0)._factors()  # noqa: SLF001
+        factors = scales if table is None else table
+        exponents: NDArray[np.uint8] = (factors.view(np.uint32) >> np.uint32(23)).astype(np.uint8)
+        used: NDArray[np.bool_] = factors != 0
+        if table is not None:
+            exponents, used = exponents[scales], used[scales]
+        return exponents[used]
+
+    def count_scales(self) -> int:
+        """Return how many scales there are, counted as in `exponents`."""
+        return math.prod(size if step else 1 for size, step in zip(self.scales.shape, self.scales.strides, strict=True))
+
+    def any_code(self) -> bool:
+        """Tell whether any code is not zero; those of the last blocks are counted as a whole."""
+        mask = {"E2M1": 0x77, "E4M3": 0x7F, "E5M2": 0x7F}.get(self.element, 0xFF)
+        return bool(np.any(self.blocks & np.uint8(mask)))
 
     def count_infinite(self) -> int:
         """Return how many values are infinite since their codes or scales are, and not because they are too large."""

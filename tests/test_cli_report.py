@@ -7,7 +7,7 @@ import pytest
 
 import mxfp4np
 from mxfp4np.cli import report
-from mxfp4np.cli.report import Stats, table_lines, to_json
+from mxfp4np.cli.report import ScaleStats, Stats, stats_of, table_lines, to_json
 from mxfp4np.format import FP4_VALUES
 from mxfp4np.layouts.packed import TensorInfo
 from mxfp4np.summary import Row, collapse, rows
@@ -282,3 +282,33 @@ def test_what_occurs_has_a_bar():
     lines = [line for line in stats.lines() if line.startswith("scale")]
     assert len(lines) == 256
     assert lines[0].endswith("#")
+
+
+def of_floats(scales, width=64, rows=1):
+    scales = np.array(scales, np.float32)
+    shape = scales.shape[0] * rows, scales.shape[1] * width
+    return mxfp4np.ScaledArray(np.zeros(shape, np.uint8), scales, "E4M3", (rows, width))
+
+
+def test_scales_by_powers_of_two():
+    stats = stats_of(of_floats([[0.25, 0.3, 0], [1.5, np.nan, np.inf]]), lambda _: None)
+    assert stats.to_json() == {"zero_scales": 1, "nan_scales": 2, "scales": {125: 2, 127: 1, 255: 2}}
+    lines = list(stats.lines())
+    assert lines[0] == "6 scales, zero 16.67%, NaN or infinite 33.33%"
+    assert [line.split()[1:3] for line in lines[1:4]] == [["2^-2", "40.00%"], ["2^-1", "0.00%"], ["2^0", "20.00%"]]
+    assert lines[-1].split()[1] == "NaN"
+    merged = ScaleStats.merged([stats, stats]).to_json()
+    assert (merged["scales"][125], merged["zero_scales"]) == (4, 2)
+    assert next(ScaleStats().lines()) == "1 scale, zero 0.00%, NaN or infinite 0.00%"
+
+
+@pytest.mark.parametrize(("width", "rows"), [(16, 1), (32, 1), (64, 2)])
+def test_chunks_of_scales_count_the_same(monkeypatch, width, rows):
+    scales = np.random.default_rng(0).normal(size=(9, 5))
+    array = of_floats(scales, width, rows)
+    whole = stats_of(array, lambda _: None)
+    monkeypatch.setattr(report, "STATS_BYTES", 50)
+    done = []
+    assert stats_of(array, done.append).to_json() == whole.to_json()
+    assert sum(done) == array.nbytes
+    assert sum(whole.to_json()["scales"].values()) == 45

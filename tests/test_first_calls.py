@@ -547,6 +547,30 @@ def test_stored_name_of_a_renamed_tensor(unknown):
         ckpt.get("norm")
 
 
+@both_io
+@pytest.mark.parametrize(
+    "names",
+    [
+        lambda stored: f"model.{stored.partition('.')[0]}",
+        {"model.a": ("a.weight", "a.weight_scale"), "model.b": ["b.weight_packed", "b.weight_scale"]},
+        {"model.a": "a.weight", "model.b": "b.weight"},
+    ],
+    ids=["function", "pairs", "logical names"],
+)
+def test_names_of_fp8_and_nvfp4(tmp_path, io, names):
+    tensors = {
+        "a.weight": np.ones((4, 32), ml_dtypes.float8_e4m3fn),
+        "a.weight_scale": np.full((4, 1), 3, np.float32),
+        "b.weight_packed": np.full((4, 16), 0x22, np.uint8),
+        "b.weight_scale": np.ones((4, 2), ml_dtypes.float8_e4m3fn),
+        "b.weight_global_scale": np.full(1, 2, np.float32),
+    }
+    with mxfp4np.Checkpoint(save_raw(tmp_path / "m.safetensors", tensors), io=io, names=names) as ckpt:
+        assert sorted(ckpt) == ["model.a", "model.b"]
+        assert [ckpt.info(name).format for name in sorted(ckpt)] == ["FP8", "NVFP4"]
+        assert [ckpt[name][1, 2] for name in sorted(ckpt)] == [3, 0.5]
+
+
 def test_half_of_a_pair_is_not_renamed(path):
     with pytest.raises(LayoutError, match=r"'w\.blocks' is half of a pair"):
         mxfp4np.Checkpoint(path, names={"x": "w.blocks"})

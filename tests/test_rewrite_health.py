@@ -78,3 +78,43 @@ def test_config_says_what_is_not_so(tmp_path, config, tensors, expected):
     assert mxfp4np.verify(path).findings == []  # a file by its own name may be a part of what config.json is about
     (tmp_path / "config.json").write_text("{")
     assert "config.json" in mxfp4np.verify(tmp_path).findings[0]
+
+
+def scaled(folder, codes, scales, **more):
+    tensors = {"a.weight": codes.view(ml_dtypes.float8_e4m3fn), "a.weight_scale": scales}
+    return save(folder / "model.safetensors", tensors | more)
+
+
+@pytest.mark.parametrize(
+    ("code", "scales", "finding"),
+    [
+        (0x38, np.full((64, 1), 0.01, np.float32), None),
+        (0x80, np.full((64, 1), 0.01, np.float32), "tensor 'a.weight' is all zeros"),
+        (0x38, np.zeros((64, 1), np.float32), "tensor 'a.weight' is all zeros"),
+        (0x38, np.full((), np.nan, np.float32), "tensor 'a.weight': 1 of its scales are NaN or infinite"),
+        (0x38, np.array([[np.inf]] + [[1]] * 63, np.float32), "'a.weight': 1 of its scales are NaN or infinite"),
+        (0x38, np.full((64, 1), 1e30, np.float32), "half of its scales are above 2**99: no weights are"),
+        (0x38, np.full((64, 2), 120, np.uint8), None),
+        (0x38, np.full((64, 2), 255, np.uint8), "tensor 'a.weight': 128 of its scales are NaN or infinite"),
+        (0x38, np.full((64, 2), 10, np.uint8), "half of its scales are below 2**-117: no weights are"),
+    ],
+)
+def test_scales_and_zeros_of_fp8(tmp_path, code, scales, finding):
+    result = mxfp4np.verify(scaled(tmp_path, np.full((64, 64), code, np.uint8), scales))
+    assert len(result.findings) == (finding is not None)
+    if finding:
+        assert finding in result.findings[0]
+    is_nan = scales.dtype == np.uint8 and scales.max() == 255
+    assert result.nan_blocks == (128 if is_nan else 0)
+
+
+def test_scales_of_nvfp4(tmp_path):
+    tensors = {
+        "a.weight_packed": np.full((64, 32), 0x21, np.uint8),
+        "a.weight_scale": np.full((64, 4), 0x38, np.uint8).view(ml_dtypes.float8_e4m3fn),
+        "a.weight_global_scale": np.full(1, 1000, np.float32),
+    }
+    assert mxfp4np.verify(save(tmp_path / "model.safetensors", tensors)).findings == []
+    tensors["a.weight_global_scale"][:] = 1e-30
+    (finding,) = mxfp4np.verify(save(tmp_path / "model.safetensors", tensors)).findings
+    assert "half of its scales are above 2**99" in finding

@@ -189,6 +189,33 @@ def test_counts(tmp_path):
         assert result.to_json()["overflow"] == overflow
 
 
+def test_elements_with_scales(tmp_path):
+    """NaN of any bits is NaN; infinite codes are not too large."""
+    codes = np.arange(256, dtype=np.uint8).repeat(2).reshape(8, 64)
+    tensors = {
+        "a.weight": codes.view(ml_dtypes.float8_e5m2),
+        "a.weight_scale": np.full((8, 1), 2e34, np.float32),
+        "b.weight": codes.view(ml_dtypes.float8_e4m3fn),
+        "b.weight_scale": np.array([[127, 255]] * 8, np.uint8),
+        "c.weight_packed": codes,
+        "c.weight_scale": np.arange(64, dtype=np.uint8).reshape(8, 8).view(ml_dtypes.float8_e4m3fn),
+        "c.weight_global_scale": np.ones(1, np.float32),
+    }
+    path = save(tmp_path / "m.safetensors", tensors)
+    result = mxfp4np.convert(path, tmp_path / "out", verify=True)
+    assert result.overflow == {"a.weight": 28}
+    assert (result.verification.findings, result.verification.nan_blocks) == ([], 8)
+    result = mxfp4np.verify(path, tmp_path / "out")
+    assert (result.findings, result.nan_blocks, result.overflow) == ([], 8, 28)
+    written = tmp_path / "out" / "model.safetensors"
+    flip(written, "b.weight", 63)
+    assert mxfp4np.verify(path, tmp_path / "out").findings == []
+    for name in ("a.weight", "b.weight", "c.weight"):
+        flip(written, name, 9)
+        (finding,) = mxfp4np.verify(path, tmp_path / "out", include=name).findings
+        assert f"tensor {name!r}[0, 9]: expected " in finding
+
+
 def test_remembers_how_it_was_converted(tmp_path):
     mxfp4np.convert(HF, tmp_path / "out", transpose="no", include=["*down_proj"], exclude=["*.0.*"])
     assert mxfp4np.verify(HF, tmp_path / "out").findings == []

@@ -283,6 +283,40 @@ def test_pickling(tile):
     assert_same_bits(again.decode(), whole("bfloat16")[1:, 5:, 3:])
 
 
+@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize("kind", ["uint8", "float8_e4m3fn", "float32"])
+def test_exponents_of_scales(tile, kind):
+    shape = (2, 140, 150)
+    array, _ = random_array(RNG, shape, "E4M3", clipped(tile, shape), kind)
+    assert array.count_scales() == 2 * -(-140 // clipped(tile, shape)[0]) * -(-150 // clipped(tile, shape)[1])
+    factors = factors_of(array.scales if array.tile_rows > 1 or tile[0] == 1 else array.scales[:, :1])
+    used = factors[factors != 0]
+    expected = np.where(np.isfinite(used), np.frexp(used)[1] + 126, 255)
+    assert np.array_equal(array.exponents(), np.maximum(expected, 0))
+    second = np.array([2, 8], np.float32).reshape(2, 1, 1)
+    again = ScaledArray(array.blocks, np.full((2, 140, 1), 3.0, np.float32), "E4M3", (1, 150), second, divide=True)
+    assert np.bincount(again.exponents()).nonzero()[0].tolist() == [125, 127]
+
+
+@pytest.mark.parametrize(("element", "zeros"), [("E2M1", 0x88), ("E4M3", 0x80), ("E5M2", 0x80), ("E4M3FNUZ", 0)])
+def test_codes_that_are_all_zeros(element, zeros):
+    codes = np.full((2, 32), zeros, np.uint8)
+    scales = np.ones((2, 64 // 32 if element == "E2M1" else 1), np.float32)
+    assert not ScaledArray(codes, scales, element).any_code()
+    codes[1, 3] += 1
+    assert ScaledArray(codes, scales, element).any_code()
+    assert not ScaledArray(codes, scales, element)[:1].any_code()
+
+
+def test_infinite_values_that_are_not_too_large():
+    codes = np.array([[0x7C, 0x7B, 0x3C, 0, 0x7E], [0x3C, 0, 0x7C, 0xFC, 0x3C]], np.uint8)
+    array = ScaledArray(codes, np.array([[1e38], [np.inf]], np.float32), "E5M2", (1, 5))
+    assert np.isinf(array.decode("float32")).sum() == 2 + 4
+    assert array.count_infinite() == 1 + 4
+    assert array[:, 1:].count_infinite() == 3
+    assert ScaledArray(codes, np.ones((1, 1), np.float32), "E4M3", (2, 5)).count_infinite() == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -132,7 +132,7 @@ def checkpoint_source(checkpoint: Checkpoint, size: int) -> Source:
     ]
     if not packed:
         raise CheckpointError(
-            f"{checkpoint.files[0].parent}: no packed tensor that could be decoded: see mxfp4np inspect"
+            f"{checkpoint.files[0].parent}: no MXFP4 tensor that could be decoded: see mxfp4np inspect"
         )
     packed.sort(key=lambda info: -info.decoded_nbytes())
     names, left = [], size

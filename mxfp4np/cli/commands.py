@@ -123,18 +123,18 @@ def _names(args: argparse.Namespace) -> Any:
 def _inspect(args: argparse.Namespace) -> int:
     from ..checkpoint import Checkpoint
     from ..summary import collapse, label, rows
-    from .report import Stats, file_lines, table_lines, to_json
+    from .report import file_lines, stats_of, table_lines, to_json
 
     with Checkpoint(args.source, layout=args.layout, names=_names(args)) as checkpoint:
         table = rows(checkpoint, args.pattern)
         if not table and args.pattern != "*":
             raise ValueError(f"{args.source}: no tensor is called like {args.pattern!r}")
-        packed = [row.info for row in table if args.stats and row.info is not None and row.info.format == "MXFP4"]
-        stats: dict[str, Stats] = {}
+        infos = [row.info for row in table if args.stats and row.info is not None]
+        packed = [info for info in infos if info.format == "MXFP4" or info.layout not in (None, "gguf")]
+        stats: dict[str, Any] = {}
         with byte_bar(sum(info.nbytes for info in packed), "reading", quiet=args.quiet) as progress:
             for info in packed:
-                stats[info.name] = Stats()
-                stats[info.name].add(checkpoint.blocks(info.name), progress)
+                stats[info.name] = stats_of(checkpoint.blocks(info.name), progress)
         if args.json:
             print(as_json(to_json(checkpoint, table, stats)))
             return 0
@@ -143,7 +143,7 @@ def _inspect(args: argparse.Namespace) -> int:
         for group in groups.values():
             members = [stats[row.name] for row in group if row.name in stats]
             if members:
-                _show(["", label(group), *(f"  {line}" for line in Stats.merged(members).lines())])
+                _show(["", label(group), *(f"  {line}" for line in type(members[0]).merged(members).lines())])
     return 0
 
 

@@ -84,7 +84,7 @@ class Selection:
         """Yield the values of all tensors in C order."""
         for array, dtype, _, transpose in self._tensors.values():
             if isinstance(array, BlockArray):
-                size = array.block_size
+                size = array.multiple
                 pairs = split_both(array.shape, dtype.itemsize, CHUNK_BYTES, transpose=transpose, multiple=size)
                 chunks = (array[stored].decode(dtype, transpose=transpose) for _, stored in pairs)
             else:

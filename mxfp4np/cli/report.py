@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 from ..array import MXFP4Array
 from ..checkpoint import Checkpoint
-from ..format import FP4_VALUES, SCALE_BIAS, SCALE_NAN
+from ..format import BLOCK_SIZE, FP4_VALUES, SCALE_BIAS, SCALE_NAN
 from ..layouts.packed import TensorInfo
 from ..layouts.table import wants_transpose
+from ..scaled import ScaledArray
 from ..summary import Row, label
 from ..text import align, count, format_bytes
 
@@ -83,13 +84,71 @@ class Stats:
             f"zero blocks {self.zero_blocks / blocks:.2%}, NaN scales {self.scales[SCALE_NAN] / blocks:.2%}, "
             f"-0.0 {self.codes[8] / elements:.2%}"
         )
-        used = np.flatnonzero(self.scales)
-        for scale in range(used[0], used[-1] + 1) if len(used) else ():
-            label = "NaN" if scale == SCALE_NAN else f"2^{scale - SCALE_BIAS}"
-            if self.scales[scale] or len(used) > 1:
-                yield _bar("scale", label, int(self.scales[scale]), blocks)
+        yield from _scale_lines(self.scales)
         for code, value in enumerate(FP4_VALUES):
             yield _bar("value", f"{value:+g}" if code else "0", int(self.codes[code]), elements)
+
+
+@dataclass
+class ScaleStats:
+    """Counts of the scales of FP8, MXFP8 and NVFP4, by their powers of two."""
+
+    scales: NDArray[np.int64] = field(default_factory=lambda: np.zeros(256, np.int64))
+    zeros: int = 0
+
+    def add(self, array: ScaledArray, progress: Callable[[int], object] = lambda _: None) -> None:
+        """Count the scales of an array; see `Stats.add`."""
+        chunks = array.iter_chunks(4 * STATS_BYTES) if array.block_size <= BLOCK_SIZE else [((), array)]
+        for _, chunk in chunks:
+            exponents, count = chunk.exponents(), chunk.count_scales()
+            self.scales += np.bincount(exponents, minlength=256)
+            self.zeros += count - exponents.size
+            progress(chunk.nbytes)
+
+    @classmethod
+    def merged(cls, several: Iterable[ScaleStats]) -> ScaleStats:
+        """Return the sum of several counts."""
+        total = cls()
+        for one in several:
+            total.scales += one.scales
+            total.zeros += one.zeros
+        return total
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the counts as plain numbers; scales by their exponents, with the bias of E8M0."""
+        return {
+            "zero_scales": self.zeros,
+            "nan_scales": int(self.scales[SCALE_NAN]),
+            "scales": {int(scale): int(self.scales[scale]) for scale in np.flatnonzero(self.scales)},
+        }
+
+    def lines(self) -> Iterator[str]:
+        """Yield a report for a person."""
+        total = max(1, int(self.scales.sum()) + self.zeros)
+        yield (
+            f"{count(total, 'scale')}, zero {self.zeros / total:.2%}, "
+            f"NaN or infinite {self.scales[SCALE_NAN] / total:.2%}"
+        )
+        yield from _scale_lines(self.scales)
+
+
+def stats_of(array: MXFP4Array | ScaledArray, progress: Callable[[int], object]) -> Stats | ScaleStats:
+    """Return what is counted of a packed array."""
+    if isinstance(array, MXFP4Array):
+        stats = Stats()
+        stats.add(array, progress)
+        return stats
+    of_scales = ScaleStats()
+    of_scales.add(array, progress)
+    return of_scales
+
+
+def _scale_lines(counts: NDArray[np.int64]) -> Iterator[str]:
+    """Yield a histogram of scales by their exponents."""
+    used, total = np.flatnonzero(counts), int(counts.sum())
+    for scale in range(used[0], used[-1] + 1) if len(used) else ():
+        if counts[scale] or len(used) > 1:
+            yield _bar("scale", "NaN" if scale == SCALE_NAN else f"2^{scale - SCALE_BIAS}", int(counts[scale]), total)
 
 
 def _bar(what: str, label: str, count: int, total: int) -> str:
@@ -134,7 +193,7 @@ def file_lines(checkpoint: Checkpoint) -> list[str]:
     return lines
 
 
-def to_json(checkpoint: Checkpoint, table: Sequence[Row], stats: dict[str, Stats]) -> dict[str, Any]:
+def to_json(checkpoint: Checkpoint, table: Sequence[Row], stats: Mapping[str, Stats | ScaleStats]) -> dict[str, Any]:
     """Return everything as plain objects."""
     infos = [row.info for row in table if row.info is not None]
     return {
@@ -165,7 +224,7 @@ def _orientation(info: TensorInfo) -> str:
     return f"; axes {AXES}{converted}" if axes else ""
 
 
-def _row_json(row: Row, stats: dict[str, Stats]) -> dict[str, Any]:
+def _row_json(row: Row, stats: Mapping[str, Stats | ScaleStats]) -> dict[str, Any]:
     if row.info is None:
         return {"name": row.name, "problem": row.problem}
     return {

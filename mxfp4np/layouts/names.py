@@ -41,10 +41,15 @@ def find_named(
     """Return the logical tensors, as `find_tensors`. Names of which nothing is stored are left out."""
     pairs: dict[str, list[Candidate]] = {}
     renamed: dict[str, str] = {}
+    several = list(several)
+    known = {half.name: x for x in several for half in x.stored}
     for name, given in names.items():
         halves = [given] if isinstance(given, str) else list(given) if isinstance(given, list | tuple) else []
         halves = halves if all(isinstance(half, str) for half in halves) else []
         missing = [half for half in halves if half not in stored]
+        if len(halves) > 1 and halves[0] in known and set(halves) <= {half.name for half in known[halves[0]].stored}:
+            renamed[known[halves[0]].logical] = name
+            continue
         if len(halves) not in (1, 2) or (len(halves) == 2 and len(missing) == 1):
             problem = f"no tensor {missing[0]!r} is stored" if missing else f"found {given!r}"
             raise LayoutError(f"names: {name!r}: expected a stored name, or those of codes and scales: {problem}")

@@ -11,10 +11,12 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from ..array import MXFP4Array
 from ..checkpoint import Checkpoint
 from ..errors import CheckpointError, LayoutError
-from ..format import SCALE_BIAS, SCALE_NAN, decoded_dtype
+from ..format import BLOCK_SIZE, SCALE_BIAS, SCALE_NAN, decoded_dtype
 from ..layouts.packed import TensorInfo
+from ..scaled import ScaledArray
 from ..summary import Row, collapse, label
 from .choose import kind_of
 from .contents import may_be_quantized
@@ -63,17 +65,27 @@ def health(
             (plain if info.layout is None else packed).append(info)
     if with_config and len(plain) + len(packed) == len(checkpoint) and not checkpoint.incomplete:
         result.findings += _config_mismatch(checkpoint, plain, packed)
-    scaled = [info for info in packed if info.format == "MXFP4"]
+    scaled = [info for info in packed if info.layout != "gguf" or info.format == "MXFP4"]
     pool = Workers(num_threads, sum(info.nbytes for info in scaled), progress)
 
     def count_scales(info: TensorInfo) -> NDArray[np.int64]:
-        counts = np.zeros(256, np.int64)
-        for _, chunk in checkpoint.pieces(info.name, CHUNK_BYTES):
-            # A block of zeros may have any scale.
-            used = chunk.scales[(chunk.blocks & 0x77).any(axis=-1) | (chunk.scales == SCALE_NAN)]
-            counts += np.bincount(used.reshape(-1), minlength=256)
+        """Count scales by their exponents; there are none if all values are zero."""
+        counts, any_code = np.zeros(256, np.int64), False
+        array = checkpoint.blocks(info.name)
+        for _, chunk in array.iter_chunks(CHUNK_BYTES):
+            if isinstance(chunk, MXFP4Array):
+                # A block of zeros may have any scale.
+                used = chunk.scales[(chunk.blocks & 0x77).any(axis=-1) | (chunk.scales == SCALE_NAN)]
+                counts += np.bincount(used.reshape(-1), minlength=256)
+                any_code = True
+            else:
+                any_code = any_code or chunk.any_code()
+                if chunk.block_size <= BLOCK_SIZE:
+                    counts += np.bincount(chunk.exponents(), minlength=256)
             pool.advance(info.stored[0].file.path.name, info.name, chunk.nbytes)
-        return counts
+        if isinstance(array, ScaledArray) and array.block_size > BLOCK_SIZE:  # scales are few
+            counts += np.bincount(array.exponents(), minlength=256)
+        return counts if any_code else np.zeros_like(counts)
 
     def is_zero(info: TensorInfo) -> bool:
         """Read no further than the first value that is not zero."""
@@ -82,8 +94,8 @@ def health(
     decoded_dtype("bfloat16")  # imported before threads start: see `Workers`
     zeros = []
     for info, counts in zip(scaled, pool.map(count_scales, scaled), strict=True):
-        result.nan_blocks += int(counts[SCALE_NAN])
-        result.findings += [f"tensor {info.name!r}: {problem}" for problem in _implausible(counts)]
+        result.nan_blocks += 0 if info.format == "FP8" else int(counts[SCALE_NAN])  # whose tiles are no blocks
+        result.findings += [f"tensor {info.name!r}: {problem}" for problem in _implausible(counts, info.format)]
         zeros += [] if counts.any() or not _must_have_values(info) else [info]
     matrices = [info for info in plain if info.dtype in _FLOATS and _must_have_values(info)]
     zeros += [info for info, zero in zip(matrices, pool.map(is_zero, matrices), strict=True) if zero]
@@ -94,16 +106,17 @@ def health(
     return result
 
 
-def _implausible(counts: NDArray[np.int64]) -> Iterator[str]:
-    """Yield what no weights have, given how often each scale occurs."""
+def _implausible(counts: NDArray[np.int64], format: str | None) -> Iterator[str]:
+    """Yield what no weights have, given how often the scale's exponent has each value."""
+    is_mxfp4 = format == "MXFP4"
     if counts[SCALE_NAN]:
-        yield f"{counts[SCALE_NAN]:,} of its blocks are NaN"
+        yield f"{counts[SCALE_NAN]:,} of its {'blocks are NaN' if is_mxfp4 else 'scales are NaN or infinite'}"
     if counts.any():
         middle = int(np.searchsorted(np.cumsum(counts), math.ceil(counts.sum() / 2)))
         if middle not in PLAUSIBLE and middle != SCALE_NAN:
             yield (
                 f"half of its scales are {'below' if middle < SCALE_BIAS else 'above'} 2**{middle - SCALE_BIAS}: no "
-                "weights are, scale bytes may have been converted instead of viewed"
+                f"weights are{', scale bytes may have been converted instead of viewed' if is_mxfp4 else ''}"
             )
 
 

@@ -212,8 +212,7 @@ def compare(
         for index, chunk in source.pieces(name, CHUNK_BYTES, dtype=dtype, transpose=transposed):
             expected = chunk.decode(dtype, transpose=transposed, backend="numpy")
             overflow += count_overflow(chunk, expected)
-            if isinstance(chunk, MXFP4Array):
-                nan_blocks += int(np.count_nonzero(chunk.scales == SCALE_NAN))
+            nan_blocks += _count_nan_blocks(chunk)
             if difference is None:
                 difference = _first_difference(index, expected, target.get(name, index=index or ...), equal_nan=True)
             pool.advance(file.name, name, expected.nbytes)
@@ -330,6 +329,15 @@ def _difference_of_copies(ours: Stored, theirs: Stored, pool: Workers) -> str | 
                 difference = f"{file}: tensor {copy.name!r}{place}"
             pool.advance(file.name, copy.name, expected.nbytes)
     return difference
+
+
+def _count_nan_blocks(packed: BlockArray) -> int:
+    """Return how many blocks have a scale that is NaN; larger tiles are no blocks."""
+    if isinstance(packed, MXFP4Array):
+        return int(np.count_nonzero(packed.scales == SCALE_NAN))
+    if isinstance(packed, ScaledArray) and packed.block_size <= BLOCK_SIZE:
+        return int(np.count_nonzero(packed.exponents() == SCALE_NAN))
+    return 0
 
 
 def count_overflow(packed: BlockArray, values: NDArray[Any]) -> int:
