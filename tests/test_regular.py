@@ -56,7 +56,7 @@ def test_pipe_in_the_target(source, tmp_path, name):
     (target / name).unlink()
     os.mkfifo(target / name)
     error = error_of(lambda: mxfp4np.convert(source, target, resume=True))
-    assert f"{name}: not a regular file" in str(error)
+    assert f"{name}: not a regular file" in str(error) or f"{name}: expected a regular file" in str(error)
 
 
 @needs_pipes

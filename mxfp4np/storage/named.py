@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -49,6 +50,11 @@ class NamedFile(io.FileIO):
                 parts.append(part)
                 size -= len(part)
         return b"".join(parts)
+
+    def size(self) -> int:
+        """Return the size in bytes."""
+        with named(*self._error):
+            return os.fstat(self.fileno()).st_size
 
     def readinto(self, buffer: Any, /) -> Any:
         """Read into a buffer; see `io.RawIOBase`."""

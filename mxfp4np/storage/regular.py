@@ -47,7 +47,7 @@ def read_up_to(file: BinaryIO, count: int) -> bytes:
     Files of the kernel, such as /proc/kmsg, say that they are empty. They are not read, as that may wait.
     """
     parts: list[bytes] = []
-    left = min(count, os.fstat(file.fileno()).st_size - file.tell())
+    left = min(count, _size_of(file) - file.tell())
     while left > 0 and (part := file.read(left)):
         parts.append(part)
         left -= len(part)
@@ -57,7 +57,11 @@ def read_up_to(file: BinaryIO, count: int) -> bytes:
 def read_regular(path: Path, limit: int) -> bytes:
     """Return all bytes of a file; refuse one that has more than ``limit``."""
     with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
+        size = _size_of(file)
         if size > limit:
             raise CheckpointError(f"{path}: expected a file of at most {limit:,} bytes, found one of {size:,}")
         return read_up_to(file, limit)
+
+
+def _size_of(file: BinaryIO) -> int:
+    return file.size() if isinstance(file, NamedFile) else os.fstat(file.fileno()).st_size
