@@ -23,7 +23,7 @@ from .errors import CheckpointWarning, LayoutError, TensorNotFoundError
 from .format import as_dtype, decoded_dtype
 from .layouts.find import Documents, split_gate_up, stored_of
 from .layouts.names import Names, as_names, find_named
-from .layouts.others import Others
+from .layouts.others import CHECKED, Others
 from .layouts.packed import TensorInfo
 from .layouts.resolve import Resolver, Tensor
 from .layouts.scaled import ScaledCandidate
@@ -509,7 +509,7 @@ class Checkpoint(Mapping[str, Any]):
                 raise TensorNotFoundError(self._not_found(name))
             name, rows = half
         tensor = self._tensors[name]
-        if isinstance(tensor, StoredTensor) and tensor.dtype in DTYPES and not tensor.dtype.startswith("F8_"):
+        if isinstance(tensor, StoredTensor) and tensor.dtype in DTYPES and tensor.dtype not in CHECKED:
             return tensor, rows
         if name not in self._resolved:
             self._resolved[name] = self._resolver.resolve(name, tensor)

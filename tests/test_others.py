@@ -335,8 +335,8 @@ MISFITS = {
         ["e.0.weight F8_E4M3 64 64"],
         SAYS_FP8,
         (
-            "tensor 'e.0.weight' is FP8 and has no scale: expected 'e.0.weight_scale_inv' or 'e.0.weight_scale', as "
-            "config.json says that weights are quantised, found none; open the folder that holds all shards"
+            "tensor 'e.0.weight' is FP8 and has no scale: expected 'e.0.weight_scale_inv' or 'e.0.weight_scale' in "
+            "one of the checkpoint's files, found none; open the folder that holds all shards"
         ),
     ),
     "no scale of stacked experts": (
@@ -344,8 +344,38 @@ MISFITS = {
         SAYS_FP8,
         (
             "tensor 'e.down_proj' is FP8 and has no scale: expected 'e.down_proj_scale_inv' or "
-            "'e.down_proj_weight_scale_inv', as"
+            "'e.down_proj_weight_scale_inv' in"
         ),
+    ),
+    "no scale, and ComfyUI says that there is one": (
+        ["a.weight F8_E4M3 64 64", "a.comfy_quant U8 19"],
+        None,
+        "tensor 'a.weight' is FP8 and has no scale: expected",
+    ),
+    "no scale of torchao": (
+        ["a._weight_qdata F8_E4M3 64 64"],
+        None,
+        "tensor 'a._weight_qdata' is FP8 and has no scale: expected 'a._weight_scale'",
+    ),
+    "no scales, but a second one": (
+        ["a.weight U8 64 32", "a.weight_scale_2 F32"],
+        None,
+        "tensor 'a.weight' is NVFP4 and has no scales: expected 'a.weight_scale' in",
+    ),
+    "no scales, but a second one, of stacked experts": (
+        ["e.down_proj U8 2 16 64", "e.down_proj_weight_scale_2 F32"],
+        None,
+        "tensor 'e.down_proj' is NVFP4 and has no scales: expected 'e.down_proj_weight_scale' in",
+    ),
+    "no scales of MLX": (
+        ["a.weight U32 64 8"],
+        {"quantization": {"mode": "nvfp4"}},
+        "tensor 'a.weight' is quantised, as config.json says, and has no scales: expected 'a.scales' in",
+    ),
+    "no codes": (
+        ["a.weight_scale F8_E4M3 64 4", "a.weight_scale_2 F32"],
+        None,
+        "tensor 'a.weight_scale' holds scales and has no codes: expected 'a.weight' or 'a.weight_packed' in",
     ),
     "a scalar of a module that has a weight of its own": (
         ["a.b.weight F8_E4M3 64 64", "a.weight F8_E4M3 64 64", "a.weight_scale F32 1"],
@@ -425,6 +455,7 @@ MISFITS = {
 def test_what_does_not_fit_is_an_error(tmp_path, tensors, config, message, refused):
     with mxfp4np.Checkpoint(checkpoint(tmp_path, [*tensors, "norm.weight BF16 64"], config)) as ckpt:
         name = tensors[0].split()[0].removesuffix("_packed")
+        name = name if name in ckpt else "a.weight"
         for call in (ckpt.info, ckpt.get, ckpt.packed):
             with pytest.raises(LayoutError) as info:
                 call(name)
@@ -433,7 +464,7 @@ def test_what_does_not_fit_is_an_error(tmp_path, tensors, config, message, refus
         assert ckpt["norm.weight"].shape == (64,)
     assert message in refused("convert", tmp_path, tmp_path / "out")
     result = mxfp4np.convert(tmp_path, tmp_path / "out", exclude=name)
-    assert result.contents.quantized[0] == name
+    assert name in result.contents.copied
     assert any(message in finding for finding in mxfp4np.verify(tmp_path).findings)
 
 
@@ -483,6 +514,18 @@ def test_scales_of_comfyui_are_swizzled_also_where_their_shape_is_that_of_others
             place = 512 * tile + 16 * (row % 32) + 4 * (row // 32) + within
             expected = stored[row, column] if evidence is None else stored.reshape(-1)[place]
             assert found[row, column] == expected
+
+
+def test_torchao_says_whether_there_is_a_second_scale(tmp_path):
+    tensors = ["a._weight_qdata U8 64 32", "a._weight_scale F8_E4M3 64 4"]
+    for names, fits in ((["qdata", "scale"], True), (["per_tensor_scale", "qdata", "scale"], False)):
+        metadata = {"a.weight": json.dumps({"_type": "NVFP4Tensor", "_tensor_data_names": names})}
+        with mxfp4np.Checkpoint(checkpoint(tmp_path, tensors, metadata=metadata)) as ckpt:
+            if fits:
+                assert ckpt["a.weight"].shape == (64, 64)
+            else:
+                with pytest.raises(LayoutError, match=r"'a\._weight_per_tensor_scale', the second scale"):
+                    ckpt.info("a.weight")
 
 
 @pytest.mark.parametrize(("said", "fits"), [("false", False), ("true", True), (None, True)])

@@ -24,6 +24,9 @@ _FLOAT6: Final = ("F6_E2M3", "F6_E3M2")
 _PACKED: Final = ("U8", "I8", "U32", "I32", "F4", *_FLOAT6, *_FLOAT8)
 """Dtypes of codes that have scales."""
 
+CHECKED: Final = (*_FLOAT8, "U8", "U32")
+"""Dtypes of tensors that may lack what belongs to them; see `Others.check_scale`."""
+
 _EXPONENTS: Final = ("U8", "F8_E8M0")
 _FLOATS: Final = ("F64", "F32", "F16", "BF16")
 
@@ -34,7 +37,7 @@ _SHARED: Final = next(x for x in SCALED_LAYOUTS if x.scales == ".weight_scale")
 COMFYUI: Final = ("comfy_quant", "_quantization_metadata")
 """What ComfyUI writes: a tensor of each quantised module, and JSON in the metadata of the header."""
 
-_SECOND_SCALES: Final = ("_scale_2", "_global_scale", "_per_tensor_scale")
+_SECOND_SCALES: Final = ("_scale_2", "_weight_scale_2", "_global_scale", "_per_tensor_scale")
 """Suffixes of NVFP4's second scale, after the name of the weight; other formats have none."""
 
 _FORMATS_OF_BYTES: Final = {8: "NVFP4", 24: "MXFP6", 32: "MXFP8"}
@@ -105,28 +108,43 @@ class Others:
         if tensor.dtype in ("F4", *_FLOAT6):
             return f"FP{tensor.dtype[1]}"
         if len(tensor.shape) > 1 and tensor.dtype in _FLOAT8:
-            return "FP8" if self._says_quantised else None
+            stem, dot, last = tensor.name.rpartition(".")
+            return "FP8" if self._says_quantised(stem, dot + last) else None
         if len(tensor.shape) > 1 and tensor.dtype == "U8" and tensor.name.endswith(".weight"):
             return self._mx_format
         return None
 
     def check_scale(self, tensor: StoredTensor) -> None:
-        """Refuse FP8 without a scale, if a document says that weights have scales.
+        """Refuse codes without scales that headers or documents say they have, and E4M3 scales without codes.
 
         Raises
         ------
         LayoutError
         """
-        if tensor.dtype not in _FLOAT8 or self.format_of(tensor) != "FP8":
+        known = tensor.name in self._formats or tensor.name in self.scales
+        if known or len(tensor.shape) < 2 or (found := self._missing(tensor)) is None:
             return
-        stem, dot, last = tensor.name.rpartition(".")
-        suffix = dot + last if dot + last in _SCALED else ""
-        stem = stem if suffix else tensor.name
-        first, second, *_ = (repr(stem + layout.scales) for layout in _SCALED[suffix])
+        what, missing = found
         raise LayoutError(
-            f"{tensor.file.path}: tensor {tensor.name!r} is FP8 and has no scale: expected {first} or {second}, as "
-            "config.json says that weights are quantised, found none; open the folder that holds all shards"
+            f"{tensor.file.path}: tensor {tensor.name!r} {what}: expected {' or '.join(map(repr, missing))} in one of "
+            "the checkpoint's files, found none; open the folder that holds all shards"
         )
+
+    def _missing(self, tensor: StoredTensor) -> tuple[str, list[str]] | None:
+        """Return what a tensor is that lacks others, and their names; None if it lacks nothing."""
+        name = tensor.name
+        stem, dot, last = name.rpartition(".")
+        stem, suffix = (stem, dot + last) if dot + last in _SCALED else (name, "")
+        codes = [name.removesuffix(x.scales) + x.codes for x in SCALED_LAYOUTS if x.second and name.endswith(x.scales)]
+        if tensor.dtype == "F8_E4M3" and codes:
+            return "holds scales and has no codes", list(dict.fromkeys(codes))
+        if tensor.dtype in _FLOAT8 and self._says_quantised(stem, suffix):
+            return "is FP8 and has no scale", [stem + x.scales for x in _SCALED[suffix][:2]]
+        if tensor.dtype == "U8" and self._has_second_scale(tensor):
+            return "is NVFP4 and has no scales", [stem + x.scales for x in _SCALED[suffix] if x.second][:1]
+        if tensor.dtype == "U32" and self._documents.values("config.json", "", "mode") & {"mxfp8", "nvfp4"}:
+            return "is quantised, as config.json says, and has no scales", [f"{stem}.scales"]
+        return None
 
     def _signature(self, tensor: StoredTensor, stem: str, suffix: str) -> str | None:
         for known in _SIGNATURES.get(suffix, ()):
@@ -152,8 +170,8 @@ class Others:
             rivals = [x.name for _, x, _ in pairs[1:] if x is not scales and x.shape == scales.shape]
             name = codes.name.removesuffix(layout.codes) + layout.second
             second = self._stored.get(name) if found == "NVFP4" and layout.second else None
-            comfyui = f"{stem}.{COMFYUI[0]}" in self._stored or bool(self._documents.values(METADATA, COMFYUI[1], stem))
-            self.found[codes.name] = ScaledCandidate(layout, found, codes, scales, second, comfyui, rivals)
+            candidate = ScaledCandidate(layout, found, codes, scales, second, self._is_comfyui(stem), rivals)
+            self.found[codes.name] = candidate
         self.scales.add(scales.name)
         return found
 
@@ -208,8 +226,15 @@ class Others:
         found = (self._documents.values("config.json", "", key) for key in ("type", "dtype", "quant_algo"))
         return any(value.startswith(("int", "uint")) for values in found for value in values)
 
-    @cached_property
-    def _says_quantised(self) -> bool:
-        """Whether a document says that weights have scales, which FP8 weights without any may lack."""
-        methods = self._documents.values("config.json", "", "quant_method")
-        return bool(methods or self._documents.values("hf_quant_config.json", "", "quant_algo") - {"none"})
+    def _says_quantised(self, stem: str, suffix: str) -> bool:
+        """Return whether a name or a document says that FP8 weights have scales, as those of some files have none."""
+        return bool(
+            suffix == "._weight_qdata"
+            or self._is_comfyui(stem)
+            or self._documents.values("config.json", "", "quant_method")
+            or self._documents.values("hf_quant_config.json", "", "quant_algo") - {"none"}
+        )
+
+    def _is_comfyui(self, stem: str) -> bool:
+        layers = self._documents.values(METADATA, COMFYUI[1], stem)
+        return f"{stem}.{COMFYUI[0]}" in self._stored or bool(layers)

@@ -88,6 +88,7 @@ class Resolver:
         supported = [layout for layout in layouts if self._supported(layout, name)]
         is_codes = candidates[0].codes is not None
         if is_codes and not supported and not layouts[0].named_packed and lone.dtype != "F4":
+            self._others.check_scale(lone)
             return lone
         stem = name.removesuffix(layouts[0].weight)
         missing = dict.fromkeys(repr(f"{stem}{x.scales if is_codes else x.codes}") for x in supported or layouts)

@@ -18,7 +18,7 @@ from ..scaled import ScaledArray
 from ..storage.tensorfile import DTYPES, StoredTensor
 from .find import Documents
 from .packed import Reader, swizzled_shape, unswizzle
-from .table import ScaledLayout, Shape
+from .table import METADATA, ScaledLayout, Shape
 
 DECODED: Final = ("FP8", "MXFP8", "NVFP4")
 """Formats that are decoded here."""
@@ -111,7 +111,7 @@ class ScaledCandidate(NamedTuple):
         LayoutError
             If dtypes do not fit, if a second scale is missing, or if shapes fit no reading, or several.
         """
-        self._check()
+        self._check(documents)
         readings = self._of_groups(documents) if self.format in GROUPS else self._of_tiles(documents)
         if len(readings) != 1:
             if readings:
@@ -122,7 +122,7 @@ class ScaledCandidate(NamedTuple):
             raise self._mismatch(self.scales, f"{self._expected(documents)}", found)
         return readings[0]
 
-    def _check(self) -> None:
+    def _check(self, documents: Documents) -> None:
         """Check what does not depend on how the shapes are read."""
         if self.rivals:
             names = " or ".join(map(repr, (self.scales.name, *self.rivals)))
@@ -132,7 +132,8 @@ class ScaledCandidate(NamedTuple):
             raise self._mismatch(self.scales, f"dtype {expected}, for {self.format}", self.scales.dtype)
         if self.format != "NVFP4":
             return
-        if self.second is None and self.layout.needs_second:
+        said = documents.values(METADATA, self.logical, "_tensor_data_names")  # torchao's
+        if self.second is None and (self.layout.needs_second or "per_tensor_scale" in said):
             name = self.codes.name.removesuffix(self.layout.codes) + self.layout.second
             raise self._mismatch(
                 self.codes, f"{name!r}, the second scale of NVFP4", "none; open the folder that holds all shards"
@@ -264,7 +265,7 @@ class ScaledReader(Reader):
     def load(self, part: ScaledArray) -> ScaledArray:
         """Return ``part``, any view of `array`, with its bytes in memory or in a map."""
         tensor, codes, scales = self._tensor, part.blocks, part.scales
-        axes = (-1, -2) if tensor.transposed else (-1, -1)  # as they are stored
+        axes = (-1, -2) if tensor.transposed and codes.ndim > 1 else (-1, -1)  # as they are stored
         codes = tensor.codes.file.read(tensor.codes, self._codes, codes.swapaxes(*axes)).swapaxes(*axes)
         if self._scales is not None:
             scales = tensor.scales.file.read(tensor.scales, self._scales, scales.swapaxes(*axes)).swapaxes(*axes)
