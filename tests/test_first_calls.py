@@ -384,6 +384,11 @@ with warnings.catch_warnings(record=True) as caught, mxfp4np.Checkpoint({str(pat
     assert get_backend().name == get_backend(device="cpu").name == "numpy"
 (warning,) = caught
 print(warning.message)
+from mxfp4np.backends.cpu.driver import instruction_set
+try:
+    instruction_set()
+except mxfp4np.BackendUnavailableError as error:
+    assert "python -m pip install numba" in str(error)
 try:
     mxfp4np.decode(np.zeros((1, 16), np.uint8), np.zeros(1, np.uint8), backend="cpu")
 except mxfp4np.BackendUnavailableError as error:

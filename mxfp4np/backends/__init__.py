@@ -15,6 +15,9 @@ import numpy as np
 
 from ..errors import BackendUnavailableError
 from ..format import FLOAT8, dtype_named
+from .cpu.compiler import BuilderBusyError, check_numba
+from .cpu.driver import CPUBackend
+from .reference import ReferenceBackend
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -171,22 +174,16 @@ def _get_backend(name: str | None, device: str | None) -> Backend:
         from .cuda.driver import CUDABackend
 
         return CUDABackend(int(ordinal) if ordinal else None)
-    if name == "numpy":
-        from .reference import ReferenceBackend
-
-        return ReferenceBackend()
-    from .cpu.driver import CPUBackend
-
-    return CPUBackend()
+    return ReferenceBackend() if name == "numpy" else CPUBackend()
 
 
 @functools.cache
 def _default_on_host() -> Backend:
     """Return the CPU backend, or with a warning, once, the reference where Numba cannot be imported."""
-    from .cpu.compiler import check_numba
-
     try:
         check_numba()
+    except BuilderBusyError:
+        pass  # it uses the reference until that has changed
     except BackendUnavailableError as error:
         warnings.warn(f"{error}, and is used now, at about a hundredth of the speed", stacklevel=5)
         return _get_backend("numpy", "cpu")

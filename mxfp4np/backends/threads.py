@@ -1,4 +1,4 @@
-"""How many threads this process may use: its CPU affinity, the quota of its cgroup, an environment variable."""
+"""How many threads this process may use: its CPU affinity, its cgroup's quota, a variable; and how they are started."""
 
 from __future__ import annotations
 
@@ -6,9 +6,43 @@ import functools
 import math
 import operator
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 ENVIRONMENT_VARIABLE = "MXFP4NP_NUM_THREADS"
+
+STACK_BYTES: Final = 1 << 20
+"""The smallest stack of a thread that this package starts. Compiled code needs up to 128 KiB, compilers more."""
+
+_starting = threading.RLock()
+
+
+def _forget() -> None:
+    """Replace the lock in a forked child: another thread of the parent may hold it."""
+    global _starting  # noqa: PLW0603
+    _starting = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+
+@contextmanager
+def starting_threads() -> Iterator[None]:
+    """Give threads that are started here a stack that is large enough, whatever `threading.stack_size` is set to."""
+    with _starting:
+        before = threading.stack_size()
+        try:
+            if 0 < before < STACK_BYTES:
+                threading.stack_size(STACK_BYTES)
+            yield
+        except KeyError as error:  # of `threading` itself, where a signal handler raised as the thread began
+            raise (error.__context__ or error) from None
+        finally:
+            threading.stack_size(before)
 
 
 def check_num_threads(num_threads: int | None) -> None:

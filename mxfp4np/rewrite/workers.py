@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Final, NamedTuple, TypeVar
 
-from ..backends.threads import check_num_threads, default_num_threads, usable_cpus
+from ..backends.threads import check_num_threads, default_num_threads, starting_threads, usable_cpus
 
 POLL_SECONDS: Final = 0.2
 """The longest single wait: on some systems a wait without a timeout cannot be interrupted."""
@@ -96,7 +96,10 @@ class Workers:
         futures: list[Future[None]] = []
         try:
             if threads > 1:
-                with contextlib.suppress(RuntimeError):  # the interpreter is shutting down, or no thread can start
+                with (
+                    contextlib.suppress(RuntimeError),
+                    starting_threads(),
+                ):  # the interpreter is shutting down, or no thread can start
                     for _ in range(threads):
                         futures.append(executor.submit(run))  # noqa: PERF401 - so that an interrupt loses none
             if not futures:

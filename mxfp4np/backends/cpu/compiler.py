@@ -14,40 +14,70 @@ import functools
 import hashlib
 import logging  # noqa: F401 - before the fork handler below
 import os
+import sys
 import threading
+import traceback
 from collections.abc import Callable, Hashable
 from importlib import import_module
 from pathlib import Path
 from types import FunctionType
-from typing import Any
+from typing import Any, Final
 
 from ... import __version__
 from ...errors import BackendUnavailableError
+from ..threads import starting_threads
+
+POLL_SECONDS: Final = 0.5
+"""The longest time that a caller waits before it looks whether the builder waits for the caller."""
+
+FORK_SECONDS: Final = 30
+"""The longest time that a fork waits for other threads that compile with Numba: they might wait for this one."""
 
 _built: dict[Hashable, Any] = {}
 _building = threading.RLock()  # held by the thread that builds, and by a thread that forks
+_builder: Any = None  # the thread that builds
+_numbas: Any = None  # Numba's lock, if a thread that forks has acquired it
 
 
-def _wait_for_builder() -> None:
-    """Acquire the lock before a fork, whatever interrupts: an exception of a fork handler would not stop the fork."""
+class BuilderBusyError(BackendUnavailableError):
+    """Building needs what this thread is in the middle of, in a signal handler, or what a parent's thread was."""
+
+
+def _before_fork() -> None:
+    """Acquire the locks, whatever interrupts: an exception of a fork handler would not stop the fork."""
+    global _numbas  # noqa: PLW0603
     if _building._is_owned():  # type: ignore[attr-defined]  # noqa: SLF001 - the builder itself forks
         _building.acquire()
     while not _building._is_owned():  # type: ignore[attr-defined]  # noqa: SLF001
         with contextlib.suppress(BaseException):
             _building.acquire()
+    loaded = getattr(sys.modules.get("numba.core.compiler_lock"), "global_compiler_lock", None)
+    _numbas = None if loaded is None or loaded.is_locked() else loaded
+    if _numbas is not None:
+        with contextlib.suppress(BaseException):
+            _numbas._lock.acquire(timeout=FORK_SECONDS)  # noqa: SLF001
+        if not _numbas.is_locked():
+            _numbas = None
+
+
+def _after_fork() -> None:
+    if _numbas is not None:
+        _numbas._lock.release()  # noqa: SLF001
+    _building.release()
 
 
 if hasattr(os, "register_at_fork"):
-    # A child has no thread that would finish building, nor release Numba's own locks: so a fork waits for the builder.
-    # Handlers run in reverse order. The one of `logging` must come after this one, since Numba needs its lock: so it is
-    # imported here.
-    os.register_at_fork(before=_wait_for_builder, after_in_parent=_building.release, after_in_child=_building.release)
+    # A child has no thread that would finish building, nor release Numba's own locks: so a fork waits for the builder,
+    # and for others that compile with Numba. Handlers run in reverse order. The one of `logging` must come after this
+    # one, since Numba needs its lock: so it is imported here.
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)
 
 
 def build_once(key: Hashable, make: Callable[[], Any]) -> Any:
     """Return what ``make`` returned in the first successful call with this key, or raise what it raises.
 
-    ``make`` must not call this function: it would wait for itself.
+    Raise `BuilderBusyError` where the builder waits for this thread. ``make`` must not call this function: it would
+    wait for itself.
     """
     try:
         return _built[key]
@@ -56,7 +86,9 @@ def build_once(key: Hashable, make: Callable[[], Any]) -> Any:
     errors: list[BaseException] = []
 
     def build() -> None:
+        global _builder  # noqa: PLW0603
         with _building:
+            _builder = threading.get_ident()
             try:
                 if key not in _built:
                     _built[key] = make()
@@ -65,28 +97,57 @@ def build_once(key: Hashable, make: Callable[[], Any]) -> Any:
 
     builder = threading.Thread(target=build, name="mxfp4np_build")
     try:
-        builder.start()
+        with starting_threads():
+            builder.start()
     except RuntimeError:  # the interpreter is shutting down, or there can be no more threads
         build()
     else:
-        builder.join(timeout=1)
+        builder.join(POLL_SECONDS)
         while builder.is_alive():
-            _release_import_lock()
-            builder.join(timeout=1)
+            if not _release_import_lock() or _is_deadlock():
+                raise BuilderBusyError(
+                    "Numba is needed, and a signal handler or a fork has interrupted its import or compiler: decode "
+                    "something before that can happen, or use backend='numpy'"
+                )
+            builder.join(POLL_SECONDS)
     if errors:
         raise errors[0]
     return _built[key]
 
 
-def _release_import_lock() -> None:
-    """Release Python's import lock if this thread holds it, for the builder to import.
+def _release_import_lock() -> bool:
+    """Release Python's import lock if this thread holds it, for the builder to import; return whether that was right.
 
     CPython keeps it for ever where a signal handler raises in an import, right after it was acquired; the thread itself
-    can import then, but no other one can. Nobody holds it on purpose for longer than a few instructions.
+    can import then, but no other one can. Nobody holds it on purpose for longer than a few instructions, but a handler
+    may have interrupted those.
     """
-    with contextlib.suppress(RuntimeError):  # another thread holds it
-        while _imp.lock_held():
+    with contextlib.suppress(RuntimeError):  # this thread does not hold it, or no longer
+        while True:
             _imp.release_lock()
+            if any(
+                frame.f_code.co_filename == "<frozen importlib._bootstrap>" for frame, _ in traceback.walk_stack(None)
+            ):
+                _imp.acquire_lock()
+                return False
+    return True
+
+
+def _is_deadlock() -> bool:
+    """Tell whether the builder waits for the lock of a module, or Numba's, that this thread holds below this call.
+
+    Locks of modules may also be held by a thread that waits for another one; or, in a forked child, by one that only
+    the parent has.
+    """
+    frames_now, thread = sys._current_frames, _builder  # noqa: SLF001
+    while (frame := frames_now().get(thread)) is not None and frame.f_code.co_name == "acquire":
+        lock: Any = frame.f_locals.get("self")
+        if hasattr(lock, "is_locked"):  # Numba's: whether it is by this thread
+            return bool(lock.is_locked())
+        thread = getattr(lock, "owner", None)
+        if thread is not None and (thread == threading.get_ident() or thread not in frames_now()):
+            return True
+    return False
 
 
 class CompiledFunction:
@@ -155,17 +216,16 @@ def compiled_kernel(module: str, name: str, *constants: int) -> CompiledFunction
     A kernel takes the address of a job, a record of the module's dtype ``RECORD``, and processes its units ``start`` to
     ``stop - 1``. Returns None where Numba's compiler is switched off.
     """
-
-    def make() -> CompiledFunction | None:
-        import numba
-
-        kernels = import_module(f".{module}", __package__)
-
-        record, integer = numba.types.CPointer(numba.from_dtype(kernels.RECORD)), numba.types.int64
-        return compile_function(getattr(kernels, name)(*constants), numba.types.void(record, integer, integer))
-
     key = (module, name, *constants)
     if key not in _built:
         check_numba()
-    kernel: CompiledFunction | None = build_once(key, make)
+    kernel: CompiledFunction | None = build_once(key, lambda: _compile_kernel(module, name, *constants))
     return kernel
+
+
+def _compile_kernel(module: str, name: str, *constants: int) -> CompiledFunction | None:
+    import numba
+
+    kernels = import_module(f".{module}", __package__)
+    record, integer = numba.types.CPointer(numba.from_dtype(kernels.RECORD)), numba.types.int64
+    return compile_function(getattr(kernels, name)(*constants), numba.types.void(record, integer, integer))

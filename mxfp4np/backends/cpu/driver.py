@@ -16,7 +16,7 @@ from ...format import BLOCK_SIZE, BYTES_PER_BLOCK
 from ..memory import ALIGNMENT, HostBackend, address_of, is_transposed, merged_axes
 from ..reference import ReferenceBackend
 from ..threads import default_num_threads
-from .compiler import CompiledFunction, build_once, compiled_kernel
+from .compiler import BuilderBusyError, build_once, check_numba, compiled_kernel
 from .geometry import GROUP_ROWS, make_job
 from .tables import MANTISSA_BITS, NORMAL_SCALES, decode_table, encode_table, word_name
 
@@ -77,11 +77,9 @@ class CPUBackend(HostBackend):
             name, streaming = "decode_columns", streaming and _is_aligned(job, "values_step")
         else:
             name = _decoder(job, streaming=streaming)
-        kernel = compiled_kernel("decode", name, out.itemsize, order == "halves", streaming)
-        if kernel is None:
-            return ReferenceBackend().decode(blocks, scales, out, start=start, order=order)
-        job |= _table(word_name(out.dtype))
-        _run(kernel, job, num_threads, columns=columns)
+        kernel = "decode", name, out.itemsize, order == "halves", streaming
+        if not _run(kernel, job, (word_name(out.dtype),), num_threads, columns=columns):
+            ReferenceBackend().decode(blocks, scales, out, start=start, order=order)
 
     def encode(
         self,
@@ -101,10 +99,9 @@ class CPUBackend(HostBackend):
             for part in zip(x, codes, scales, strict=True):
                 self.encode(*part, rule=rule, num_threads=num_threads)
         else:
-            kernel = compiled_kernel("encode", "encode_columns" if columns else "encode_rows", x.itemsize)
-            if kernel is None:
+            kernel = "encode", "encode_columns" if columns else "encode_rows", x.itemsize
+            if not _run(kernel, job, (word_name(x.dtype), rule), num_threads, columns=columns):
                 return ReferenceBackend().encode(x, blocks, scales, rule=rule)
-            _run(kernel, job | _table(word_name(x.dtype), rule), num_threads, columns=columns)
         if codes is not blocks:
             blocks[...] = codes
 
@@ -130,17 +127,16 @@ def stream(
     ValueError
         If an array is not contiguous.
     """
-    kernel = compiled_kernel("decode", "move_blocks", out.itemsize)
-    if kernel is None:
-        raise BackendUnavailableError("the limit of memory is measured by compiled code: unset NUMBA_DISABLE_JIT")
     job = _describe(blocks, scales, out)
     if job is None or job["blocks_per_row"] != scales.size:
         raise ValueError("expected arrays whose rows follow each other without gaps")
-    _run(kernel, job | _table(word_name(out.dtype)), num_threads)
+    if not _run(("decode", "move_blocks", out.itemsize), job, (word_name(out.dtype),), num_threads):
+        raise BackendUnavailableError("the limit of memory is measured by compiled code: unset NUMBA_DISABLE_JIT")
 
 
 def instruction_set() -> str:
     """Return the instruction set that kernels are compiled to: what Numba's code generator reports."""
+    check_numba()
     from numba.core.registry import cpu_target
 
     from .simd import target_of
@@ -239,19 +235,38 @@ def _table(name: str, rule: str | None = None) -> dict[str, int]:
     return fields
 
 
-def _run(kernel: CompiledFunction, fields: dict[str, int], num_threads: int | None, *, columns: bool = False) -> None:
-    """Run a kernel over all units of a job. With ``columns``, a unit is one block of each row in a group of rows."""
-    job = make_job(fields)
-    address, _ = job.buffer_info()
+def _run(
+    kernel: tuple[Any, ...],
+    fields: dict[str, int],
+    table: tuple[str, ...],
+    num_threads: int | None,
+    *,
+    columns: bool = False,
+) -> bool:
+    """Run a kernel over all units of a job; return whether there is compiled code, without which nothing is done.
+
+    ``kernel`` and ``table`` are the arguments of `compiled_kernel` and `_table`. With ``columns``, a unit is one block
+    of each row in a group of rows.
+    """
     rows, unit_blocks = fields["rows"], 1
     if columns:
         rows, unit_blocks = -(-rows // GROUP_ROWS), GROUP_ROWS
     units = fields["matrices"] * rows * fields["blocks_per_row"]
     blocks = units * unit_blocks
-    if blocks <= ALONE_BLOCKS:
-        kernel.call(address, 0, units)
-        return
+    try:
+        compiled = compiled_kernel(*kernel)
+        if compiled is None:
+            return False
+        job = make_job(fields | _table(*table))
+        pool = None if blocks <= ALONE_BLOCKS else worker_pool()
+    except BuilderBusyError:
+        return False
+    address, _ = job.buffer_info()
+    if pool is None:
+        compiled.call(address, 0, units)
+        return True
     threads = min(num_threads or default_num_threads(), -(-blocks // THREAD_BLOCKS))
     fewest, most = CHUNK_BLOCKS
     chunk = max(1, fewest // unit_blocks), max(1, most // unit_blocks)
-    worker_pool().run(kernel.address, address, units, chunk, threads)
+    pool.run(compiled.address, address, units, chunk, threads)
+    return True

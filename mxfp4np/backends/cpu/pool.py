@@ -26,7 +26,7 @@ import numpy as np
 from numba import types
 
 from ..memory import address_of, aligned_empty
-from ..threads import most_threads
+from ..threads import most_threads, starting_threads
 from .compiler import compile_function
 from .geometry import field_offsets
 from .simd import atomic_add, atomic_load, atomic_replace, call_c, inner, pause
@@ -219,7 +219,8 @@ class Pool:
         try:
             # If a signal handler raises after the thread has started, the next thread shares its record. That is safe:
             # only one of the two can change the state to running, and one of them is awake or can be woken.
-            thread.start()
+            with starting_threads():
+                thread.start()
         except RuntimeError:  # the interpreter is shutting down, or there can be no more threads
             return False
         self._record["count"] = max(count + 1, int(self._record["count"]))
