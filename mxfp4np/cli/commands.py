@@ -1,8 +1,8 @@
 """The command line: the parser chooses a command, which calls a function of the library and prints its result.
 
-Exit status: 0 done, 1 a check found a difference, 2 bad usage or bad input, 130 interrupted. Errors are one line on
-standard error; progress shows on a terminal only. Whatever a command needs is imported when it runs, so that ``--help``
-and ``--version`` stay quick.
+Exit status: 0 done, 1 a check found a difference, 2 bad usage or bad input, 130 interrupted, 128 and its number where
+another signal ended it. Errors are one line on standard error; progress shows on a terminal only. Whatever a command
+needs is imported when it runs, so that ``--help`` and ``--version`` stay quick.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from ..errors import CheckpointWarning, MXFP4Error
 from ..format import DTYPES, RULES
 from ..layouts.table import ENCODED_LAYOUTS, TRANSPOSE
 from ..text import as_json, escape, format_bytes, parse_bytes
+from .signals import EndedError, raising_first
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -355,7 +356,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         try:
             args = parser().parse_args(arguments)
-            with warnings.catch_warnings():
+            with raising_first(), warnings.catch_warnings():
                 warnings.simplefilter("ignore", CheckpointWarning)  # each command shows them in its own way
                 status = args.run(args)
         finally:
@@ -365,6 +366,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # nobody reads our output any more
         _discard_output()
         return 0
+    except EndedError as error:
+        message, status = str(error), error.status
     except KeyboardInterrupt:
         message, status = "interrupted", 130
     except (MXFP4Error, ValueError, IndexError) as error:

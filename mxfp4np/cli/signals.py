@@ -1,0 +1,46 @@
+"""Signals that end a command: the first raises an exception, so that nothing half written stays; the next ends it."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+NAMES: Final = ("SIGINT", "SIGTERM", "SIGHUP")
+DEFAULTS: Final = (signal.SIG_DFL, signal.default_int_handler)
+
+
+class EndedError(KeyboardInterrupt):
+    """A signal asked this process to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__("interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}")
+        self.status = 128 + number
+
+
+@contextmanager
+def raising_first() -> Iterator[None]:
+    """Raise `EndedError` in the main thread when the first signal comes; another one then ends the process at once.
+
+    Signals that are ignored, as with nohup, or handled by others stay so.
+    """
+
+    def handle(number: int, _: object) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
+        raise EndedError(number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        numbers = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
+        before = {number: signal.getsignal(number) for number in numbers if signal.getsignal(number) in DEFAULTS}
+    try:
+        for number in before:
+            signal.signal(number, handle)
+        yield
+    finally:
+        for number, handler in before.items():
+            if signal.getsignal(number) is handle:  # otherwise the process is about to end
+                signal.signal(number, handler)
