@@ -1,5 +1,6 @@
 """What is built once, below what the builder waits for; and threads that are hard to start."""
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -172,4 +173,42 @@ def test_threads_have_a_stack_that_is_large_enough(tmp_path):
         tmp_path,
         NUMBA_CACHE_DIR=str(tmp_path / "cache"),
         MXFP4NP_NUM_THREADS="3",
+    )
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.parametrize("what", ["imports", "compiles"])
+def test_a_child_decodes_whose_parent_was_at_it_in_a_thread_of_its_own(what):
+    """Not in this package's builder: the child has the lock, but not the thread."""
+    run(
+        """
+        import faulthandler
+        begun = threading.Event()
+
+        def slow():
+            begun.set()
+            time.sleep(1)
+
+        def work():
+            if sys.argv[1] == "imports":
+                sys.meta_path.insert(0, Finder("numba.core.types", slow))
+                import numba
+            else:
+                with global_compiler_lock:
+                    slow()
+
+        if sys.argv[1] == "compiles":
+            from numba.core.compiler_lock import global_compiler_lock
+        thread = threading.Thread(target=work)
+        thread.start()
+        begun.wait()
+        child = os.fork()
+        if child == 0:
+            faulthandler.dump_traceback_later(60, exit=True)
+            os._exit(not is_right())
+        assert os.waitpid(child, 0)[1] == 0
+        thread.join()
+        """,
+        what,
+        start=START + IMPORTS,
     )

@@ -30,29 +30,47 @@ from ..threads import starting_threads
 POLL_SECONDS: Final = 0.5
 """The longest time that a caller waits before it looks whether the builder waits for the caller."""
 
+FORK_SECONDS: Final = 30
+"""The longest time that a fork waits for other threads that compile with Numba: they might wait for this one."""
+
 _built: dict[Hashable, Any] = {}
 _building = threading.RLock()  # held by the thread that builds, and by a thread that forks
-_builder: int | None = None  # the thread that builds
+_builder: Any = None  # the thread that builds
+_numbas: Any = None  # Numba's lock, if a thread that forks has acquired it
 
 
 class BuilderBusyError(BackendUnavailableError):
-    """In a signal handler that has interrupted an import, or Numba's compiler, which the builder needs too."""
+    """Building needs what this thread is in the middle of, in a signal handler, or what a parent's thread was."""
 
 
-def _wait_for_builder() -> None:
-    """Acquire the lock before a fork, whatever interrupts: an exception of a fork handler would not stop the fork."""
+def _before_fork() -> None:
+    """Acquire the locks, whatever interrupts: an exception of a fork handler would not stop the fork."""
+    global _numbas  # noqa: PLW0603
     if _building._is_owned():  # type: ignore[attr-defined]  # noqa: SLF001 - the builder itself forks
         _building.acquire()
     while not _building._is_owned():  # type: ignore[attr-defined]  # noqa: SLF001
         with contextlib.suppress(BaseException):
             _building.acquire()
+    loaded = getattr(sys.modules.get("numba.core.compiler_lock"), "global_compiler_lock", None)
+    _numbas = None if loaded is None or loaded.is_locked() else loaded
+    if _numbas is not None:
+        with contextlib.suppress(BaseException):
+            _numbas._lock.acquire(timeout=FORK_SECONDS)  # noqa: SLF001
+        if not _numbas.is_locked():
+            _numbas = None
+
+
+def _after_fork() -> None:
+    if _numbas is not None:
+        _numbas._lock.release()  # noqa: SLF001
+    _building.release()
 
 
 if hasattr(os, "register_at_fork"):
-    # A child has no thread that would finish building, nor release Numba's own locks: so a fork waits for the builder.
-    # Handlers run in reverse order. The one of `logging` must come after this one, since Numba needs its lock: so it is
-    # imported here.
-    os.register_at_fork(before=_wait_for_builder, after_in_parent=_building.release, after_in_child=_building.release)
+    # A child has no thread that would finish building, nor release Numba's own locks: so a fork waits for the builder,
+    # and for others that compile with Numba. Handlers run in reverse order. The one of `logging` must come after this
+    # one, since Numba needs its lock: so it is imported here.
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)
 
 
 def build_once(key: Hashable, make: Callable[[], Any]) -> Any:
@@ -86,10 +104,10 @@ def build_once(key: Hashable, make: Callable[[], Any]) -> Any:
     else:
         builder.join(POLL_SECONDS)
         while builder.is_alive():
-            if not _release_import_lock() or _builder_waits_for_this_thread():
+            if not _release_import_lock() or _is_deadlock():
                 raise BuilderBusyError(
-                    "a signal handler has interrupted an import or Numba, which cannot be waited for: decode "
-                    "something before the first signal, or use backend='numpy'"
+                    "Numba is needed, and a signal handler or a fork has interrupted its import or compiler: decode "
+                    "something before that can happen, or use backend='numpy'"
                 )
             builder.join(POLL_SECONDS)
     if errors:
@@ -115,18 +133,19 @@ def _release_import_lock() -> bool:
     return True
 
 
-def _builder_waits_for_this_thread() -> bool:
+def _is_deadlock() -> bool:
     """Tell whether the builder waits for the lock of a module, or Numba's, that this thread holds below this call.
 
-    Locks of modules may also be held by a thread that waits for another one.
+    Locks of modules may also be held by a thread that waits for another one; or, in a forked child, by one that only
+    the parent has.
     """
-    frames, thread = sys._current_frames(), _builder  # noqa: SLF001
-    while thread in frames and frames[thread].f_code.co_name == "acquire":
-        lock = frames[thread].f_locals["self"]
+    frames_now, thread = sys._current_frames, _builder  # noqa: SLF001
+    while (frame := frames_now().get(thread)) is not None and frame.f_code.co_name == "acquire":
+        lock: Any = frame.f_locals.get("self")
         if hasattr(lock, "is_locked"):  # Numba's: whether it is by this thread
             return bool(lock.is_locked())
         thread = getattr(lock, "owner", None)
-        if thread == threading.get_ident():
+        if thread is not None and (thread == threading.get_ident() or thread not in frames_now()):
             return True
     return False
 
