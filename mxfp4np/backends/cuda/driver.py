@@ -24,9 +24,10 @@ from ...shapes import split
 from ..cpu.driver import KERNEL_ELEMENTS
 from ..memory import ALIGNMENT, check_shapes, is_transposed, merged_axes, scales_by_row, type_of
 from ..threads import default_num_threads
-from . import kernels
+from . import kernels, scaled
 from .cupy import first_line, working_cupy
-from .kernels import ROW_AXES, ROWS, SCALED_VECTORS, THREADS, VALUES, VECTORS
+from .kernels import ROW_AXES, ROWS, THREADS, VALUES, VECTORS
+from .scaled import SCALED_VECTORS
 from .staging import Part, parts_of, pinned, transfer
 
 STAGED_BYTES: Final = 128 << 20
@@ -382,7 +383,7 @@ def _decode_scaled(
         axes = merged_axes(out.shape[:-1], *(array.strides[:-1] for array in (codes, scales, out)))
     is_regular = start == 0 and length % count == 0 and (shift == 31 or (width % count == 0 and width == 1 << shift))
     if not is_regular or len(axes) > 2 or not _is_dense(out, 1, 16) or not _is_dense(codes, 1, aligned):
-        kernel = partial(kernels.decode_scaled_any, element=element, has_table=has_table)
+        kernel = partial(scaled.decode_scaled_any, element=element, has_table=has_table)
         scales = scales_by_row(scales, out.shape[-2] if out.ndim > 1 else 1, 1 << row_shift, first_row)
         words = out.view(f"u{out.itemsize}")
         shape = start, length, codes.shape[-1], scales.shape[-1], width
@@ -392,7 +393,7 @@ def _decode_scaled(
     per_step = -(-per_row // SCALED_VECTORS)
     sizes, *steps = zip(*[(1, 0, 0, 0)] * (2 - len(axes)), *axes, strict=True)
     at_once = max(1, MAX_VECTORS // (per_step * sizes[1]))
-    kernel = partial(kernels.decode_scaled, element=element, scales=kind)
+    kernel = partial(scaled.decode_scaled, element=element, scales=kind)
     for first in range(0, sizes[0], at_once):
         outer = min(at_once, sizes[0] - first)
         threads = outer * sizes[1] * per_step
