@@ -142,7 +142,7 @@ def test_available_memory(files, expected, tmp_path):
 def test_refusals_are_one_line(command, tmp_path):
     mxfp4np.save_file({"bias": np.zeros(3, np.float32)}, tmp_path / "plain.safetensors")
     for arguments, message in (
-        ([tmp_path / "plain.safetensors"], "no packed tensor"),
+        ([tmp_path / "plain.safetensors"], "no MXFP4 tensor"),
         ([tmp_path / "missing"], "missing"),
         (["--dtype", "float64"], "float64"),
         (["--threads", "0"], "'0' is not a positive number"),

@@ -18,7 +18,7 @@ from mxfp4np.storage.safetensors import SafetensorsFile, write_safetensors
 
 DATA = Path(__file__).parent / "data"
 HF, ORIGINAL = DATA / "gpt_oss_hf", DATA / "gpt_oss_original"
-FOLDERS = sorted(path for path in DATA.iterdir() if path.is_dir() and path.name != "gguf")
+FOLDERS = sorted({path.parent for path in DATA.glob("*/*.safetensors")})
 
 
 def packed(*shape, seed=0, low=110, high=140):
