@@ -34,10 +34,15 @@ def open_regular(path: Path, *, pointers: bool = False) -> BinaryIO:
     if file is None:
         os.close(descriptor)
         raise CheckpointError(f"{path}: not a regular file")
-    if not pointers and read_up_to(file, len(_LFS_POINTER)) == _LFS_POINTER:
+    try:
+        is_pointer = not pointers and read_up_to(file, len(_LFS_POINTER)) == _LFS_POINTER
+        file.seek(0)
+    except BaseException:
+        file.close()
+        raise
+    if is_pointer:
         file.close()
         raise LFSPointerError(f"{path}: it is a pointer of Git LFS: get the file itself with git lfs pull")
-    file.seek(0)
     return file
 
 
