@@ -28,6 +28,8 @@ def blocks_of(kind, rows, count):
     """Return random bytes of a type, without the exponents that make infinities in most of its fields."""
     import gguf
 
+    if kind not in gguf.GGMLQuantizationType.__members__:
+        pytest.skip(f"gguf knows {kind} from 0.19 on")
     _, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     return np.random.default_rng(7).integers(0, 120, (*rows, count * nbytes), np.uint8)
 

@@ -5,6 +5,7 @@ FP8, MXFP8 and NVFP4 are decoded; see also test_scaled.
 
 import json
 from functools import partial
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -164,6 +165,8 @@ def fields(producer):
 @both_io
 @pytest.mark.parametrize("producer", DECODED)
 def test_codes_and_scales_of_each_producer_are_one_tensor(tmp_path, producer, io):
+    if producer == "FNUZ" and version("safetensors").startswith("0.7."):
+        pytest.skip("safetensors knows the FNUZ dtypes from 0.8 on")
     form, layout, *_ = DECODED[producer]
     tensors, beside = fields(producer)
     with mxfp4np.Checkpoint(checkpoint(tmp_path, [*tensors, *beside, "norm.weight BF16 64"]), io=io) as ckpt:
