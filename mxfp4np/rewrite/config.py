@@ -134,11 +134,12 @@ def _of_layers(text: str, stays: Callable[[str], bool]) -> str | None:
 
 def config_of(checkpoint: Checkpoint, source: Source) -> dict[str, Any]:
     """Return the config.json that goes with rewritten weights; see `small_files`."""
-    return checkpoint.config if _is_folder(checkpoint, source) else {}
+    return checkpoint.config if is_folder(checkpoint, source) else {}
 
 
 @named(None, "read")
-def _is_folder(checkpoint: Checkpoint, source: Source) -> bool:
+def is_folder(checkpoint: Checkpoint, source: Source) -> bool:
+    """Whether a source is a folder, or the index of one, so that the config.json there speaks of its tensors."""
     return isinstance(source, str | os.PathLike) and (checkpoint.index is not None or Path(source).is_dir())
 
 
@@ -159,7 +160,7 @@ def small_files(checkpoint: Checkpoint, source: Source, target: Path, changes: M
 
     There are none if the checkpoint was opened by the names of its weights: ``source`` is what it was opened by.
     """
-    if not _is_folder(checkpoint, source):
+    if not is_folder(checkpoint, source):
         return SmallFiles({}, {}, [], [])
     weights = {*checkpoint.files, checkpoint.index}
     copies, left_out = _files_beside(checkpoint.folder, target.resolve(), weights)

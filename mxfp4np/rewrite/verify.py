@@ -27,6 +27,7 @@ from ..storage.discover import PathLike, repository_hint
 from ..storage.tensorfile import DTYPES, StoredTensor, element
 from ..text import select
 from .choose import FORMS, Choice, is_transposed
+from .config import is_folder
 from .contents import contents_of
 from .findings import Verification
 from .health import health
@@ -103,9 +104,7 @@ def verify(
             return Verification(findings=[str(error)])
         with checkpoint:
             names = select(checkpoint, include, exclude)
-            is_folder = isinstance(source, str | os.PathLike) and Path(source).is_dir()
-            with_config = is_folder or checkpoint.index is not None
-            return health(checkpoint, names, num_threads, progress, with_config=with_config)
+            return health(checkpoint, names, num_threads, progress, with_config=is_folder(checkpoint, source))
     options = read_record(Path(target))
     transpose = transpose or options.get("transpose", TRANSPOSE[0])
     rule = rule or options.get("rule", RULES[0])
