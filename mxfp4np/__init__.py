@@ -15,6 +15,7 @@ _PUBLIC = {
     "array": ("MXFP4Array",),
     "scaled": ("ScaledArray",),
     "codec": ("decode", "encode"),
+    "products": ("linear",),
     "checkpoint": ("Checkpoint",),
     "files": ("load_file", "save_file"),
     "layouts.packed": ("TensorInfo",),

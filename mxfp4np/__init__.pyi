@@ -12,6 +12,7 @@ from .errors import TensorNotFoundError as TensorNotFoundError
 from .files import load_file as load_file
 from .files import save_file as save_file
 from .layouts.packed import TensorInfo as TensorInfo
+from .products import linear as linear
 from .rewrite.convert import convert as convert
 from .rewrite.encode import encode_checkpoint as encode_checkpoint
 from .rewrite.verify import verify as verify

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from .backends import as_array, backend_for, device_of
+from .backends import Backend, as_array, backend_for, device_of
 from .backends.threads import check_num_threads
 from .blocks import BlockArray
 from .errors import LayoutError
@@ -129,6 +129,22 @@ class MXFP4Array(BlockArray):
             return self
         codes = np.concatenate([self.blocks & 15, self.blocks >> 4], axis=-1)
         return self._cut(MXFP4Array(codes[..., 0::2] | codes[..., 1::2] << 4, self.scales), self.start, self.shape)
+
+    def multiply(
+        self,
+        x: NDArray[np.float32],
+        out: NDArray[np.float32],
+        *,
+        activations: str,
+        num_threads: int | None,
+        impl: Backend,
+    ) -> None:
+        whole = self.start == 0 and self.shape[-1] == BLOCK_SIZE * self.scales.shape[-1]
+        if not whole or x.shape[1] > impl.most_vectors:
+            super().multiply(x, out, activations=activations, num_threads=num_threads, impl=impl)
+        else:
+            order, threads = self.order, num_threads
+            impl.matmul(self.blocks, self.scales, x, out, order=order, activations=activations, num_threads=threads)
 
     def decode(
         self,

@@ -15,13 +15,18 @@ from numpy.typing import DTypeLike, NDArray
 
 from .backends import Backend, device_of
 from .format import DTYPES, as_dtype, decoded_dtype
+from .products import Factor, left_matmul, matmul
 from .shapes import full_index, split, swapped
 from .text import parse_bytes
+from .transposed import TransposedArray
+
+TILE_BYTES = 4 << 20
+"""Of decoded rows that are multiplied at a time: they stay in the cache."""
 
 _Array = TypeVar("_Array", bound="BlockArray")
 
 
-class BlockArray:
+class BlockArray(Factor):
     """An array of values in blocks. Its attributes cannot be set: other arrays make another one.
 
     Attributes
@@ -72,9 +77,22 @@ class BlockArray:
         return decoded_dtype("bfloat16")
 
     @property
-    def T(self) -> NDArray[Any]:  # noqa: N802 - NumPy's name
-        """The values, decoded, with all axes reversed as NumPy does; `decode` can swap the last two only."""
-        return self.decode().T
+    def T(self) -> TransposedArray | NDArray[Any]:  # noqa: N802 - NumPy's name
+        """A matrix with its axes swapped, still packed, as factor of a product; of other arrays the values, decoded."""
+        return TransposedArray(self) if self.ndim == 2 else self.decode().T
+
+    @property
+    def mT(self) -> TransposedArray:  # noqa: N802 - NumPy's name
+        """The array with its last two axes swapped, still packed, as factor of a product."""
+        return TransposedArray(self)
+
+    def __matmul__(self, x: Any) -> NDArray[Any]:
+        """Multiply by a vector or matrices, see `mxfp4np.linear` for precision; the result is float32."""
+        return matmul(self, x)
+
+    def __rmatmul__(self, x: Any) -> NDArray[Any]:
+        """Multiply a vector or matrices by this array, whose rows are decoded tile by tile; the result is float32."""
+        return left_matmul(x, self)
 
     @property
     def inputs(self) -> tuple[NDArray[np.uint8], ...]:
@@ -215,6 +233,47 @@ class BlockArray:
             if out.shape != shape:
                 raise ValueError(f"out must have shape {shape}, found {out.shape}")
         return out, out.swapaxes(-1, -2) if transpose else out
+
+    def tiles(self, impl: Backend, num_threads: int | None = None) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """Decode a matrix to float32, some rows at a time, in memory that is used again for the next ones.
+
+        Yields
+        ------
+        begin : int
+            The first row.
+        tile : (rows, K) array of float32
+        """
+        rows, columns = self.shape
+        step = max(1, min(rows, TILE_BYTES // max(1, 4 * columns)))
+        memory = impl.empty((step, columns), np.dtype(np.float32))
+        for begin in range(0, rows, step):
+            part = self[begin : begin + step]
+            yield begin, part.decode(out=memory[: len(part)], num_threads=num_threads)
+
+    def multiply(
+        self,
+        x: NDArray[np.float32],
+        out: NDArray[np.float32],
+        *,
+        activations: str,  # noqa: ARG002
+        num_threads: int | None,
+        impl: Backend,
+    ) -> None:
+        """Multiply this matrix by vectors: ``out = values @ x``, by NumPy's or CuPy's product of decoded tiles.
+
+        Parameters
+        ----------
+        x : (K, M) array of float32
+        out : (N, M) array of float32
+            No axis is empty.
+        activations, num_threads
+            As for `mxfp4np.linear`.
+        impl : Backend
+            That of x and out.
+        """
+        with np.errstate(over="ignore", invalid="ignore"):
+            for begin, tile in self.tiles(impl, num_threads):
+                out[begin : begin + len(tile)] = tile @ x
 
     def iter_chunks(
         self, max_bytes: int | str, dtype: DTypeLike = "bfloat16"

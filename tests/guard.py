@@ -13,7 +13,7 @@ from contract import DTYPES, RULES
 
 import mxfp4np
 from mxfp4np import MXFP4Array
-from mxfp4np.backends.cpu import driver
+from mxfp4np.backends.cpu import driver, launch
 
 PAGE = mmap.PAGESIZE
 FILL = 0x55
@@ -74,8 +74,8 @@ def fill(rng, array):
 
 def some_policy(rng):
     """Let even small arrays use workers, streaming stores and chunks of any size."""
-    driver.ALONE_BLOCKS, driver.THREAD_BLOCKS = (0, 4) if rng.random() < 0.3 else (1 << 15, 1 << 13)
-    driver.CHUNK_BLOCKS = tuple(sorted(int(n) for n in rng.integers(1, 100, 2)))
+    launch.ALONE_BLOCKS, launch.THREAD_BLOCKS = (0, 4) if rng.random() < 0.3 else (1 << 15, 1 << 13)
+    launch.CHUNK_BLOCKS = tuple(sorted(int(n) for n in rng.integers(1, 100, 2)))
     driver.STREAMING_BYTES = 0 if rng.random() < 0.5 else sys.maxsize
 
 
@@ -144,7 +144,7 @@ def main(cases, seed):
         some_policy(rng)
         assert call(rng, lead, groups, dtype, choice), (call.__name__, lead, groups, dtype, choice, seed + number)
         done += 1
-    print(done, driver.instruction_set())
+    print(done, launch.instruction_set())
 
 
 BYTES = np.random.default_rng(0).integers(0, 256, 4 << 20, np.uint8)

@@ -11,7 +11,7 @@ from commands import environment
 START = """
 import os, sys, threading, time
 import numpy as np, mxfp4np
-from mxfp4np.backends.cpu import compiler, driver
+from mxfp4np.backends.cpu import compiler, launch
 blocks, scales = np.full((300_000, 16), 0x22, np.uint8), np.full(300_000, 127, np.uint8)
 
 def is_right():
@@ -144,7 +144,7 @@ def test_what_a_handler_raises_as_a_thread_starts_is_what_the_caller_sees(kind):
             time.sleep(0.1)
             raise {kind}
 
-        for call in (is_right, lambda: driver.worker_pool().start(3)):
+        for call in (is_right, lambda: launch.worker_pool().start(3)):
             setattr(threading, name, interrupted)
             try:
                 call()

@@ -20,7 +20,7 @@ from numba.core.registry import cpu_target
 
 import mxfp4np
 from mxfp4np import MXFP4Array
-from mxfp4np.backends.cpu import decode, pool, simd
+from mxfp4np.backends.cpu import decode, launch, pool, simd
 from mxfp4np.backends.cpu import driver as cpu
 from mxfp4np.backends.memory import address_of, aligned_empty
 
@@ -40,7 +40,7 @@ import itertools, sys
 sys.path.insert(0, sys.argv[1])
 import numpy as np
 from contract import DTYPES, RULES, assert_encodes, assert_same_bits, every_magnitude, every_pair, oracle
-from mxfp4np.backends.cpu import driver as cpu
+from mxfp4np.backends.cpu import driver as cpu, launch
 from mxfp4np.backends.memory import aligned_empty
 import mxfp4np
 
@@ -75,12 +75,29 @@ for dtype, order, streaming in itertools.product(DTYPES, ("pairs", "halves"), (0
         assert_same_bits(part.decode(out=out, transpose=True), expected[..., start:end].swapaxes(-1, -2))
         out = aligned_empty((16, 160, end - start), expected.dtype)
         assert_same_bits(part.decode(out=out), expected[..., start:end])
+# Every value as a product with 1, in every number of vectors; and sums of whole numbers, which are exact.
+blocks, scales = (array.reshape(-1, 1, *array.shape[2:]) for array in every_pair())
+whole = rng.integers(0, 256, (7, 70, 16), np.uint8), rng.integers(125, 130, (7, 70), np.uint8)
+x = rng.integers(-8, 9, (2240, 31)).astype(np.float32)
+for order in ("pairs", "halves"):
+    packed = mxfp4np.MXFP4Array(blocks, scales, order)
+    with np.errstate(invalid="ignore", over="ignore"):
+        expected = oracle(blocks, scales, "float32", order).astype(np.float64) @ np.eye(32)
+    assert np.array_equal(packed @ np.eye(32), expected.astype(np.float32), equal_nan=True)
+    packed, values = mxfp4np.MXFP4Array(*whole, order), oracle(*whole, "float32", order)
+    for vectors in (*range(1, 10), 16, 31):
+        assert np.array_equal(packed @ x[:, :vectors], values @ x[:, :vectors])
+    for blocks_ in (70, 3, 1):
+        some = x[: 32 * blocks_, 0]
+        product = mxfp4np.linear(some, packed[:, : 32 * blocks_], activations="int16")
+        exact = values[:, : 32 * blocks_] @ some
+        assert np.abs(product - exact).max() <= 1e-4 * np.abs(exact).max()
 for dtype, rule in itertools.product(DTYPES, RULES):
     x = every_magnitude(dtype)
     turned = np.asfortranarray(x.reshape(-1, 64))
     for part in (x, x.reshape(-1, 3200), x[::2], x.reshape(-1, 64)[:, ::2], x.reshape(-1)[5:-27], turned):
         assert_encodes(part, rule)
-print(cpu.instruction_set())
+print(launch.instruction_set())
 """
 
 
@@ -197,8 +214,10 @@ def test_small_pieces_past_the_cache_and_not(data, streaming, transpose):
     memory[:] = 0x55
     out = memory[skew:][: math.prod(shape) * expected.itemsize].view(expected.dtype).reshape(shape)
     out = out[..., pad : pad + expected.shape[-1]]
-    limits = {**SMALL, "CHUNK_BLOCKS": (3, 17), "STREAMING_BYTES": 0 if streaming else sys.maxsize}
-    with mock.patch.multiple(cpu, **limits):
+    with (
+        mock.patch.multiple(launch, **SMALL, CHUNK_BLOCKS=(3, 17)),
+        mock.patch.object(cpu, "STREAMING_BYTES", 0 if streaming else sys.maxsize),
+    ):
         part.decode(out=out, transpose=transpose, num_threads=data.draw(st.integers(1, 3)))
     assert_same_bits(out, expected)
     out[...] = np.full((), 0x55, np.uint8).repeat(expected.itemsize).view(expected.dtype)[0]
@@ -221,7 +240,10 @@ def test_rows_of_any_length_and_alignment_past_the_cache(dtype, order, length):
         out = memory[skew:][: rows * (length + gap) * whole.itemsize].view(whole.dtype).reshape(rows, length + gap)
         out = out[:, :length]
         part = MXFP4Array(blocks, scales, order)[:, start : start + length]
-        with mock.patch.multiple(cpu, **SMALL, CHUNK_BLOCKS=(501, 501), STREAMING_BYTES=0):
+        with (
+            mock.patch.multiple(launch, **SMALL, CHUNK_BLOCKS=(501, 501)),
+            mock.patch.object(cpu, "STREAMING_BYTES", 0),
+        ):
             part.decode(out=out, num_threads=2)
         assert_same_bits(out, expected)
         out[...] = np.full((), 0x55, np.uint8).repeat(whole.itemsize).view(whole.dtype)[0]
@@ -260,7 +282,7 @@ def test_the_kernel_follows_from_where_rows_lie(index, offset, strides, cached, 
     for streaming_bytes, name in ((sys.maxsize, cached), (0, streamed)):
         with (
             mock.patch.object(cpu, "STREAMING_BYTES", streaming_bytes),
-            mock.patch.object(cpu, "compiled_kernel", wraps=cpu.compiled_kernel) as compiled,
+            mock.patch.object(launch, "compiled_kernel", wraps=launch.compiled_kernel) as compiled,
         ):
             part.decode(out=out)
         streaming = streaming_bytes == 0 and name is not None
@@ -320,12 +342,12 @@ def test_results_of_every_size_are_aligned():
 
 @pytest.mark.parametrize(("blocks", "asked", "used"), [(2, 16, 1), (3, 16, 3), (7.5, 16, 8), (7.5, 4, 4), (32, 16, 16)])
 def test_as_many_threads_as_there_is_work_for(monkeypatch, blocks, asked, used):
-    monkeypatch.setattr(cpu, "ALONE_BLOCKS", 1 << 11)
-    monkeypatch.setattr(cpu, "THREAD_BLOCKS", 1 << 10)
-    monkeypatch.setattr(cpu, "CHUNK_BLOCKS", (1, 1))
+    monkeypatch.setattr(launch, "ALONE_BLOCKS", 1 << 11)
+    monkeypatch.setattr(launch, "THREAD_BLOCKS", 1 << 10)
+    monkeypatch.setattr(launch, "CHUNK_BLOCKS", (1, 1))
     found, run = [1], pool.Pool.run
     monkeypatch.setattr(pool.Pool, "run", lambda *job: (found.append(job[-1]), run(*job)))
-    count = int(blocks * cpu.THREAD_BLOCKS)
+    count = int(blocks * launch.THREAD_BLOCKS)
     codes, scales = np.full((count, 16), 0x22, np.uint8), np.full(count, 127, np.uint8)
     assert np.all(mxfp4np.decode(codes, scales, num_threads=asked) == 1)
     assert found[-1] == used
@@ -334,7 +356,7 @@ def test_as_many_threads_as_there_is_work_for(monkeypatch, blocks, asked, used):
 @given(x=values(max_side=70, max_axes=1), rule=st.sampled_from(sorted(RULES)), threads=st.integers(1, 3))
 @settings(max_examples=200)
 def test_small_pieces_of_values(x, rule, threads):
-    with mock.patch.multiple(cpu, **SMALL, CHUNK_BLOCKS=(3, 17)):
+    with mock.patch.multiple(launch, **SMALL, CHUNK_BLOCKS=(3, 17)):
         assert_encodes(x, rule, num_threads=threads)
 
 
@@ -363,7 +385,7 @@ def test_rows_that_are_columns_in_memory(rows, dtype):
         turned = part.swapaxes(-1, -2)
         memory = np.full((*turned.shape[:-1], 2 * turned.shape[-1] // 32, 19), 99, np.uint8)
         out = MXFP4Array(memory[..., ::2, 1:17], memory[..., ::2, 17])
-        with mock.patch.multiple(cpu, **SMALL, CHUNK_BLOCKS=(200, 200)):
+        with mock.patch.multiple(launch, **SMALL, CHUNK_BLOCKS=(200, 200)):
             assert_encodes(turned, "even", out=out, num_threads=2)
         memory[..., ::2, 1:18] = 99
         assert np.all(memory == 99)

@@ -384,7 +384,7 @@ with warnings.catch_warnings(record=True) as caught, mxfp4np.Checkpoint({str(pat
     assert get_backend().name == get_backend(device="cpu").name == "numpy"
 (warning,) = caught
 print(warning.message)
-from mxfp4np.backends.cpu.driver import instruction_set
+from mxfp4np.backends.cpu.launch import instruction_set
 try:
     instruction_set()
 except mxfp4np.BackendUnavailableError as error:

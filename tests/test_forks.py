@@ -18,10 +18,10 @@ FORKS = int(os.environ.get("MXFP4NP_TEST_FORKS", "60"))
 SCRIPT = """
 import faulthandler, os, random, sys, threading, time
 import numpy as np, mxfp4np
-from mxfp4np.backends.cpu import compiler, driver
+from mxfp4np.backends.cpu import compiler, launch
 
 what, forks, rng = sys.argv[1], int(sys.argv[2]), random.Random(int(sys.argv[3]))
-driver.ALONE_BLOCKS, driver.THREAD_BLOCKS, driver.CHUNK_BLOCKS = 64, 16, (7, 500)  # small tasks use the pool too
+launch.ALONE_BLOCKS, launch.THREAD_BLOCKS, launch.CHUNK_BLOCKS = 64, 16, (7, 500)  # small tasks use the pool too
 numbers = np.random.default_rng(0)
 blocks, scales = numbers.integers(0, 256, (128, 20, 16), np.uint8), numbers.integers(110, 130, (128, 20), np.uint8)
 cases = [(dtype, turn) for dtype in ("bfloat16", "float16", "float32") for turn in (False, True)]
@@ -49,7 +49,7 @@ def compile_again():
             break
         for key in [key for key in list(compiler._built) if key[0] in ("decode", "encode")]:
             compiler.build_once(("again", count, *key), lambda: compiler._compile_kernel(*key))
-        compiler.build_once(("table", count), lambda: driver.encode_table("float16", "even"))
+        compiler.build_once(("table", count), lambda: launch.encode_table("float16", "even"))
         compiler.build_once(("function", count), lambda: numba.njit(lambda value: value + count)(1))
 
 def watched(work, *arguments):

@@ -14,7 +14,7 @@ import pytest
 from contract import interrupted_after
 
 import mxfp4np
-from mxfp4np.backends.cpu import compiler, driver, pool
+from mxfp4np.backends.cpu import compiler, launch, pool
 
 KERNEL_TYPE = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 3)
 HELPERS = 3
@@ -34,7 +34,7 @@ def run(kernel, units, helpers=HELPERS, chunk=1):
     """Run a Python function as a kernel."""
     function = KERNEL_TYPE(kernel)
     address = ctypes.cast(function, ctypes.c_void_p).value
-    driver.worker_pool().run(address, 0, units, (chunk, chunk), helpers + 1)
+    launch.worker_pool().run(address, 0, units, (chunk, chunk), helpers + 1)
 
 
 def all_are_idle(some):
@@ -287,4 +287,4 @@ def test_a_decode_leaves_no_thread_at_work():
     blocks, scales = np.zeros((300_000, 16), np.uint8), np.full(300_000, 127, np.uint8)
     for _ in range(50):
         mxfp4np.decode(blocks, scales, num_threads=2)
-        assert all_are_idle(driver.worker_pool())
+        assert all_are_idle(launch.worker_pool())

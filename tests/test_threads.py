@@ -19,8 +19,7 @@ from contract import run_python
 
 import mxfp4np
 from mxfp4np.backends import threads
-from mxfp4np.backends.cpu import compiler, pool
-from mxfp4np.backends.cpu import driver as cpu
+from mxfp4np.backends.cpu import compiler, launch, pool
 
 BLOCKS = 300_000  # several chunks, so that the pool is used
 
@@ -108,7 +107,7 @@ def test_after_an_interrupt_nothing_is_decoded_any_more(monkeypatch):
     blocks, scales = make(0)
     out = np.empty(32 * BLOCKS, np.float32)
     mxfp4np.decode(blocks, scales, out=out, num_threads=2)
-    own = cpu.worker_pool()
+    own = launch.worker_pool()
 
     def interrupted(task):
         record = np.frombuffer((ctypes.c_char * pool.TASK.itemsize).from_address(task), pool.TASK)[0]
@@ -117,7 +116,7 @@ def test_after_an_interrupt_nothing_is_decoded_any_more(monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(own, "work", interrupted)
-    monkeypatch.setattr(cpu, "CHUNK_BLOCKS", (1, 1))
+    monkeypatch.setattr(launch, "CHUNK_BLOCKS", (1, 1))
     with pytest.raises(KeyboardInterrupt):
         mxfp4np.decode(blocks, scales, out=out, num_threads=2)
     out[:] = 7
@@ -189,9 +188,9 @@ def slow(*arguments):
     time.sleep(0.3)
     return make(*arguments)
 
-from mxfp4np.backends.cpu import driver
+from mxfp4np.backends.cpu import launch
 if {what!r} == "a table":
-    make, driver.decode_table = driver.decode_table, slow
+    make, launch.decode_table = launch.decode_table, slow
 else:
     make, compiler.compile_function = compiler.compile_function, slow
 thread = threading.Thread(target=is_right)

@@ -124,6 +124,43 @@ class Backend(Protocol):
         """
         ...
 
+    @property
+    def most_vectors(self) -> int:
+        """The largest M for which `matmul` is to be used: beyond it, products of decoded weights are as fast."""
+        ...
+
+    def matmul(
+        self,
+        blocks: NDArray[np.uint8],
+        scales: NDArray[np.uint8],
+        x: NDArray[np.float32],
+        out: NDArray[np.float32],
+        *,
+        order: str = "pairs",
+        activations: str = "float32",
+        num_threads: int | None = None,
+    ) -> None:
+        """Multiply packed rows by vectors: ``out[n, m]`` is the sum over k of ``values[n, k] * x[k, m]``.
+
+        Parameters
+        ----------
+        blocks : (N, G, 16) uint8
+            Codes, any strides.
+        scales : (N, G) uint8
+            E8M0 scales, any strides.
+        x : (32 * G, M) float32
+            Any strides.
+        out : (N, M) float32
+            All of it is written. Any strides. Shares no memory with the inputs. No axis is empty.
+        order : {"pairs", "halves"}
+            As in `decode`.
+        activations : {"float32", "int16"}
+            How x may be rounded; see `mxfp4np.linear`.
+        num_threads : int, optional
+            As in `decode`.
+        """
+        ...
+
     def encode(
         self,
         x: NDArray[Any],

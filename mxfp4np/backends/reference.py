@@ -6,6 +6,7 @@ only rounding is the one into the output dtype or into codes.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -90,6 +91,28 @@ class ReferenceBackend(HostBackend):
         with np.errstate(over="ignore", invalid="ignore", under="ignore"):
             values *= factors[..., places // width]
             out[...] = values.astype(out.dtype)
+
+    most_vectors = sys.maxsize
+
+    def matmul(
+        self,
+        blocks: NDArray[np.uint8],
+        scales: NDArray[np.uint8],
+        x: NDArray[np.float32],
+        out: NDArray[np.float32],
+        *,
+        order: str = "pairs",
+        activations: str = "float32",  # noqa: ARG002
+        num_threads: int | None = None,  # noqa: ARG002
+    ) -> None:
+        wide = x.astype(np.float64)
+        step = max(1, BLOCKS_AT_ONCE // max(1, scales.shape[1]))
+        for begin in range(0, len(scales), step):
+            rows = slice(begin, begin + step)
+            weights = np.empty((len(scales[rows]), len(x)), np.float32)
+            self.decode(blocks[rows], scales[rows], weights, order=order)
+            with np.errstate(over="ignore", invalid="ignore"):
+                out[rows] = weights.astype(np.float64) @ wide
 
     def encode(
         self,

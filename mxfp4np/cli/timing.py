@@ -107,7 +107,7 @@ def available_memory(root: str = "/") -> float:
 
 def machine(*packages: str) -> dict[str, Any]:
     """Return the processor, the CPUs that this process may use, the instruction set that is compiled for, versions."""
-    from ..backends.cpu.driver import instruction_set
+    from ..backends.cpu.launch import instruction_set
 
     found = {"python": platform.python_version()}
     for package in ("mxfp4np", "numpy", "numba", *packages):

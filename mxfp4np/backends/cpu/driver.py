@@ -1,12 +1,12 @@
 """The CPU backend: describe arrays as jobs, and run kernels over them in one or several threads.
 
-All policy is here: how arrays of any strides become jobs, which kernel runs, when stores are streaming, and how work is
-split. Kernels and Numba are imported when something is first decoded or encoded.
+How arrays of any strides become jobs, which kernel runs, and when stores are streaming. Products are in `products`, and
+how work is split in `launch`. Kernels and Numba are imported when something is first decoded, encoded or multiplied.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,22 +23,10 @@ from ..memory import (
     scales_by_row,
 )
 from ..reference import ReferenceBackend
-from ..threads import default_num_threads
-from .compiler import BuilderBusyError, build_once, check_numba, compiled_kernel
-from .geometry import COLUMN_ROWS, GROUP_ROWS, JOB, SCALED_JOB, make_job
-from .tables import MANTISSA_BITS, NORMAL_SCALES, decode_table, encode_table, word_name
-
-if TYPE_CHECKING:
-    from .pool import Pool
-
-ALONE_BLOCKS: Final = 1 << 15
-"""Jobs of at most this many blocks, 2 MiB of bfloat16, run in the calling thread: waking others would take as long."""
-
-THREAD_BLOCKS: Final = 1 << 13
-"""Larger jobs have at most one thread for each this many blocks, 0.5 MiB of bfloat16."""
-
-CHUNK_BLOCKS: Final = 1 << 11, 1 << 18
-"""Fewest and most blocks that a thread claims at a time, 0.125 to 16 MiB of bfloat16."""
+from .geometry import COLUMN_ROWS, GROUP_ROWS, JOB, SCALED_JOB
+from .launch import has_half_precision, run_units
+from .products import MOST_VECTORS, multiply
+from .tables import word_name
 
 STREAMING_BYTES: Final = 8 << 20
 """Outputs from this size on are written with streaming stores, since they do not fit into the cache.
@@ -127,7 +115,8 @@ class CPUBackend(HostBackend):
             name = "decode_scaled_columns" if columns else _scaled_decoder(job, streaming=streaming)
             kernel = "scaled", name, element, name_of(out.dtype), table is not None, *(() if columns else (streaming,))
             job["table"] = 0 if table is None else address_of(table)
-            if _run_units(kernel, job, SCALED_JOB, COLUMN_ROWS if columns else 1, num_threads):
+            group = COLUMN_ROWS if columns else 1
+            if run_units(kernel, job, SCALED_JOB, _units_of(job, group), group, num_threads):
                 return
         reference = ReferenceBackend()
         reference.decode_scaled(codes, scales, out, element=element, width=width, table=table, start=start)
@@ -156,6 +145,24 @@ class CPUBackend(HostBackend):
                 return ReferenceBackend().encode(x, blocks, scales, rule=rule)
         if codes is not blocks:
             blocks[...] = codes
+
+    most_vectors = MOST_VECTORS
+
+    def matmul(
+        self,
+        blocks: NDArray[np.uint8],
+        scales: NDArray[np.uint8],
+        x: NDArray[np.float32],
+        out: NDArray[np.float32],
+        *,
+        order: str = "pairs",
+        activations: str = "float32",
+        num_threads: int | None = None,
+    ) -> None:
+        if blocks.strides[-1] != 1:
+            blocks = np.ascontiguousarray(blocks)
+        if not multiply(blocks, scales, x, out, order=order, activations=activations, num_threads=num_threads):
+            ReferenceBackend().matmul(blocks, scales, x, out, order=order)
 
 
 def stream(
@@ -206,31 +213,9 @@ def stream_elements(codes: NDArray[np.uint8], out: NDArray[Any], *, num_threads:
     job = dict.fromkeys(SCALED_JOB.names or (), 0)
     job |= {"codes": address_of(codes), "values": address_of(out), "prefetch_distance": PREFETCH_BYTES}
     job |= {"matrices": 1, "rows": 1, "blocks_per_row": out.size // BLOCK_SIZE}
-    if not _run_units(("scaled", "move_scaled", step, out.itemsize), job, SCALED_JOB, 1, num_threads):
+    kernel = "scaled", "move_scaled", step, out.itemsize
+    if not run_units(kernel, job, SCALED_JOB, out.size // BLOCK_SIZE, 1, num_threads):
         raise BackendUnavailableError("the limit of memory is measured by compiled code: unset NUMBA_DISABLE_JIT")
-
-
-def instruction_set() -> str:
-    """Return the instruction set that kernels are compiled to: what Numba's code generator reports."""
-    check_numba()
-    from numba.core.registry import cpu_target
-
-    from .simd import target_of
-
-    target: str = target_of(cpu_target.target_context)  # type: ignore[no-untyped-call]
-    return target
-
-
-def worker_pool() -> Pool:
-    """Return the worker pool of this process."""
-
-    def make() -> Pool:
-        from .pool import Pool
-
-        return Pool()
-
-    pool: Pool = build_once("pool", make)
-    return pool
 
 
 def _describe(
@@ -298,19 +283,6 @@ def _is_aligned(job: dict[str, int], stride: str) -> bool:
     return (job["values"] | job[stride] | job["values_matrix"]) % ALIGNMENT == 0
 
 
-def _table(name: str, rule: str | None = None) -> dict[str, int]:
-    """Return the fields of a job that describe its table: for decoding, or for encoding by a rule."""
-
-    def make() -> tuple[NDArray[np.uint8], dict[str, int]]:
-        table = decode_table(name) if rule is None else encode_table(name, rule)
-        least, most = NORMAL_SCALES[name]
-        fields = {"table": address_of(table), "least_scale": least, "most_scale": most}
-        return table, fields | {"mantissa_bits": MANTISSA_BITS[name]}
-
-    fields: dict[str, int] = build_once(("table", name, rule), make)[1]
-    return fields
-
-
 def _run(
     kernel: tuple[Any, ...],
     fields: dict[str, int],
@@ -319,59 +291,20 @@ def _run(
     *,
     columns: bool = False,
 ) -> bool:
-    """Run a kernel over all units of a `JOB`; see `_run_units`. ``table`` are the arguments of `_table`.
+    """Run a kernel over all units of a `JOB`; see `run_units`. ``table`` are the arguments of `table_fields`.
 
     With ``columns``, a unit is one block of each row in a group of rows.
     """
-    return _run_units(kernel, fields, JOB, GROUP_ROWS if columns else 1, num_threads, table)
+    rows = GROUP_ROWS if columns else 1
+    return run_units(kernel, fields, JOB, _units_of(fields, rows), rows, num_threads, table)
 
 
-def _run_units(
-    kernel: tuple[Any, ...],
-    fields: dict[str, int],
-    record: np.dtype[Any],
-    group_rows: int,
-    num_threads: int | None,
-    table: tuple[str, ...] | None = None,
-) -> bool:
-    """Run a kernel over all units of a job; return whether there is compiled code, without which nothing is done.
-
-    ``kernel`` are the arguments of `compiled_kernel`. A unit is a block of each of ``group_rows`` rows.
-    """
-    units = fields["matrices"] * -(-fields["rows"] // group_rows) * fields["blocks_per_row"]
-    blocks = units * group_rows
-    try:
-        compiled = compiled_kernel(*kernel)
-        if compiled is None:
-            return False
-        job = make_job(fields if table is None else fields | _table(*table), record)
-        pool = None if blocks <= ALONE_BLOCKS else worker_pool()
-    except BuilderBusyError:
-        return False
-    address, _ = job.buffer_info()
-    if pool is None:
-        compiled.call(address, 0, units)
-        return True
-    threads = min(num_threads or default_num_threads(), -(-blocks // THREAD_BLOCKS))
-    fewest, most = CHUNK_BLOCKS
-    chunk = max(1, fewest // group_rows), max(1, most // group_rows)
-    pool.run(compiled.address, address, units, chunk, threads)
-    return True
+def _units_of(fields: dict[str, int], group_rows: int) -> int:
+    """Return the number of units of a job, each of which is a block of each of ``group_rows`` rows."""
+    return fields["matrices"] * -(-fields["rows"] // group_rows) * fields["blocks_per_row"]
 
 
 # Elements with scales
-
-
-def has_half_precision() -> bool:
-    """Tell whether the processor widens float16 to float32, as the kernels for elements with scales need."""
-    try:
-        target = instruction_set()
-    except BuilderBusyError:
-        return False
-    from numba.core.registry import cpu_target
-
-    _, _, features = cpu_target.target_context.codegen().magic_tuple()
-    return target == "neon" or "+f16c" in features.split(",")
 
 
 def _describe_scaled(

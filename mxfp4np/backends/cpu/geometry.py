@@ -68,8 +68,24 @@ SCALED_JOB: Final = np.dtype(
 )
 """The record of a job whose blocks of 32 elements have factors: one for several blocks, or two if each has 16."""
 
+PRODUCT_JOB: Final = np.dtype(
+    [
+        (name, np.int64)
+        for name in (
+            *("codes", "codes_row", "codes_step"),
+            *("scales", "scales_row", "scales_step"),
+            *("rows", "blocks_per_row"),
+            *("x", "factors"),  # addresses of what `mxfp4np.backends.cpu.activations` makes
+            *("values", "values_row", "values_step"),
+            "table",  # address of the table of `decode`, of bfloat16
+            "prefetch_distance",  # of codes, in bytes
+        )
+    ]
+)
+"""The record of a product: row ``n`` times vector ``m`` is ``values + n * values_row + m * values_step``, a float32."""
 
-_values_of = {record: operator.itemgetter(*(record.names or ())) for record in (JOB, SCALED_JOB)}
+
+_values_of = {record: operator.itemgetter(*(record.names or ())) for record in (JOB, SCALED_JOB, PRODUCT_JOB)}
 
 
 def make_job(fields: Mapping[str, int], record: np.dtype[Any] = JOB) -> array[int]:

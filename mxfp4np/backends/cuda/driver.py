@@ -219,6 +219,11 @@ class CUDABackend:
 
         transfer(parts(), threads)
 
+    most_vectors = 0
+
+    def matmul(self, *arguments: Any, **options: Any) -> None:
+        raise NotImplementedError
+
     def encode(
         self,
         x: Any,

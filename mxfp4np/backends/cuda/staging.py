@@ -23,7 +23,7 @@ from ...errors import BackendUnavailableError, DeviceMemoryError
 from ...shapes import split
 from ...text import parse_bytes
 from ..cpu.compiler import CompiledFunction, compiled_kernel
-from ..cpu.driver import worker_pool
+from ..cpu.launch import worker_pool
 from ..memory import address_of, merged_axes
 from .cupy import first_line
 

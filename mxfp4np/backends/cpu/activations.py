@@ -1,0 +1,111 @@
+"""What packed rows are multiplied by, in the form and order that the kernels of `matmul` read.
+
+Orders are lists of nibbles of a block: 0 to 15 are the low nibbles of its bytes, 16 to 31 the high ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...format import BLOCK_SIZE
+from ..memory import aligned_empty
+
+LARGEST: Final = 32512
+"""The largest integer of 16 bits that is used: the sum of 8 products with 256 * 12 fits 32 bits."""
+
+FACTOR_EXPONENT: Final = 24
+"""The exponent of the largest magnitude after scaling: it keeps factors normal, times any but the smallest scales."""
+
+EXPONENTS: Final = (-100, 100)
+"""Between these exponents of the largest magnitude, factors are normal numbers."""
+
+
+WORD_ORDER: Final = [*range(8), *range(16, 24), *range(8, 16), *range(24, 32)]
+"""Order of words that keeps each half of a register to itself, as the instructions that interleave bytes do."""
+
+INTEGER_ORDER: Final = [
+    (block, half + first + i) for half in (0, 16) for first in (0, 8) for block in (0, 1) for i in range(8)
+]
+"""Order of the integers for two blocks: the number of the block, and the nibble."""
+
+
+def value_order(target: str) -> list[int]:
+    """Return the order in which the values of a block come out of its registers on an instruction set."""
+    if target == "avx512":
+        return list(range(32))
+    return WORD_ORDER[0::2] + WORD_ORDER[1::2]
+
+
+def elements_of(nibbles: Sequence[int], order: str) -> NDArray[np.intp]:
+    """Return which elements of a block some nibbles are.
+
+    Examples
+    --------
+    >>> elements_of([0, 1, 16, 17], "pairs"), elements_of([0, 1, 16, 17], "halves")
+    (array([0, 2, 1, 3]), array([ 0,  1, 16, 17]))
+    """
+    places = np.array(nibbles)
+    return places if order == "halves" else 2 * (places % 16) + places // 16
+
+
+def floats(x: NDArray[np.float32], elements: NDArray[np.intp], vectors: int) -> NDArray[np.float32]:
+    """Return vectors block by block, of each block one vector after another, padded with zeros to their number.
+
+    Parameters
+    ----------
+    x : (32 * G, M) float32
+        ``M`` is at most ``vectors``.
+    elements : (32,) int
+        The order of a block's elements.
+    vectors : int
+
+    Returns
+    -------
+    (G, vectors, 32) float32
+    """
+    blocks = x.reshape(-1, BLOCK_SIZE, x.shape[1])
+    out = aligned_empty((len(blocks), vectors, BLOCK_SIZE), np.dtype(np.float32))
+    out[:, : x.shape[1]] = blocks[:, elements].swapaxes(1, 2)
+    out[:, x.shape[1] :] = 0
+    return out
+
+
+def integers(
+    x: NDArray[np.float32], elements: NDArray[np.intp]
+) -> tuple[NDArray[np.int16], NDArray[np.float32], float] | None:
+    """Round a vector to integers of 16 bits with a factor for each block; return None if it is not finite or tiny.
+
+    Parameters
+    ----------
+    x : (32 * G,) float32
+    elements : (32,) int
+        The element of each nibble.
+
+    Returns
+    -------
+    integers : (ceil(G / 2), 64) int16
+    factors : (G,) float32
+        Block ``g`` of x is its integers, times ``factors[g]``, times ``512 * power``.
+    power : float
+        A power of two that the kernel's result, of values times 512, is multiplied by.
+    """
+    blocks = x.reshape(-1, BLOCK_SIZE)
+    magnitudes = np.abs(blocks).max(axis=1)
+    largest = magnitudes.max()
+    exponent = int(np.frexp(largest)[1])
+    if not np.isfinite(largest) or not EXPONENTS[0] < exponent < EXPONENTS[1]:
+        return None
+    steps = magnitudes / np.float32(LARGEST)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scaled = np.where(steps[:, None] > 0, blocks / steps[:, None], 0)
+    rounded = np.zeros((len(blocks) + len(blocks) % 2, BLOCK_SIZE), np.int16)
+    rounded[: len(blocks)] = np.rint(scaled).clip(-LARGEST, LARGEST)
+    which = np.array([block * BLOCK_SIZE + elements[nibble] for block, nibble in INTEGER_ORDER])
+    out = aligned_empty((len(rounded) // 2, 2 * BLOCK_SIZE), np.dtype(np.int16))
+    out[...] = rounded.reshape(-1, 2 * BLOCK_SIZE)[:, which]
+    power = 2.0 ** (exponent - FACTOR_EXPONENT)
+    return out, (steps / np.float32(power)).astype(np.float32), power / 512

@@ -1,0 +1,119 @@
+"""Products with packed weights on the CPU: which kernel runs, and what it reads."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import BackendUnavailableError
+from ...format import BYTES_PER_BLOCK
+from ..memory import address_of
+from . import activations as prepared
+from .compiler import BuilderBusyError
+from .geometry import PRODUCT_JOB
+from .launch import instruction_set, run_units
+
+MOST_VECTORS: Final = 31
+"""With more vectors, NumPy's matrix product of decoded weights is as fast."""
+
+PREFETCH_BYTES: Final = 2048
+"""The prefetch distance."""
+
+READ_AHEAD: Final = 4096
+"""The prefetch distance of `read`, which is faster than any product."""
+
+VECTORS_AT_ONCE: Final = {"avx512": 8}
+"""Vectors that are multiplied in registers, by instruction set; 4 with the others."""
+
+
+def multiply(
+    blocks: NDArray[np.uint8],
+    scales: NDArray[np.uint8],
+    x: NDArray[np.float32],
+    out: NDArray[np.float32],
+    *,
+    order: str,
+    activations: str,
+    num_threads: int | None,
+) -> bool:
+    """Multiply; see `mxfp4np.backends.Backend.matmul`. Return whether there is compiled code for it."""
+    job = {
+        "codes": address_of(blocks),
+        "codes_row": blocks.strides[0],
+        "codes_step": blocks.strides[1],
+        "scales": address_of(scales),
+        "scales_row": scales.strides[0],
+        "scales_step": scales.strides[1],
+        "rows": scales.shape[0],
+        "blocks_per_row": scales.shape[1],
+        "factors": 0,
+        "values_row": out.strides[0],
+        "values_step": out.strides[1],
+        "prefetch_distance": PREFETCH_BYTES,
+    }
+    if activations == "int16" and x.shape[1] == 1 and _multiply_integers(job, x, out, order, num_threads):
+        return True
+    try:
+        target = instruction_set()
+    except BuilderBusyError:
+        return False
+    elements = prepared.elements_of(prepared.value_order(target), order)
+    step = VECTORS_AT_ONCE.get(target, 4)
+    for begin in range(0, x.shape[1], step):
+        some = x[:, begin : begin + step]
+        vectors = 1 << (some.shape[1] - 1).bit_length()
+        rows_at_once, lanes = (1, 32) if vectors == 1 else (2, 16 if target == "avx512" else 8)
+        padded = (
+            np.empty((len(out), vectors), np.float32) if vectors > some.shape[1] else out[:, begin : begin + vectors]
+        )
+        ready = prepared.floats(some, elements, vectors)
+        job |= {"x": address_of(ready), "values": address_of(padded)}
+        job |= {"values_row": padded.strides[0], "values_step": padded.strides[1]}
+        kernel = "matmul", "multiply", rows_at_once, vectors, lanes
+        units, blocks_of_unit = -(-job["rows"] // rows_at_once), rows_at_once * job["blocks_per_row"]
+        if not run_units(kernel, job, PRODUCT_JOB, units, blocks_of_unit, num_threads, ("bfloat16",)):
+            return False
+        if vectors > some.shape[1]:
+            out[:, begin : begin + step] = padded[:, : some.shape[1]]
+    return True
+
+
+def _multiply_integers(
+    job: dict[str, int], x: NDArray[np.float32], out: NDArray[np.float32], order: str, num_threads: int | None
+) -> bool:
+    """Multiply by integers of 16 bits, if x and the result are in their range; return whether that was done."""
+    ready = prepared.integers(x[:, 0], prepared.elements_of(range(32), order))
+    if ready is None:
+        return False
+    integers, factors, power = ready
+    job = job | {"x": address_of(integers), "factors": address_of(factors), "values": address_of(out)}
+    kernel = "matmul", "multiply_integers", job["codes_step"] == BYTES_PER_BLOCK
+    if not run_units(kernel, job, PRODUCT_JOB, job["rows"], job["blocks_per_row"], num_threads, ("bfloat16",)):
+        return False
+    out *= np.float32(power)
+    return bool(np.isfinite(out).all())  # scales of 255 and weights beyond float32 are left to the other kernel
+
+
+def read(*arrays: NDArray[np.uint8], num_threads: int | None = None) -> None:
+    """Read bytes, and do nothing with them: the limit of a product of one vector.
+
+    Parameters
+    ----------
+    *arrays : uint8
+        C-contiguous. What is left of their last 128 bytes is not read.
+    num_threads : int, optional
+        As for products.
+
+    Raises
+    ------
+    BackendUnavailableError
+        If Numba's compiler is switched off.
+    """
+    anything = np.empty(1, np.float32)
+    for array in arrays:
+        job = dict.fromkeys(PRODUCT_JOB.names or (), 0)
+        job |= {"codes": address_of(array), "values": address_of(anything), "prefetch_distance": READ_AHEAD}
+        if not run_units(("matmul", "read"), job, PRODUCT_JOB, array.nbytes // 128, 8, num_threads):
+            raise BackendUnavailableError("reading is measured by compiled code: unset NUMBA_DISABLE_JIT")
