@@ -40,7 +40,7 @@ def assert_close(actual, values, x, tolerance=8 * EPSILON):
     finite = magnitudes < 2.0**120
     assert np.all(np.abs(actual[finite] - expected[finite]) <= tolerance * magnitudes[finite] + 2.0**-140)
     other = ~np.isfinite(magnitudes) & (of_finite < 2.0**120)  # beyond, sums of finite products may overflow
-    assert np.array_equal(actual[other], expected.astype(np.float32)[other], equal_nan=True)
+    assert np.array_equal(actual[other], expected[other].astype(np.float32), equal_nan=True)
 
 
 def relative_error(actual, expected):

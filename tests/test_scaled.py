@@ -259,7 +259,7 @@ def test_it_is_like_an_array(array):
     assert np.asarray(array).dtype.name == "bfloat16"
     assert np.array(array, np.float64).tolist() == [[0.5] * 4, [3.0] * 4]
     assert array.astype("int32").tolist() == [[0] * 4, [3] * 4]
-    assert array.T.tolist() == [[0.5, 3.0]] * 4
+    assert np.asarray(array.T).tolist() == [[0.5, 3.0]] * 4
     assert [part.shape for part in array] == [(4,), (4,)]
     with pytest.raises(ValueError, match="packed E4M3 values cannot become an array without a copy"):
         np.asarray(array, copy=False)
