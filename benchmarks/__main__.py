@@ -35,6 +35,7 @@ SECTIONS = {
     "sizes": "scaling.sizes",
     "threads": "scaling.threads",
     "scaled": "scaled.measure",
+    "model": "model.measure",
     "cuda": "cuda.measure",
 }
 """The module and the function that measure each section: called with the options, they return rows."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import encode, limits, peers, report, scaling, startup
+from benchmarks import encode, limits, model, peers, report, scaling, startup
 from benchmarks.timing import amount
 
 README = Path(__file__).parent.parent / "README.md"
@@ -103,11 +103,15 @@ def test_floors_are_gathered_by_case_and_threads():
         ("limits", limits.measure, 32),
         ("encode", encode.measure, 18),
         ("startup", startup.startup, 5),
+        ("model", model.measure, 5),
     ],
 )
 def test_sections_give_rows(section, measure, count, monkeypatch, tmp_path):
     monkeypatch.setattr(scaling, "usable_cpus", lambda: 1)
     monkeypatch.setattr(encode, "torchao", lambda *_: [])
+    monkeypatch.setattr(model, "transformers", lambda *_: {})
+    monkeypatch.setitem(model.CONFIG, "hidden_size", 64)
+    monkeypatch.setitem(model.CONFIG, "intermediate_size", 64)
     rows = rows_of(report.table(section, measure(Namespace(**vars(TINY), folder=tmp_path))))
     assert len(rows) == count
     assert {row.count("|") for row in rows} == {len(report.SECTIONS[section][1]) + 1}

@@ -13,13 +13,6 @@ import pytest
 import mxfp4np
 from examples import gpt_oss
 
-if "linear" not in dir(mxfp4np):  # until it is there
-
-    def linear(x, packed, bias):
-        return x @ packed.decode("float32").T + bias
-
-    mxfp4np.linear = linear
-
 # Small, and such that everything matters: the window is shorter than a prompt, the clamp is reached, pairs of channels
 # turn unscaled, scaled and between, and no two sizes that could be mistaken for each other are equal.
 SIZES = {
