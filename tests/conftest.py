@@ -9,15 +9,7 @@ import pytest
 from helpers import pair, save_raw
 from hypothesis import settings
 
-import mxfp4np
 from mxfp4np import cli
-
-if "linear" not in dir(mxfp4np):  # until it is there
-
-    def linear(x, packed, bias):
-        return x @ packed.decode("float32").T + bias
-
-    mxfp4np.linear = linear
 
 settings.register_profile("shared", deadline=None)
 settings.load_profile("shared")
