@@ -1,4 +1,4 @@
-"""Decode and encode arrays that begin and end at pages which nobody may touch; run by test_guard_pages.py.
+"""Decode, encode and multiply arrays that begin and end at pages which nobody may touch; run by test_guard_pages.py.
 
 Reading or writing a byte before or behind an array ends the process. The arguments are the number of cases and a seed.
 """
@@ -134,9 +134,32 @@ def encode(rng, lead, groups, dtype, choice):
     return same and all((ARENAS[name].used == FILL).all() for name in ("blocks", "scales"))
 
 
+def multiply(rng, lead, groups, dtype, choice):
+    """Multiply a matrix by vectors of whole numbers, whose products are exact, and by one of integers of 16 bits."""
+    rows = int(np.prod(lead))
+    blocks, scales = some_packed(rng, (rows, groups))
+    fill(rng, blocks)
+    scales[...] = rng.integers(125, 130, scales.shape)
+    array = MXFP4Array(blocks, scales, "pairs" if choice % 2 else "halves")
+    vectors = int(rng.choice([1, 2, 3, 4, 7, 8, 9, 20]))
+    x = some_values(rng, (32 * groups, vectors), dtype)
+    x[...] = rng.integers(-4, 5, x.shape)
+    expected = array.decode("float32", backend="numpy") @ np.ascontiguousarray(x).astype(np.float32)
+    for name in ARENAS:
+        ARENAS[name].allow(READ)
+    threads = int(rng.integers(1, 4))
+    same = np.array_equal(mxfp4np.linear(x.T, array, num_threads=threads), expected.T)
+    rounded = mxfp4np.linear(x[:, 0], array, activations="int16", num_threads=threads)
+    same &= bool(np.abs(rounded - expected[:, 0]).max() <= 1e-3 * np.abs(expected[:, 0]).max(initial=1))
+    for name in ARENAS:
+        ARENAS[name].allow(READ | WRITE)
+        ARENAS[name].used[:] = FILL
+    return same
+
+
 def main(cases, seed):
     done = 0
-    combinations = itertools.product(range(8), DTYPES.values(), (decode, encode))
+    combinations = itertools.product(range(8), DTYPES.values(), (decode, encode, multiply))
     for number, (choice, dtype, call) in zip(range(cases), itertools.cycle(combinations)):
         print(seed + number, file=sys.stderr, flush=True)  # the last line is the case that crashed
         rng = np.random.default_rng(seed + number)
