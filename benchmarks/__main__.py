@@ -35,6 +35,7 @@ SECTIONS = {
     "sizes": "scaling.sizes",
     "threads": "scaling.threads",
     "scaled": "scaled.measure",
+    "products": "products.measure",
     "model": "model.measure",
     "cuda": "cuda.measure",
 }

@@ -145,15 +145,15 @@ def multiply(rng, lead, groups, dtype, choice):
     x = some_values(rng, (32 * groups, vectors), dtype)
     x[...] = rng.integers(-4, 5, x.shape)
     expected = array.decode("float32", backend="numpy") @ np.ascontiguousarray(x).astype(np.float32)
-    for name in ARENAS:
-        ARENAS[name].allow(READ)
+    for arena in ARENAS.values():
+        arena.allow(READ)
     threads = int(rng.integers(1, 4))
     same = np.array_equal(mxfp4np.linear(x.T, array, num_threads=threads), expected.T)
     rounded = mxfp4np.linear(x[:, 0], array, activations="int16", num_threads=threads)
     same &= bool(np.abs(rounded - expected[:, 0]).max() <= 1e-3 * np.abs(expected[:, 0]).max(initial=1))
-    for name in ARENAS:
-        ARENAS[name].allow(READ | WRITE)
-        ARENAS[name].used[:] = FILL
+    for arena in ARENAS.values():
+        arena.allow(READ | WRITE)
+        arena.used[:] = FILL
     return same
 
 

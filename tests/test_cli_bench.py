@@ -57,6 +57,12 @@ def test_each_dtype_has_its_rows_and_limits(figures):
         else:
             assert row["limit_of"] == ("decode" if row["what"] in REUSED else "decode, new output")
             assert row["reached"] > 0
+    kinds = ["multiply", "read", "multiply, int16", "read"]
+    assert [row["what"] for row in found["products"]] == kinds
+    assert [row["limit_of"] for row in found["products"]] == [None, kinds[0], None, kinds[2]]
+    for row in found["products"]:
+        assert 0 < row["lowest"] <= row["gb_per_second"] <= row["highest"]
+        assert math.isclose(row["gvalues_per_second"] * 17 / 32, row["gb_per_second"])
     assert found["values"] == 3 * 2880
     assert found["tensors"] == []
     assert found["machine"]["versions"]["mxfp4np"] == mxfp4np.__version__
@@ -72,13 +78,13 @@ def test_dtype_and_threads(figures):
 def test_the_page_for_a_person(command):
     status, out, err = command("--threads", 2)
     assert (status, err) == (0, "")
-    head, what, blank, columns, *table, _, _, _ = out.splitlines()
+    head, what, blank, columns, *table, _, _, _, _ = out.splitlines()
     assert f"mxfp4np {mxfp4np.__version__}" in head
     assert "random data in memory" in what
     assert "2 threads" in what
     assert not blank
     assert columns.split() == ["OUTPUT", "RUN", "GB/S", "SPREAD", "G", "VALUES/S", "REACHED"]
-    assert len(table) == 5 * len(DTYPES)
+    assert len(table) == 5 * len(DTYPES) + 4
     assert all(line.endswith("%") == ("limit:" in line) for line in table)
     assert all(len(line) <= 120 for line in out.splitlines())
 

@@ -1,6 +1,6 @@
-"""What ``mxfp4np bench`` measures: how fast this machine decodes, beside the limits that its memory sets.
+"""What ``mxfp4np bench`` measures: how fast this machine decodes and multiplies, beside the limits of its memory.
 
-Rates count bytes of output. The share of a limit that decoding reached is the median of the ratios of each round.
+Rates count bytes of output, or packed bytes for products. The share of a limit that decoding reached is the median of the ratios of each round.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 from ..array import MXFP4Array
 from ..backends import get_backend
 from ..backends.cpu.driver import stream
+from ..backends.cpu.products import read
 from ..backends.memory import aligned_empty
 from ..backends.threads import default_num_threads
 from ..checkpoint import Checkpoint
 from ..errors import CheckpointError
 from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, decoded_dtype
+from ..products import linear
 from ..summary import rows
 from ..text import align, count, format_bytes
 from .timing import Run, available_memory, describe, fill, in_turn, machine
@@ -76,6 +78,7 @@ def run(
         else:
             source = checkpoint_source(stack.enter_context(Checkpoint(path, layout=layout)), room)
         measured = measure(source, dtypes, threads, device, bar)
+        multiplied = products(source, threads) if device == "cpu" else []
     return {
         "machine": machine(),
         "threads": threads,
@@ -84,6 +87,7 @@ def run(
         "tensors": source.names,
         "values": sum(array.size for array in source.arrays),
         "rows": measured,
+        "products": multiplied,
     }
 
 
@@ -102,10 +106,10 @@ def lines(found: dict[str, Any], asked: int) -> Iterator[str]:
         yield f"less than the {format_bytes(asked)} asked for: there is no more, or no memory for more"
     yield ""
     cells: list[tuple[str, ...]] = [("OUTPUT", "RUN", "GB/S", "SPREAD", "G VALUES/S", "REACHED")]
-    for row in found["rows"]:
+    for row in (*found["rows"], *found["products"]):
         rate = f"{row['gb_per_second']:.1f}", f"{row['lowest']:.1f} to {row['highest']:.1f}"
         if row["limit_of"] is None:
-            cells.append((row["dtype"], row["what"], *rate, f"{row['gvalues_per_second']:.2f}", ""))
+            cells.append((row.get("dtype", "product"), row["what"], *rate, f"{row['gvalues_per_second']:.2f}", ""))
         else:
             cells.append(("", f"  limit: {row['what']}", *rate, "", f"{row['reached']:.0%}"))
     yield from align(cells, left=2)
@@ -113,6 +117,7 @@ def lines(found: dict[str, Any], asked: int) -> Iterator[str]:
     yield "GB/s of output. Below each way of decoding: its limits, and the share of them that it reached."
     if device == "cpu":
         yield "stream: load the same packed bytes, store the output past the cache, and decode nothing."
+        yield "Products are of one vector, in GB/s of packed bytes. read: load the packed bytes, and multiply nothing."
     else:
         yield "copy: move as many bytes within the device; pinned memory: the packed bytes to the device."
 
@@ -152,7 +157,7 @@ def measure(
     source: Source, dtypes: Sequence[str], threads: int, device: str, bar: Callable[[int, str], Any]
 ) -> list[dict[str, Any]]:
     """Return the figures of each dtype: ways of decoding, each followed by its limits."""
-    found: list[dict[str, Any]] = []
+    measured: list[dict[str, Any]] = []
     sizes = {dtype: sum(array.size for array in source.arrays) * decoded_dtype(dtype).itemsize for dtype in dtypes}
     memory = get_backend(device=device).empty((max(sizes.values()),), np.dtype(np.uint8))
     runs_of, times = (_runs, 1) if device == "cpu" else (_runs_on_device, TIMES_ON_DEVICE)
@@ -164,28 +169,52 @@ def measure(
                 outs.append(memory[begin:end].view(decoded_dtype(dtype)).reshape(array.shape))
                 begin = end
             runs = runs_of(source, outs, memory[:nbytes], threads)
-            decoding, decode_seconds = "", list[float]()
-            for what, seconds in zip(runs, in_turn(list(runs.values()), ROUNDS, SECONDS / len(dtypes)), strict=True):
-                is_limit = not what.startswith("decode")
-                if not is_limit:
-                    decoding, decode_seconds = what, seconds
-                rates = sorted(times * nbytes / 1e9 / s for s in seconds)
-                ratios = (limit / decode for limit, decode in zip(seconds, decode_seconds, strict=True))
-                found.append(
-                    {
-                        "dtype": dtype,
-                        "what": what,
-                        "rounds": len(seconds),
-                        "gb_per_second": median(rates),
-                        "lowest": rates[0],
-                        "highest": rates[-1],
-                        "gvalues_per_second": median(rates) / decoded_dtype(dtype).itemsize,
-                        "limit_of": decoding if is_limit else None,
-                        "reached": median(ratios) if is_limit else None,
-                    }
-                )
+            figures = _figures(runs, times * nbytes, SECONDS / len(dtypes), decoded_dtype(dtype).itemsize)
+            measured += ({"dtype": dtype} | row for row in figures)
             progress(nbytes)
-    return found
+    return measured
+
+
+def products(source: Source, threads: int) -> list[dict[str, Any]]:
+    """Return the figures of products of all rows with one vector: each kind, followed by its limit."""
+    arrays = [array[index] for array in source.arrays for index in np.ndindex(array.shape[:-2]) if array.ndim > 1]
+    vectors = [np.random.default_rng(0).standard_normal(array.shape[1], np.float32) for array in arrays]
+    packed, values = sum(array.nbytes for array in arrays), sum(array.size for array in arrays)
+    if not values:
+        return []
+
+    def multiply(activations: str) -> None:
+        for array, x in zip(arrays, vectors, strict=True):
+            linear(x, array, activations=activations, num_threads=threads)
+
+    def read_all() -> None:
+        for array in arrays:
+            read(array.blocks, array.scales, num_threads=threads)
+
+    runs: dict[str, Run] = {"multiply": partial(multiply, "float32"), "read": read_all}
+    runs |= {"multiply, int16": partial(multiply, "int16"), "read ": read_all}
+    return list(_figures(runs, packed, SECONDS / 4, packed / values))
+
+
+def _figures(runs: dict[str, Run], nbytes: int, seconds: float, itemsize: float) -> Iterator[dict[str, Any]]:
+    """Yield the figures of runs: what decodes or multiplies ``nbytes`` bytes, followed by its limits."""
+    subject, subject_seconds = "", list[float]()
+    for what, taken in zip(runs, in_turn(list(runs.values()), ROUNDS, seconds), strict=True):
+        is_limit = not what.startswith(("decode", "multiply"))
+        if not is_limit:
+            subject, subject_seconds = what, taken
+        rates = sorted(nbytes / 1e9 / s for s in taken)
+        ratios = (limit / own for limit, own in zip(taken, subject_seconds, strict=True))
+        yield {
+            "what": what.strip(),
+            "rounds": len(taken),
+            "gb_per_second": median(rates),
+            "lowest": rates[0],
+            "highest": rates[-1],
+            "gvalues_per_second": median(rates) / itemsize,
+            "limit_of": subject if is_limit else None,
+            "reached": median(ratios) if is_limit else None,
+        }
 
 
 def _runs(source: Source, outs: list[Any], memory: NDArray[np.uint8], threads: int) -> dict[str, Run]:
