@@ -94,6 +94,10 @@ SECTIONS: dict[str, tuple[str, dict[str, Cell]]] = {
     "sizes": ("By size of output, bfloat16", {"output": lambda row, _: _size(row["bytes"]), **RATES}),
     "threads": ("By threads, bfloat16", {"threads": lambda row, _: str(row["threads"]), **RATES}),
     "scaled": ("FP8, MXFP8 and NVFP4", RATIOS | {"ratio": lambda row, _: f"{row['ratio']:.3f}"}),
+    "products": (
+        "Products with packed weights: GB/s of packed bytes, or billion products/s",
+        {name.replace("GB/s", "G/s"): cell for name, cell in RATIOS.items()},
+    ),
     "model": (
         "One layer of gpt-oss-20b",
         {name: cell for name, cell in AMOUNTS.items() if name != "at most"}

@@ -1,6 +1,7 @@
 """What ``mxfp4np bench`` measures: how fast this machine decodes and multiplies, beside the limits of its memory.
 
-Rates count bytes of output, or packed bytes for products. The share of a limit that decoding reached is the median of the ratios of each round.
+Rates count bytes of output, or packed bytes for products. The share of a limit that was reached is the median of the
+ratios of each round.
 """
 
 from __future__ import annotations
