@@ -212,7 +212,7 @@ def test_deepseek_v4(tmp_path, gpu, exclude, monkeypatch):
     import torch
     from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
-    sizes = {"vocab_size": 128, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {"vocab_size": 128, "hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
     config = DeepseekV4Config(
         **sizes,
         num_key_value_heads=1,
@@ -221,8 +221,16 @@ def test_deepseek_v4(tmp_path, gpu, exclude, monkeypatch):
         n_routed_experts=4,
         num_experts_per_tok=2,
         n_shared_experts=1,
-        layer_types=["sliding_attention"] * 2,
-        mlp_layer_types=["moe"] * 2,
+        layer_types=["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
+        compress_rates={"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
+        index_n_heads=4,
+        index_head_dim=64,
+        head_dim=64,
+        q_lora_rank=64,
+        o_lora_rank=64,
+        o_groups=2,
+        index_topk=2,
+        mlp_layer_types=["hash_moe", "moe", "moe"],
     )
     tensors = save(tmp_path / "in", config, DeepseekV4ForCausalLM)
     exponents, found = ml_dtypes.float8_e8m0fnu, {}
@@ -232,7 +240,7 @@ def test_deepseek_v4(tmp_path, gpu, exclude, monkeypatch):
         if ".experts." in name:
             codes, scales = mxfp4(tensor)
             found[native], found[scale] = codes.view(np.int8), scales.view(exponents)
-        elif re.search(r"\.w[qo]_|\.wkv\.|shared_experts", name):
+        elif re.search(r"attn\.w|indexer\.wq_b|shared_experts", name):
             found[native] = fp8(tensor, 64)
             found[scale] = np.full([-(-n // 128) for n in tensor.shape], 127 - 6, np.uint8).view(exponents)
         else:
