@@ -178,28 +178,61 @@ def test_experts_of_compressed_tensors(tmp_path):
 
 
 def fp8_blocks(tensors, matches, block, scale_dtype):
-    """Quantise matrices to FP8 by transformers' names."""
+    """Quantise matrices to FP8 by transformers' names; uint8 and E8M0 scales are exponents."""
     found = dict(tensors)
     for name, tensor in tensors.items():
         if re.search(matches, name):
             found[name] = fp8(tensor)
-            shape = () if block is None else [-(-n // block) for n in tensor.shape]
-            found[f"{name}_scale_inv"] = (2.0 ** -np.random.default_rng(0).integers(7, 10, shape)).astype(scale_dtype)
+            shape = () if block is None else [-(-n // size) for n, size in zip(tensor.shape, block, strict=True)]
+            exponents = np.random.default_rng(0).integers(-10, -7, shape, endpoint=True)
+            is_e8m0 = np.dtype(scale_dtype).itemsize == 1
+            scales = (exponents + 127).astype(np.uint8).view(scale_dtype) if is_e8m0 else 2.0**exponents
+            found[f"{name}_scale_inv"] = np.asarray(scales).astype(scale_dtype)
     return found
 
 
+def fine_grained_fp8(folder, found, block, **options):
+    quantization = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": block}
+    return rewrite(folder, found, quantization_config=quantization | options)
+
+
 @pytest.mark.parametrize("exclude", [(), "*.layers.1.*"])
-@pytest.mark.parametrize(("block", "dtype"), [(128, np.float32), (128, ml_dtypes.bfloat16), (None, ml_dtypes.bfloat16)])
+@pytest.mark.parametrize(
+    ("block", "dtype"),
+    [
+        ([128, 128], np.float32),
+        ([128, 128], ml_dtypes.bfloat16),
+        (None, ml_dtypes.bfloat16),
+        ([1, 32], np.uint8),
+        ([1, 32], ml_dtypes.float8_e8m0fnu),
+    ],
+)
 def test_fine_grained_fp8(tmp_path, block, dtype, exclude):
+    """The last two are MXFP8, as MiniMax-M3 has it."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     sizes = SMALL | {"hidden_size": 256}
     config = Qwen3Config(**sizes, intermediate_size=128, num_key_value_heads=4, head_dim=64)
     tensors = save(tmp_path / "in", config, Qwen3ForCausalLM)
     found = fp8_blocks(tensors, r"\.(mlp|self_attn)\..*_proj", block, dtype)
-    quantization = {"quant_method": "fp8", "activation_scheme": "dynamic"}
-    quantization["weight_block_size"] = None if block is None else [block, block]
-    source = rewrite(tmp_path / "in", found, quantization_config=quantization)
+    form = {"scale_fmt": "ue8m0"} if block == [1, 32] else {}
+    source = fine_grained_fp8(tmp_path / "in", found, block, **form)
+    result = mxfp4np.convert(source, tmp_path / "out", exclude=exclude, verify=True)
+    assert (result.problem, result.verification.findings) == (None, [])
+    assert_same_model(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("exclude", [(), "*self_attn*", "*.experts.*", "*.layers.1.*"])
+def test_experts_of_fine_grained_fp8(tmp_path, exclude):
+    """Files have them one by one, transformers stacks them."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    sizes = SMALL | {"hidden_size": 256}
+    experts = {"moe_intermediate_size": 128, "num_experts": 4, "num_experts_per_tok": 2}
+    config = Qwen3MoeConfig(**sizes, **experts, intermediate_size=128, num_key_value_heads=4, head_dim=64)
+    tensors = save(tmp_path / "in", config, Qwen3MoeForCausalLM)
+    found = fp8_blocks(tensors, r"\.(experts|self_attn)\..*_proj", [128, 128], np.float32)
+    source = fine_grained_fp8(tmp_path / "in", found, [128, 128])
     result = mxfp4np.convert(source, tmp_path / "out", exclude=exclude, verify=True)
     assert (result.problem, result.verification.findings) == (None, [])
     assert_same_model(source, tmp_path / "out")
