@@ -5,14 +5,19 @@ Run by ``tox -e peers``. Each source is a tiny model that transformers made, qua
 
 import json
 import re
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
+from helpers import assert_same
 
 import mxfp4np
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("default")]
+
+BLOCKS = (256, 384), (128, 128), (384, 128)
+"""Shapes of whole blocks: the converter of compressed-tensors writes no columns of partial ones."""
 
 FP4 = {
     "num_bits": 4,
@@ -194,6 +199,59 @@ def fp8_blocks(tensors, matches, block, scale_dtype):
 def fine_grained_fp8(folder, found, block, **options):
     quantization = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": block}
     return rewrite(folder, found, quantization_config=quantization | options)
+
+
+def assert_same_tensors(ours, theirs):
+    with mxfp4np.Checkpoint(ours) as left, mxfp4np.Checkpoint(theirs) as right:
+        assert set(left) == set(right)
+        assert all(ckpt.info(name).format is None for ckpt in (left, right) for name in ckpt)
+        for name in left:
+            assert_same(left[name], right[name])
+
+
+def converted_by_compressed_tensors(source, target, converter):
+    from compressed_tensors.entrypoints.convert import convert_checkpoint
+
+    convert_checkpoint(str(source), str(target), converter, device="cpu")
+    return target
+
+
+def test_the_converter_of_compressed_tensors_gives_the_same(llama, tmp_path):
+    from compressed_tensors.entrypoints.convert import CompressedTensorsDequantizer
+
+    converter = CompressedTensorsDequantizer(str(llama), ignore=["lm_head"])
+    theirs = converted_by_compressed_tensors(llama, tmp_path / "theirs", converter)
+    mxfp4np.convert(llama, tmp_path / "out")
+    assert_same_tensors(tmp_path / "out", theirs)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_the_converter_of_fp8_blocks_gives_the_same(tmp_path, dtype):
+    from compressed_tensors.entrypoints.convert import FP8BlockDequantizer
+
+    rng = np.random.default_rng(0)
+    tensors = {f"{i}.weight": rng.normal(0, 0.1, shape).astype(np.float32) for i, shape in enumerate(BLOCKS)}
+    found = fp8_blocks(tensors, "", [128, 128], dtype) | {"norm.weight": np.ones(7, ml_dtypes.bfloat16)}
+    (tmp_path / "in").mkdir()
+    mxfp4np.save_file(found, tmp_path / "in" / "model.safetensors")
+    (tmp_path / "in" / "config.json").write_text('{"quantization_config": {"quant_method": "fp8"}}')
+    converter = FP8BlockDequantizer.from_pretrained(str(tmp_path / "in"))
+    theirs = converted_by_compressed_tensors(tmp_path / "in", tmp_path / "theirs", converter)
+    mxfp4np.convert(tmp_path / "in", tmp_path / "out")
+    assert_same_tensors(tmp_path / "out", theirs)
+
+
+def test_what_compressed_tensors_makes_of_nvfp4_by_modelopt(tmp_path):
+    """Its second scale divides, ModelOpt's multiplies."""
+    from compressed_tensors.entrypoints.convert import ModelOptNvfp4Converter
+
+    source = Path(__file__).parent / "data" / "companions" / "modelopt_nvfp4_moe"
+    converter = ModelOptNvfp4Converter(targets=["re:.*_proj"])
+    theirs = converted_by_compressed_tensors(source, tmp_path / "theirs", converter)
+    for name, folder in (("ours", source), ("again", theirs)):
+        result = mxfp4np.convert(folder, tmp_path / name)
+        assert len(result.contents.decoded) > 10
+    assert_same_tensors(tmp_path / "ours", tmp_path / "again")
 
 
 @pytest.mark.parametrize("exclude", [(), "*.layers.1.*"])
