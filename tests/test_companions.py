@@ -193,6 +193,18 @@ def test_parts_of_a_conversion_by_several_processes(tmp_path):
         assert path.read_bytes() == (tmp_path / "parts" / path.name).read_bytes()
 
 
+def test_a_scale_that_another_task_writes_is_no_finding(tmp_path):
+    source = FOLDER / "hf_fp8_shared_scale"
+    for i in (2, 1, 3):
+        options = {"exclude": "*", "max_shard_size": 800, "verify": True}
+        result = mxfp4np.convert(source, tmp_path / "out", task=(i, 3), **options)
+        assert (result.verification.findings, result.verification.tensors) == ([], 1)
+        later = mxfp4np.verify(source, tmp_path / "out").findings
+        assert [finding for finding in later if "finish with --resume" not in finding] == []
+    assert result.complete
+    assert mxfp4np.verify(source, tmp_path / "out").findings == []
+
+
 def test_commands(command, tmp_path):
     source, name = FOLDER / "ct_mixed", "model.layers.0.self_attn.q_proj.weight"
     status, out, _ = command("inspect", source, "--stats")

@@ -27,7 +27,7 @@ from .findings import Verification
 from .plan import MAX_SHARD_SIZE, Chunks, Copied, Item, Output, Plan, make_shards
 from .quantization import loads_quantized, transforms
 from .run import Run, refuse_incomplete, run_plan, tasks_of
-from .verify import compare, count_overflow
+from .verify import compare, count_overflow, only
 from .workers import Progress
 
 CHUNK_BYTES: Final = 32 << 20
@@ -315,11 +315,12 @@ def convert(
         verification = Verification() if verify and not dry_run else None
         tasks = tasks_of(plan, task)
         if verification is not None and tasks:
-            names = [item.name for task in tasks for item in task.shard.items]
+            items = [item for task in tasks for item in task.shard.items]
+            here = {output.name for item in items for output in item.outputs}
+            copied = only({name: info.stored for name, info in plan.contents.copied.items()}, here)
+            names = [item.name for item in items]
             with Checkpoint([task.path for task in tasks]) as written:
-                verification = compare(
-                    checkpoint, written, names, plan.contents.copied, transpose, num_threads, progress
-                )
+                verification = compare(checkpoint, written, names, copied, transpose, num_threads, progress)
         problem = _problem(plan, config_of(checkpoint, source))
     return Conversion(
         **vars(run),

@@ -336,7 +336,8 @@ def encode_checkpoint(
             items = [item for task in tasks for item in task.shard.items]
             with Checkpoint([task.path for task in tasks]) as written:
                 names = [item.name for item in items if not isinstance(item, Encoded)]
-                verification = compare(checkpoint, written, names, names, transpose, num_threads, progress)
+                copied = {name: checkpoint.stored_tensors(name) for name in names}
+                verification = compare(checkpoint, written, names, copied, transpose, num_threads, progress)
                 names = [item.name for item in items if isinstance(item, Encoded)]
                 encoded = compare_encoded(checkpoint, written, names, rule, transpose, num_threads, progress)
                 verification.add(encoded)

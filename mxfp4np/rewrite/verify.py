@@ -119,15 +119,16 @@ def verify(
         patterns = options.get("include", ()), options.get("exclude", ())
         if (written := options.get("layout")) in FORMS:
             encoded = Choice(ours, written, options.get("transpose", TRANSPOSE[0]), *patterns).chosen
-            copied: Container[str] = set(names) - encoded
+            copied = {name: ours.stored_tensors(name) for name in names if name not in encoded}
         else:
             encoded = {name for name in names if name in theirs and _is_packed(ours, theirs, name)}
             contents = contents_of(ours, *patterns)
-            copied = contents.copied
+            copied = {name: info.stored for name, info in contents.copied.items()}
             names = [name for name in names if name in contents.decoded or name in copied]
         unfinished = _unfinished(theirs, options)
         if unfinished:
             names = [name for name in names if name in theirs]
+            copied = only(copied, theirs.stored)
         rest = [name for name in names if name not in encoded]
         result = compare(ours, theirs, rest, copied, transpose, num_threads, progress)
         names = [name for name in names if name in encoded]
@@ -162,18 +163,23 @@ def _open(path: PathLike | Sequence[PathLike], layout: str | None = None) -> Che
         return Checkpoint(path, layout=layout)
 
 
+def only(copied: Mapping[str, Stored], there: Container[str]) -> dict[str, Stored]:
+    """Return copied tensors without the parts that other shards hold: a scale that several tensors share."""
+    return {name: tuple(tensor for tensor in stored if tensor.name in there) for name, stored in copied.items()}
+
+
 def compare(
     source: Checkpoint,
     target: Checkpoint,
     names: Iterable[str],
-    copied: Container[str],
+    copied: Mapping[str, Stored],
     transpose: str,
     num_threads: int | None = None,
     progress: Callable[[Progress], object] = lambda _: None,
 ) -> Verification:
     """Compare tensors of a checkpoint with what the reference backend decodes from its source; see `verify`.
 
-    Those that were ``copied`` are compared as they are stored.
+    Those that were ``copied`` are compared as they are stored, with these tensors of the source.
     """
     result = Verification()
     copies: dict[str, tuple[Stored, Stored]] = {}
@@ -183,7 +189,7 @@ def compare(
         try:
             theirs = target.stored_tensors(name)
             if name in copied:
-                ours = source.stored_tensors(name)
+                ours = copied[name]
                 problem = _copy_mismatch(ours, theirs)
                 copies[name] = ours, theirs
             else:
