@@ -414,8 +414,9 @@ MISFITS = {
         ["a.weight F8_E4M3 256 256", "a.weight_scale_inv F32 4 4"],
         None,
         (
-            "tensor 'a.weight_scale_inv': expected one scale for the tensor, for each row, or for 128 x 128 values, "
-            "as no config.json says otherwise, of [256, 256], found [4, 4]"
+            "tensor 'a.weight_scale_inv': expected one scale for the tensor, for each row, or for 128 x 128 values of "
+            "[256, 256], found [4, 4]: if a scale is for other tiles, put the config.json with their "
+            "'weight_block_size' beside the file"
         ),
     ),
     "rows that do not divide": (

@@ -118,7 +118,7 @@ class ScaledCandidate(NamedTuple):
                 fits = " and ".join(f"{x.tile[0]} x {x.tile[1]}" for x in readings)
                 found = f"{list(self.scales.shape)}, which fits tiles of {fits} values"
             else:
-                found = f"{list(self.scales.shape)}"
+                found = f"{list(self.scales.shape)}{self._advice(documents)}"
             raise self._mismatch(self.scales, f"{self._expected(documents)}", found)
         return readings[0]
 
@@ -149,8 +149,14 @@ class ScaledCandidate(NamedTuple):
         if self.format in GROUPS:
             return f"a scale for {GROUPS[self.format]} values of each row of {list(self.codes.shape)}"
         tiles = " or ".join(f"{rows} x {columns}" for rows, columns in documents.tiles or [TILE])
-        said = "as config.json says" if documents.tiles else "as no config.json says otherwise"
-        return f"one scale for the tensor, for each row, or for {tiles} values, {said}, of {list(self.codes.shape)}"
+        said = ", as config.json says," if documents.tiles else ""
+        return f"one scale for the tensor, for each row, or for {tiles} values{said} of {list(self.codes.shape)}"
+
+    def _advice(self, documents: Documents) -> str:
+        """Return what to do about scales of tiles whose size nothing says."""
+        if self.format in GROUPS or documents.tiles:
+            return ""
+        return ": if a scale is for other tiles, put the config.json with their 'weight_block_size' beside the file"
 
     def _mismatch(self, tensor: StoredTensor, expected: str, found: str) -> LayoutError:
         return LayoutError(f"{tensor.file.path}: tensor {tensor.name!r}: expected {expected}, found {found}")
