@@ -32,6 +32,8 @@ SECTIONS = {
     "startup": "startup.startup",
     "opening": "startup.opening",
     "conversion": "conversion.measure",
+    "converters": "converters.measure",
+    "layer": "converters.whole_layer",
     "sizes": "scaling.sizes",
     "threads": "scaling.threads",
     "scaled": "scaled.measure",

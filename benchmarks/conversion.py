@@ -5,10 +5,8 @@ Whole processes are timed, start included. On a disk, `convert` waits until each
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
-import subprocess
 import sys
 import tempfile
 from argparse import Namespace
@@ -21,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 import mxfp4np
+from benchmarks.process import watch
 from benchmarks.timing import Row, Subject, compare
 
 SHAPES = {"gate_up_proj": (32, 5760, 90), "down_proj": (32, 2880, 90)}  # of the experts' scales in a layer
@@ -36,21 +35,6 @@ def tensors(layers: int) -> Iterator[tuple[str, np.ndarray]]:
         for name, shape in SHAPES.items():
             yield f"{stem}mlp.experts.{name}_blocks", rng.integers(0, 256, (*shape, 16), np.uint8)
             yield f"{stem}mlp.experts.{name}_scales", rng.integers(118, 126, shape, np.uint8)
-
-
-def peak_memory(command: list[object]) -> int:
-    """Run a command and return its peak of anonymous memory in bytes."""
-    peak = 0
-    with subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL) as process:
-        status = Path(f"/proc/{process.pid}/status")
-        while process.poll() is None:
-            fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-            peak = max(peak, int(fields.get("RssAnon", "0 kB").split()[0]) << 10)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(0.01)
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, command[:3])
-    return peak
 
 
 def measure(options: Namespace) -> list[Row]:
@@ -69,15 +53,15 @@ def measure(options: Namespace) -> list[Row]:
             "`convert --transpose no`": [*convert, "--transpose=no", source, out],
             "`convert --io pread`": [*convert, "--io=pread", source, out],
         }
-        peak_memory([*convert, source, plain])
+        watch([*convert, source, plain])
         size = sum(file.stat().st_size for file in plain.iterdir())
         peaks = defaultdict(int)
 
         def run(name: str) -> None:
-            peaks[name] = max(peaks[name], peak_memory(commands[name]))
+            peaks[name] = max(peaks[name], watch(commands[name]).anonymous)
 
         subjects = [Subject("convert a checkpoint : `cp`", name, partial(run, name), size) for name in commands]
         copy = ["cp", "-r", "--reflink=never", plain, out]
         before = partial(shutil.rmtree, out, ignore_errors=True)
-        rows = compare((lambda: peak_memory(copy), size), subjects, options.rounds, options.threads, before=before)
+        rows = compare((lambda: watch(copy), size), subjects, options.rounds, options.threads, before=before)
         return [row | {"peak": peaks[row["variant"]]} for row in rows]

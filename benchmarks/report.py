@@ -80,6 +80,17 @@ PEERS: dict[str, Cell] = {
     "lowest to highest": _spread(1e6, 0),
     "times the reference loader": _times_reference,
 }
+CONVERTERS: dict[str, Cell] = {
+    "stored as": lambda row, _: row["case"],
+    "experts": lambda row, _: str(row["experts"]),
+    "converter": lambda row, _: row["variant"],
+    "stored, result, GB": lambda row, _: f"{row['stored'] / 1e9:.1f}, {row['bytes'] / 1e9:.1f}",
+    "seconds": lambda row, _: f"{median(row['seconds']):.1f}",
+    "lowest to highest": lambda row, _: _range(row["seconds"][0], row["seconds"][-1], 1),
+    "times `convert`": lambda row, _: f"{row['ratio']:.1f}",
+    "peak anonymous MB": lambda row, _: f"{row['anonymous'] / 1e6:,.0f}",
+    "peak resident MB": lambda row, _: f"{row['resident'] / 1e6:,.0f}",
+}
 SECTIONS: dict[str, tuple[str, dict[str, Cell]]] = {
     "peers": ("Peers", PEERS),
     "limits": ("Decoding compared with the limits of memory", RATIOS),
@@ -91,6 +102,8 @@ SECTIONS: dict[str, tuple[str, dict[str, Cell]]] = {
         "Converting a checkpoint",
         RATIOS | {"peak anonymous MB": lambda row, _: f"{row['peak'] / 1e6:,.0f}"},
     ),
+    "converters": ("Converting a part of a layer of DeepSeek-V4-Flash", CONVERTERS),
+    "layer": ("Converting a whole layer of DeepSeek-V4-Flash", CONVERTERS),
     "sizes": ("By size of output, bfloat16", {"output": lambda row, _: _size(row["bytes"]), **RATES}),
     "threads": ("By threads, bfloat16", {"threads": lambda row, _: str(row["threads"]), **RATES}),
     "scaled": ("FP8, MXFP8 and NVFP4", RATIOS | {"ratio": lambda row, _: f"{row['ratio']:.3f}"}),
@@ -107,7 +120,7 @@ SECTIONS: dict[str, tuple[str, dict[str, Cell]]] = {
 }
 """The title of each section, and the columns of its table: how a row, among all rows, fills them."""
 
-TEXT = {"decoder", "output", "run", "what", "what : compared with", "variant"}
+TEXT = {"converter", "decoder", "output", "run", "stored as", "what", "what : compared with", "variant"}
 """Columns that are not numbers."""
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import encode, limits, model, peers, report, scaling, startup
+import mxfp4np
+from benchmarks import converters, encode, limits, model, peers, report, scaling, startup
 from benchmarks.timing import amount
 
 README = Path(__file__).parent.parent / "README.md"
@@ -115,3 +116,37 @@ def test_sections_give_rows(section, measure, count, monkeypatch, tmp_path):
     rows = rows_of(report.table(section, measure(Namespace(**vars(TINY), folder=tmp_path))))
     assert len(rows) == count
     assert {row.count("|") for row in rows} == {len(report.SECTIONS[section][1]) + 1}
+
+
+@pytest.fixture
+def small_layer(monkeypatch):
+    for name in ("EXPERT", "FP8", "BFLOAT16", "FLOAT32"):
+        shapes = getattr(converters, name)
+        monkeypatch.setattr(converters, name, {key: tuple(min(n, 128) for n in shapes[key]) for key in shapes})
+    monkeypatch.setattr(converters, "ALL_EXPERTS", 2)
+    monkeypatch.setattr(converters, "find_spec", lambda _: None)
+
+
+@pytest.mark.usefixtures("small_layer")
+@pytest.mark.parametrize("form", converters.FORMS)
+def test_every_form_of_a_layer_is_decoded(form, tmp_path):
+    mxfp4np.save_file(converters.layer(converters.FORMS[form], 2), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(converters.FORMS[form].config))
+    result = mxfp4np.convert(tmp_path, tmp_path / "out", verify=True)
+    assert (len(result.contents.decoded), result.contents.quantized) == (2 * 3 + 9, [])
+    assert result.verification.findings == []
+    mxfp4np.convert(tmp_path / "out", tmp_path / "again", max_shard_size=50_000)
+    converters.compare(tmp_path / "out", tmp_path / "again")
+    mxfp4np.convert(tmp_path, tmp_path / "other", dtype="float16")
+    with pytest.raises(ValueError, match=r"indexer\.wq_b\.weight' differs"):
+        converters.compare(tmp_path / "out", tmp_path / "other")
+
+
+@pytest.mark.usefixtures("small_layer")
+def test_a_layer_gives_a_row_with_the_memory_of_its_process(tmp_path):
+    (row,) = converters.whole_layer(Namespace(**vars(TINY), folder=tmp_path))
+    assert 10e6 < row["anonymous"] < row["resident"]
+    assert row["stored"] < row["bytes"]
+    (line,) = rows_of(report.table("layer", [row]))
+    assert line.startswith("| DeepSeek's own: MXFP4, FP8 | 2 | `convert` | 0.0, 0.0 | ")
+    assert list(tmp_path.iterdir()) == []

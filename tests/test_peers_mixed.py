@@ -336,6 +336,7 @@ def test_deepseek_v4(tmp_path, gpu, exclude, monkeypatch):
             found[scale] = np.full([-(-n // 128) for n in tensor.shape], 127 - 6, np.uint8).view(exponents)
         else:
             found[native] = tensor
+    found |= {name.replace("layers.2", "mtp.0"): found[name] for name in found if name.startswith("layers.2")}
     quantization = {
         "quant_method": "fp8",
         "fmt": "e4m3",
