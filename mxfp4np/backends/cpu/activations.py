@@ -5,6 +5,7 @@ Orders are lists of nibbles of a block: 0 to 15 are the low nibbles of its bytes
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Final
 
@@ -27,21 +28,24 @@ EXPONENTS: Final = (-100, 100)
 WORD_ORDER: Final = [*range(8), *range(16, 24), *range(8, 16), *range(24, 32)]
 """Order of words that keeps each half of a register to itself, as the instructions that interleave bytes do."""
 
-INTEGER_ORDER: Final = [
-    (block, half + first + i) for half in (0, 16) for first in (0, 8) for block in (0, 1) for i in range(8)
-]
-"""Order of the integers for two blocks: the number of the block, and the nibble."""
+
+@functools.cache
+def value_elements(target: str, order: str) -> NDArray[np.intp]:
+    """Return which elements of a block come out of its registers, one after another, on an instruction set."""
+    return elements_of(range(32) if target == "avx512" else WORD_ORDER[0::2] + WORD_ORDER[1::2], order)
 
 
-def value_order(target: str) -> list[int]:
-    """Return the order in which the values of a block come out of its registers on an instruction set."""
-    if target == "avx512":
-        return list(range(32))
-    return WORD_ORDER[0::2] + WORD_ORDER[1::2]
+@functools.cache
+def integer_elements(order: str) -> NDArray[np.intp]:
+    """Return which of the elements of two blocks the integers are."""
+    nibbles = [
+        32 * block + half + first + i for half in (0, 16) for first in (0, 8) for block in (0, 1) for i in range(8)
+    ]
+    return elements_of(nibbles, order)
 
 
 def elements_of(nibbles: Sequence[int], order: str) -> NDArray[np.intp]:
-    """Return which elements of a block some nibbles are.
+    """Return which elements of blocks some nibbles are.
 
     Examples
     --------
@@ -49,7 +53,7 @@ def elements_of(nibbles: Sequence[int], order: str) -> NDArray[np.intp]:
     (array([0, 2, 1, 3]), array([ 0,  1, 16, 17]))
     """
     places = np.array(nibbles)
-    return places if order == "halves" else 2 * (places % 16) + places // 16
+    return places if order == "halves" else places // 32 * 32 + 2 * (places % 16) + places % 32 // 16
 
 
 def floats(x: NDArray[np.float32], elements: NDArray[np.intp], vectors: int) -> NDArray[np.float32]:
@@ -82,8 +86,8 @@ def integers(
     Parameters
     ----------
     x : (32 * G,) float32
-    elements : (32,) int
-        The element of each nibble.
+    elements : (64,) int
+        The order of the elements of two blocks.
 
     Returns
     -------
@@ -99,13 +103,11 @@ def integers(
     exponent = int(np.frexp(largest)[1])
     if not np.isfinite(largest) or not EXPONENTS[0] < exponent < EXPONENTS[1]:
         return None
-    steps = magnitudes / np.float32(LARGEST)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        scaled = np.where(steps[:, None] > 0, blocks / steps[:, None], 0)
+    inverses = np.zeros_like(magnitudes)  # of blocks that are as good as zero
+    np.divide(LARGEST, magnitudes, out=inverses, where=magnitudes > largest * np.float32(2.0**-60))
     rounded = np.zeros((len(blocks) + len(blocks) % 2, BLOCK_SIZE), np.int16)
-    rounded[: len(blocks)] = np.rint(scaled).clip(-LARGEST, LARGEST)
-    which = np.array([block * BLOCK_SIZE + elements[nibble] for block, nibble in INTEGER_ORDER])
+    np.rint(blocks * inverses[:, None], out=rounded[: len(blocks)], casting="unsafe")
     out = aligned_empty((len(rounded) // 2, 2 * BLOCK_SIZE), np.dtype(np.int16))
-    out[...] = rounded.reshape(-1, 2 * BLOCK_SIZE)[:, which]
+    out[...] = rounded.reshape(-1, 2 * BLOCK_SIZE)[:, elements]
     power = 2.0 ** (exponent - FACTOR_EXPONENT)
-    return out, (steps / np.float32(power)).astype(np.float32), power / 512
+    return out, magnitudes / np.float32(LARGEST * power), power / 512

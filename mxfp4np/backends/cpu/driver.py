@@ -6,6 +6,7 @@ how work is split in `launch`. Kernels and Numba are imported when something is 
 
 from __future__ import annotations
 
+import sys
 from typing import Any, Final
 
 import numpy as np
@@ -25,7 +26,7 @@ from ..memory import (
 from ..reference import ReferenceBackend
 from .geometry import COLUMN_ROWS, GROUP_ROWS, JOB, SCALED_JOB
 from .launch import has_half_precision, run_units
-from .products import MOST_VECTORS, multiply
+from .products import multiply
 from .tables import word_name
 
 STREAMING_BYTES: Final = 8 << 20
@@ -146,7 +147,7 @@ class CPUBackend(HostBackend):
         if codes is not blocks:
             blocks[...] = codes
 
-    most_vectors = MOST_VECTORS
+    most_vectors = sys.maxsize
 
     def matmul(
         self,

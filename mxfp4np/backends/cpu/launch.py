@@ -29,11 +29,16 @@ CHUNK_BLOCKS: Final = 1 << 11, 1 << 18
 def instruction_set() -> str:
     """Return the instruction set that kernels are compiled to: what Numba's code generator reports."""
     check_numba()
-    from numba.core.registry import cpu_target
 
-    from .simd import target_of
+    def find() -> str:
+        from numba.core.registry import cpu_target
 
-    target: str = target_of(cpu_target.target_context)  # type: ignore[no-untyped-call]
+        from .simd import target_of
+
+        target: str = target_of(cpu_target.target_context)  # type: ignore[no-untyped-call]
+        return target
+
+    target: str = build_once("instruction set", find)
     return target
 
 

@@ -15,9 +15,6 @@ from .compiler import BuilderBusyError
 from .geometry import PRODUCT_JOB
 from .launch import instruction_set, run_units
 
-MOST_VECTORS: Final = 31
-"""With more vectors, NumPy's matrix product of decoded weights is as fast."""
-
 PREFETCH_BYTES: Final = 2048
 """The prefetch distance."""
 
@@ -59,7 +56,7 @@ def multiply(
         target = instruction_set()
     except BuilderBusyError:
         return False
-    elements = prepared.elements_of(prepared.value_order(target), order)
+    elements = prepared.value_elements(target, order)
     step = VECTORS_AT_ONCE.get(target, 4)
     for begin in range(0, x.shape[1], step):
         some = x[:, begin : begin + step]
@@ -84,7 +81,7 @@ def _multiply_integers(
     job: dict[str, int], x: NDArray[np.float32], out: NDArray[np.float32], order: str, num_threads: int | None
 ) -> bool:
     """Multiply by integers of 16 bits, if x and the result are in their range; return whether that was done."""
-    ready = prepared.integers(x[:, 0], prepared.elements_of(range(32), order))
+    ready = prepared.integers(x[:, 0], prepared.integer_elements(order))
     if ready is None:
         return False
     integers, factors, power = ready
