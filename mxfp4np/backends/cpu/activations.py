@@ -32,7 +32,11 @@ WORD_ORDER: Final = [*range(8), *range(16, 24), *range(8, 16), *range(24, 32)]
 @functools.cache
 def value_elements(target: str, order: str) -> NDArray[np.intp]:
     """Return which elements of a block come out of its registers, one after another, on an instruction set."""
-    return elements_of(range(32) if target == "avx512" else WORD_ORDER[0::2] + WORD_ORDER[1::2], order)
+    if target == "avx512":  # nibble after nibble of four words of 32 bits
+        nibbles = [4 * word + place // 2 + 16 * (place % 2) for place in range(8) for word in range(4)]
+    else:
+        nibbles = WORD_ORDER[0::2] + WORD_ORDER[1::2]
+    return elements_of(nibbles, order)
 
 
 @functools.cache

@@ -77,7 +77,7 @@ PRODUCT_JOB: Final = np.dtype(
             *("rows", "blocks_per_row"),
             *("x", "factors"),  # addresses of what `mxfp4np.backends.cpu.activations` makes
             *("values", "values_row", "values_step"),
-            "table",  # address of the table of `decode`, of bfloat16
+            "table",  # address
             "prefetch_distance",  # of codes, in bytes
         )
     ]

@@ -1,7 +1,7 @@
 """Kernels that multiply packed rows by vectors.
 
-A block is decoded to registers, by the table of `decode`, and multiplied there: ``sum += value * x`` in float32. The
-caller has brought x into the order in which a block's values come out; see `mxfp4np.backends.cpu.activations`.
+A block is decoded to registers, by a table, and multiplied there: ``sum += value * x`` in float32. The caller has brought
+x into the order in which a block's values come out; see `mxfp4np.backends.cpu.activations`.
 
 With activations of 16 bits, x is integers with a factor for each block. Twice a code's value is an integer too, and a
 block's sum of products an exact one, of 32 bits: ``sum += factor * 2**(scale - 127) * integer``.
@@ -53,12 +53,15 @@ STRETCH = 32
 
 
 def _values(builder, target, block, line):
-    """Return the 32 values of a block as float32, in the order of `value_order`."""
+    """Return the 32 values of a block as float32, in the order of `value_elements`.
+
+    ``line`` is the address of a line of 64 bytes: of `value_table` with AVX-512, else of the table of `decode`.
+    """
     if target == "avx512":  # a permutation looks up by the low four bits of its indices
-        codes = builder.zext(load(builder, block, vector(I8, 16)), vector(I32, 16))
-        words = builder.zext(load(builder, line, vector(I16, 16), TABLE_LINE), vector(I32, 16))
-        table = builder.bitcast(builder.shl(words, repeated(16, words)), vector(FLOAT, 16))
-        indices = codes, builder.lshr(codes, repeated(4, codes))
+        codes, table = load(builder, block, vector(I32, 4)), load(builder, line, vector(FLOAT, 16), TABLE_LINE)
+        codes = shuffle(builder, codes, codes, [*range(4)] * 4)
+        shifts = (constants(I32, [first + 4 * (lane // 4) for lane in range(16)]) for first in (0, 16))
+        indices = [builder.lshr(codes, shift) for shift in shifts]
         halves = (call(builder, "llvm.x86.avx512.permvar.sf.512", table.type, table, index) for index in indices)
         return shuffle(builder, *halves, range(32))
     codes = codes_of_block(builder, block, halves=True)
@@ -114,6 +117,8 @@ def multiply(rows_at_once, vectors, lanes):
                 for g in range(begin, min(begin + STRETCH, job.blocks_per_row)):
                     if g % 4 == 0:
                         prefetch(block + distance)
+                        if rows_at_once > 1:
+                            prefetch(block + codes_row + distance)
                     sums = multiply_blocks(table, block, codes_row, scale, scales_row, x, sums, vectors)
                     block += codes_step
                     scale += scales_step

@@ -11,9 +11,10 @@ from ...errors import BackendUnavailableError
 from ...format import BYTES_PER_BLOCK
 from ..memory import address_of
 from . import activations as prepared
-from .compiler import BuilderBusyError
+from .compiler import BuilderBusyError, build_once
 from .geometry import PRODUCT_JOB
 from .launch import instruction_set, run_units
+from .tables import decode_table, value_table
 
 PREFETCH_BYTES: Final = 2048
 """The prefetch distance."""
@@ -46,6 +47,7 @@ def multiply(
         "rows": scales.shape[0],
         "blocks_per_row": scales.shape[1],
         "factors": 0,
+        "table": 0,
         "values_row": out.strides[0],
         "values_step": out.strides[1],
         "prefetch_distance": PREFETCH_BYTES,
@@ -54,6 +56,7 @@ def multiply(
         return True
     try:
         target = instruction_set()
+        table = build_once("value table", lambda: value_table() if target == "avx512" else decode_table("bfloat16"))
     except BuilderBusyError:
         return False
     elements = prepared.value_elements(target, order)
@@ -66,11 +69,11 @@ def multiply(
             np.empty((len(out), vectors), np.float32) if vectors > some.shape[1] else out[:, begin : begin + vectors]
         )
         ready = prepared.floats(some, elements, vectors)
-        job |= {"x": address_of(ready), "values": address_of(padded)}
+        job |= {"x": address_of(ready), "values": address_of(padded), "table": address_of(table)}
         job |= {"values_row": padded.strides[0], "values_step": padded.strides[1]}
         kernel = "matmul", "multiply", rows_at_once, vectors, lanes
         units, blocks_of_unit = -(-job["rows"] // rows_at_once), rows_at_once * job["blocks_per_row"]
-        if not run_units(kernel, job, PRODUCT_JOB, units, blocks_of_unit, num_threads, ("bfloat16",)):
+        if not run_units(kernel, job, PRODUCT_JOB, units, blocks_of_unit, num_threads):
             return False
         if vectors > some.shape[1]:
             out[:, begin : begin + step] = padded[:, : some.shape[1]]
@@ -87,10 +90,10 @@ def _multiply_integers(
     integers, factors, power = ready
     job = job | {"x": address_of(integers), "factors": address_of(factors), "values": address_of(out)}
     kernel = "matmul", "multiply_integers", job["codes_step"] == BYTES_PER_BLOCK
-    if not run_units(kernel, job, PRODUCT_JOB, job["rows"], job["blocks_per_row"], num_threads, ("bfloat16",)):
+    if not run_units(kernel, job, PRODUCT_JOB, job["rows"], job["blocks_per_row"], num_threads):
         return False
     out *= np.float32(power)
-    return bool(np.isfinite(out).all())  # scales of 255 and weights beyond float32 are left to the other kernel
+    return bool(np.isfinite(out.sum()))  # scales of 255 and weights beyond float32 are left to the other kernel
 
 
 def read(*arrays: NDArray[np.uint8], num_threads: int | None = None) -> None:

@@ -36,6 +36,14 @@ def decode_table(name: str) -> NDArray[np.uint8]:
     return table
 
 
+def value_table() -> NDArray[np.float32]:
+    """Return the 16 values of each scale."""
+    table = aligned_empty((256, 16), np.dtype(np.float32))
+    words = decode_table("bfloat16")[:, :32].copy().view("<u2")
+    table.view(np.uint32)[...] = words.astype(np.uint32) << 16
+    return table
+
+
 def encode_table(name: str, rule: str) -> NDArray[np.uint8]:
     """Return the table that `mxfp4np.backends.cpu.encode` describes, for values of bfloat16 or float16."""
     magnitudes = np.arange(1 << 15, dtype=np.uint16).view(decoded_dtype(name))
