@@ -1,7 +1,7 @@
 """Kernels that multiply packed rows by vectors.
 
-A block is decoded to registers, by a table, and multiplied there: ``sum += value * x`` in float32. The caller has brought
-x into the order in which a block's values come out; see `mxfp4np.backends.cpu.activations`.
+A block is decoded to registers, by a table, and multiplied there: ``sum += value * x`` in float32. The caller has
+brought x into the order in which a block's values come out; see `mxfp4np.backends.cpu.activations`.
 
 With activations of 16 bits, x is integers with a factor for each block. Twice a code's value is an integer too, and a
 block's sum of products an exact one, of 32 bits: ``sum += factor * 2**(scale - 127) * integer``.
