@@ -1,38 +1,20 @@
 """Open checkpoints whose weights are stored as MXFP4, and read them as NumPy arrays.
 
-Importing this package imports NumPy and nothing heavier: each public name is imported when it is first used. The types
-of the names are in ``__init__.pyi``.
+Importing this package imports NumPy and nothing heavier: each public name is imported when it is first used. Which
+names there are, and where each is, is in ``__init__.pyi`` alone, which type checkers read as well.
 """
 
+import re
 from importlib import import_module
+from pkgutil import get_data
 from typing import Any
 
 import numpy  # noqa: ICN001, F401  (the one dependency that importing the package loads)
 
 __version__ = "0.1.0"
 
-_PUBLIC = {
-    "array": ("MXFP4Array",),
-    "scaled": ("ScaledArray",),
-    "codec": ("decode", "encode"),
-    "products": ("linear",),
-    "checkpoint": ("Checkpoint",),
-    "files": ("load_file", "save_file"),
-    "layouts.packed": ("TensorInfo",),
-    "rewrite.convert": ("convert",),
-    "rewrite.encode": ("encode_checkpoint",),
-    "rewrite.verify": ("verify",),
-    "errors": (
-        "BackendUnavailableError",
-        "CheckpointError",
-        "CheckpointWarning",
-        "DeviceMemoryError",
-        "LayoutError",
-        "MXFP4Error",
-        "TensorNotFoundError",
-    ),
-}
-_MODULES = {name: module for module, names in _PUBLIC.items() for name in names}
+_STUB = (get_data(__name__, "__init__.pyi") or b"").decode()
+_MODULES = {name: module for module, name in re.findall(r"^from \.(\S+) import (\w+) as", _STUB, re.MULTILINE)}
 
 __all__ = [*_MODULES, "__version__"]  # noqa: PLE0604
 

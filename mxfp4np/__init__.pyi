@@ -13,9 +13,13 @@ from .files import load_file as load_file
 from .files import save_file as save_file
 from .layouts.packed import TensorInfo as TensorInfo
 from .products import linear as linear
+from .rewrite.convert import Conversion as Conversion
 from .rewrite.convert import convert as convert
+from .rewrite.encode import Encoding as Encoding
 from .rewrite.encode import encode_checkpoint as encode_checkpoint
+from .rewrite.findings import Verification as Verification
 from .rewrite.verify import verify as verify
+from .rewrite.workers import Progress as Progress
 from .scaled import ScaledArray as ScaledArray
 
 __version__: str

@@ -9,13 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike, NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from .backends import Backend, as_array, backend_for, device_of
 from .backends.threads import check_num_threads
 from .blocks import BlockArray
 from .errors import LayoutError
-from .format import BLOCK_SIZE, BYTES_PER_BLOCK, ORDERS
+from .format import BLOCK_SIZE, BYTES_PER_BLOCK, ORDERS, DecodedDType, Order
 
 _UINT8 = np.dtype(np.uint8)
 
@@ -63,7 +63,7 @@ class MXFP4Array(BlockArray):
 
     __slots__ = ("_order", "_scales")
 
-    def __init__(self, blocks: ArrayLike, scales: ArrayLike, order: str = "pairs") -> None:
+    def __init__(self, blocks: ArrayLike, scales: ArrayLike, order: Order = "pairs") -> None:
         blocks, scales = as_array(blocks), as_array(scales)
         if scales.dtype != _UINT8 and scales.dtype.name == "float8_e8m0fnu":
             scales = scales.view(np.uint8)
@@ -85,7 +85,8 @@ class MXFP4Array(BlockArray):
             )
         self._blocks: NDArray[np.uint8] = blocks
         self._scales: NDArray[np.uint8] = scales
-        self._order, self._start = order, 0
+        self._order: Order = order
+        self._start = 0
         self._shape = (*scales.shape[:-1], scales.shape[-1] * BLOCK_SIZE)
 
     @property
@@ -94,7 +95,7 @@ class MXFP4Array(BlockArray):
         return self._scales
 
     @property
-    def order(self) -> str:
+    def order(self) -> Order:
         """Order of the elements of a block."""
         return self._order
 
@@ -148,7 +149,7 @@ class MXFP4Array(BlockArray):
 
     def decode(
         self,
-        dtype: DTypeLike | None = None,
+        dtype: DecodedDType | None = None,
         *,
         out: NDArray[Any] | None = None,
         transpose: bool = False,

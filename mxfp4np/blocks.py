@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from .backends import Backend, device_of
-from .format import DTYPES, as_dtype, decoded_dtype
+from .format import DTYPES, DecodedDType, TorchDType, as_dtype, decoded_dtype
 from .products import Factor, left_matmul, matmul
 from .shapes import full_index, split, swapped
 from .text import parse_bytes
@@ -116,7 +116,7 @@ class BlockArray(Factor):
 
     def decode(
         self,
-        dtype: DTypeLike | None = None,
+        dtype: DecodedDType | None = None,
         *,
         out: NDArray[Any] | None = None,
         transpose: bool = False,
@@ -210,7 +210,7 @@ class BlockArray(Factor):
 
     def prepare_out(
         self,
-        dtype: DTypeLike | None,
+        dtype: DTypeLike | TorchDType | None,
         out: NDArray[Any] | None,
         *,
         transpose: bool,
@@ -276,7 +276,7 @@ class BlockArray(Factor):
                 out[begin : begin + len(tile)] = tile @ x
 
     def iter_chunks(
-        self, max_bytes: int | str, dtype: DTypeLike = "bfloat16"
+        self, max_bytes: int | str, dtype: DecodedDType = "bfloat16"
     ) -> Iterator[tuple[tuple[int | slice, ...], Self]]:
         """Split the array into views that each decode to at most ``max_bytes``.
 

@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, Literal, Self, TypedDict, TypeVar, Unpack, overload
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -20,7 +20,7 @@ from .array import MXFP4Array
 from .backends import backend_for, device_name, get_backend
 from .blocks import BlockArray
 from .errors import CheckpointWarning, LayoutError, TensorNotFoundError
-from .format import as_dtype, decoded_dtype
+from .format import TorchDType, as_dtype, decoded_dtype
 from .layouts.find import Documents, split_gate_up, stored_of
 from .layouts.names import Names, as_names, find_named
 from .layouts.others import CHECKED, Others
@@ -30,7 +30,7 @@ from .layouts.scaled import ScaledCandidate
 from .layouts.table import LAYOUTS
 from .scaled import ScaledArray
 from .shapes import split_both
-from .storage.discover import PathLike, find_files, open_file
+from .storage.discover import IO, PathLike, find_files, open_file
 from .storage.index import merge_tensors
 from .storage.jsonfile import read_json
 from .storage.named import named
@@ -43,8 +43,21 @@ READ_BYTES: Final = 32 << 20
 
 _REQUIRED: Final = object()
 
+_Out = TypeVar("_Out", bound=NDArray[Any])
+_Scalar = TypeVar("_Scalar", bound=np.generic)
+_Default = TypeVar("_Default")
 
-class Checkpoint(Mapping[str, Any]):
+
+class _Options(TypedDict, total=False):
+    """Arguments of `Checkpoint.get` that say nothing about the dtype of the result."""
+
+    index: Any
+    transpose: bool
+    backend: str | None
+    num_threads: int | None
+
+
+class Checkpoint(Mapping[str, NDArray[Any]]):
     """An open checkpoint: headers are read, data is mapped when it is needed.
 
     Parameters
@@ -126,7 +139,7 @@ class Checkpoint(Mapping[str, Any]):
         path: PathLike | Sequence[PathLike],
         device: Any = "cpu",
         *,
-        io: str = "mmap",
+        io: IO = "mmap",
         layout: str | None = None,
         names: Names | Callable[[str], str] | None = None,
     ) -> None:
@@ -170,7 +183,7 @@ class Checkpoint(Mapping[str, Any]):
 
     # Mapping
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> NDArray[Any]:
         """Return the tensor: `get` without options."""
         return self.get(name)
 
@@ -278,10 +291,34 @@ class Checkpoint(Mapping[str, Any]):
 
     # Arrays
 
-    def get(  # type: ignore[override]
+    @overload  # type: ignore[override]
+    def get(self, name: str, dtype: Any = None, *, out: _Out, **options: Unpack[_Options]) -> _Out: ...
+    @overload
+    def get(self, name: str, dtype: Literal["float32"], **options: Unpack[_Options]) -> NDArray[np.float32]: ...
+    @overload
+    def get(self, name: str, dtype: Literal["float16"], **options: Unpack[_Options]) -> NDArray[np.float16]: ...
+    @overload
+    def get(
+        self, name: str, dtype: type[_Scalar] | np.dtype[_Scalar], **options: Unpack[_Options]
+    ) -> NDArray[_Scalar]: ...
+    @overload
+    def get(
+        self, name: str, dtype: DTypeLike | TorchDType | None = None, *, out: None = None, **options: Unpack[_Options]
+    ) -> NDArray[Any]: ...
+    @overload
+    def get(
         self,
         name: str,
-        dtype: DTypeLike | None = None,
+        dtype: DTypeLike | TorchDType | None = None,
+        *,
+        default: _Default,
+        out: NDArray[Any] | None = None,
+        **options: Unpack[_Options],
+    ) -> NDArray[Any] | _Default: ...
+    def get(
+        self,
+        name: str,
+        dtype: DTypeLike | TorchDType | None = None,
         *,
         default: Any = _REQUIRED,
         out: NDArray[Any] | None = None,
@@ -398,7 +435,7 @@ class Checkpoint(Mapping[str, Any]):
         name: str,
         max_bytes: int | str = 256 << 20,
         *,
-        dtype: DTypeLike | None = None,
+        dtype: DTypeLike | TorchDType | None = None,
         transpose: bool = False,
         backend: str | None = None,
         num_threads: int | None = None,
@@ -423,12 +460,13 @@ class Checkpoint(Mapping[str, Any]):
         where = self._where(backend, num_threads)
         for index, chunk in self.pieces(name, max_bytes, dtype=dtype, transpose=transpose):
             if isinstance(chunk, BlockArray):
-                yield index, chunk.decode(dtype, transpose=transpose, **where)
+                wanted = None if dtype is None else decoded_dtype(dtype)
+                yield index, chunk.decode(wanted, transpose=transpose, **where)
             else:
                 yield index, self._convert(np.asarray(chunk), dtype, None)
 
     def pieces(
-        self, name: str, max_bytes: int | str, *, dtype: DTypeLike | None = None, transpose: bool = False
+        self, name: str, max_bytes: int | str, *, dtype: DTypeLike | TorchDType | None = None, transpose: bool = False
     ) -> Iterator[tuple[tuple[int | slice, ...], Any]]:
         """Yield a tensor in chunks as `chunks` does, but still packed, for the caller to decode.
 
@@ -469,7 +507,7 @@ class Checkpoint(Mapping[str, Any]):
         """Return a plain tensor, or ``rows`` of its last axis, or what an index selects of that."""
         return tensor.array(index) if rows is None else tensor.array()[..., rows][... if index is None else index]
 
-    def _convert(self, array: NDArray[Any], dtype: DTypeLike | None, out: NDArray[Any] | None) -> Any:
+    def _convert(self, array: NDArray[Any], dtype: DTypeLike | TorchDType | None, out: NDArray[Any] | None) -> Any:
         """Return a plain array on this checkpoint's device, in another dtype or in ``out`` if that is asked for."""
         if out is not None:
             self._backend.check_out(out)

@@ -8,12 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike, NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from .array import MXFP4Array
 from .backends import as_array, backend_for
 from .backends.threads import check_num_threads
-from .format import BLOCK_SIZE, BYTES_PER_BLOCK, DTYPES, RULES, name_of
+from .format import BLOCK_SIZE, BYTES_PER_BLOCK, DTYPES, RULES, DecodedDType, Rule, name_of
 
 _UINT8 = np.dtype(np.uint8)
 
@@ -21,7 +21,7 @@ _UINT8 = np.dtype(np.uint8)
 def decode(
     blocks: ArrayLike,
     scales: ArrayLike,
-    dtype: DTypeLike | None = None,
+    dtype: DecodedDType | None = None,
     out: NDArray[Any] | None = None,
     backend: str | None = None,
     num_threads: int | None = None,
@@ -64,7 +64,7 @@ def decode(
 
 def encode(
     x: ArrayLike,
-    rule: str = "even",
+    rule: Rule = "even",
     out: MXFP4Array | None = None,
     backend: str | None = None,
     num_threads: int | None = None,

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, overload
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 from .array import MXFP4Array
 from .backends import as_numpy
+from .blocks import BlockArray
 from .checkpoint import Checkpoint
-from .format import BLOCK_SIZE, decoded_dtype
+from .format import BLOCK_SIZE, DecodedDType, decoded_dtype
 from .layouts.table import LAYOUTS
 from .shapes import split
-from .storage.discover import PathLike
+from .storage.discover import IO, PathLike
 from .storage.safetensors import stream_safetensors, write_safetensors
 from .storage.tensorfile import SAFETENSORS_DTYPES
 
@@ -27,9 +28,9 @@ def load_file(
     path: PathLike | Sequence[PathLike],
     device: Any = "cpu",
     *,
-    dtype: DTypeLike | None = None,
+    dtype: DecodedDType | None = None,
     layout: str | None = None,
-    io: str = "mmap",
+    io: IO = "mmap",
 ) -> dict[str, NDArray[Any]]:
     """Return all tensors of a checkpoint, packed ones decoded.
 
@@ -65,8 +66,16 @@ def load_file(
         return found
 
 
+@overload
 def save_file(
-    tensors: Mapping[str, NDArray[Any] | MXFP4Array] | Iterable[tuple[str, NDArray[Any] | MXFP4Array]],
+    tensors: Mapping[str, NDArray[Any] | BlockArray], path: PathLike, metadata: Mapping[str, str] | None = None
+) -> None: ...
+@overload
+def save_file(
+    tensors: Iterable[tuple[str, NDArray[Any] | BlockArray]], path: PathLike, metadata: Mapping[str, str] | None = None
+) -> None: ...
+def save_file(
+    tensors: Mapping[str, NDArray[Any] | BlockArray] | Iterable[tuple[str, NDArray[Any] | BlockArray]],
     path: PathLike,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
@@ -76,9 +85,9 @@ def save_file(
     ----------
     tensors : mapping of str to numpy.ndarray or MXFP4Array, or iterable of such pairs
         Arrays of any strides and byte order, tensors of torch included; those of CuPy are copied to the host. An
-        `MXFP4Array` becomes the pair ``name.blocks`` and ``name.scales``. Tensors of an iterable are written in its
-        order, one at a time, and released; of a mapping, those with the widest elements come first, so that every
-        tensor is aligned.
+        `MXFP4Array` becomes the pair ``name.blocks`` and ``name.scales``, a `ScaledArray` its bfloat16 values. Tensors
+        of an iterable are written in its order, one at a time, and released; of a mapping, those with the widest
+        elements come first, so that every tensor is aligned.
     path : path
         The file appears, or replaces an older one, only when it is complete.
     metadata : mapping of str to str, optional
@@ -118,7 +127,7 @@ def save_file(
     write_safetensors(Path(path), specs, chunks, metadata)
 
 
-def _stored_form(name: str, tensor: NDArray[Any] | MXFP4Array) -> Iterator[tuple[str, NDArray[Any]]]:
+def _stored_form(name: str, tensor: NDArray[Any] | BlockArray) -> Iterator[tuple[str, NDArray[Any]]]:
     """Yield the names and arrays that a tensor is stored as."""
     if isinstance(tensor, MXFP4Array):
         if tensor.start or tensor.shape[-1] % BLOCK_SIZE:

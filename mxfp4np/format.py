@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Hashable
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, get_args
 
 import numpy as np
 
@@ -24,7 +24,9 @@ BLOCK_SIZE: Final = 32
 BYTES_PER_BLOCK: Final = 16
 """Bytes that hold the codes of one block, two codes to a byte."""
 
-ORDERS: Final = ("pairs", "halves")
+Order = Literal["pairs", "halves"]
+
+ORDERS: Final[tuple[Order, ...]] = get_args(Order)
 """Order of a block's elements in its bytes.
 
 ``"pairs"``, in all safetensors layouts: element ``2j`` is the low nibble of byte ``j``, ``2j + 1`` the high one.
@@ -49,11 +51,28 @@ FP4_VALUES: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -
 FP4_BOUNDS: Final = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 """Midpoints between neighbouring E2M1 magnitudes; a midpoint rounds to the even code."""
 
-RULES: Final = ("even", "floor", "rceil", "ceil")
+Rule = Literal["even", "floor", "rceil", "ceil"]
+
+RULES: Final[tuple[Rule, ...]] = get_args(Rule)
 """Rules by which an encoder chooses a block's scale; see `mxfp4np.encode`."""
 
-DTYPES: Final = ("bfloat16", "float16", "float32")
+DecodedName = Literal["bfloat16", "float16", "float32"]
+
+DTYPES: Final[tuple[DecodedName, ...]] = get_args(DecodedName)
 """Names of the dtypes that MXFP4 decodes to, and is encoded from."""
+
+
+class TorchDType(Protocol):
+    """A ``torch.dtype``, for annotations: torch is never imported."""
+
+    @property
+    def is_floating_point(self) -> bool:
+        """Whether its values are floats."""
+        raise NotImplementedError
+
+
+DecodedDType = DecodedName | type[Any] | np.dtype[Any] | TorchDType
+"""What names one of `DTYPES` in an annotation."""
 
 ELEMENTS: Final = {
     "E2M1": None,
@@ -117,13 +136,13 @@ def name_of(dtype: np.dtype[Any]) -> str:
     return dtype.name
 
 
-def as_dtype(dtype: DTypeLike) -> np.dtype[Any]:
+def as_dtype(dtype: DTypeLike | TorchDType) -> np.dtype[Any]:
     """Return the dtype, which may be given by a name that only ml_dtypes knows, such as bfloat16, or as torch's."""
     dtype = _name_of_torch(dtype)
-    return dtype_named(dtype) if isinstance(dtype, str) else np.dtype(dtype)
+    return dtype_named(dtype) if isinstance(dtype, str) else np.dtype(dtype)  # type: ignore[arg-type]
 
 
-def decoded_dtype(dtype: DTypeLike) -> np.dtype[Any]:
+def decoded_dtype(dtype: DTypeLike | TorchDType) -> np.dtype[Any]:
     """Return the NumPy dtype to decode to: bfloat16 of ml_dtypes, float16 or float32, in native byte order.
 
     Raises

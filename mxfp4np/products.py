@@ -7,7 +7,7 @@ file and no tensor name.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -19,7 +19,9 @@ from .shapes import swapped as swapped_shape
 if TYPE_CHECKING:
     from .blocks import BlockArray
 
-ACTIVATIONS = ("float32", "int16")
+Activations = Literal["float32", "int16"]
+
+ACTIVATIONS: Final[tuple[Activations, ...]] = get_args(Activations)
 """What the other factor of a product may be rounded to."""
 
 _FLOAT32 = np.dtype(np.float32)
@@ -30,7 +32,7 @@ def linear(
     packed: BlockArray,
     bias: ArrayLike | None = None,
     out: NDArray[Any] | None = None,
-    activations: str | None = None,
+    activations: Activations | None = None,
     num_threads: int | None = None,
 ) -> NDArray[Any]:
     """Apply a linear layer whose weights stay packed: ``x @ packed.T + bias``.

@@ -12,13 +12,13 @@ from collections.abc import Callable
 from typing import Any, Self
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike, NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from .backends import as_array, backend_for, device_of
 from .backends.threads import check_num_threads
 from .blocks import BlockArray
 from .errors import LayoutError
-from .format import BLOCK_SIZE, ELEMENTS, scale_values
+from .format import BLOCK_SIZE, ELEMENTS, DecodedDType, scale_values
 
 SCALE_DTYPES = ("uint8", "float8_e8m0fnu", "float8_e4m3fn", "float32", "bfloat16", "float16")
 """Of the scales; uint8 is E8M0."""
@@ -233,7 +233,7 @@ class ScaledArray(BlockArray):
 
     def decode(
         self,
-        dtype: DTypeLike | None = None,
+        dtype: DecodedDType | None = None,
         *,
         out: NDArray[Any] | None = None,
         transpose: bool = False,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from .format import DecodedDType
 from .products import Factor, left_matmul, matmul
 from .shapes import swapped
 
@@ -78,7 +79,7 @@ class TransposedArray(Factor):
     def __len__(self) -> int:
         return self.shape[0]
 
-    def decode(self, dtype: DTypeLike | None = None, **options: Any) -> NDArray[Any]:
+    def decode(self, dtype: DecodedDType | None = None, **options: Any) -> NDArray[Any]:
         """Return the values; see `MXFP4Array.decode`."""
         return self.packed.decode(dtype, transpose=True, **options)
 

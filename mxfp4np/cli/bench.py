@@ -25,7 +25,7 @@ from ..backends.threads import default_num_threads
 from ..checkpoint import Checkpoint
 from ..errors import CheckpointError
 from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, decoded_dtype
-from ..products import linear
+from ..products import Activations, linear
 from ..summary import rows
 from ..text import align, count, format_bytes
 from .timing import Run, available_memory, describe, fill, in_turn, machine
@@ -184,7 +184,7 @@ def products(source: Source, threads: int) -> list[dict[str, Any]]:
     if not values:
         return []
 
-    def multiply(activations: str) -> None:
+    def multiply(activations: Activations) -> None:
         for array, x in zip(arrays, vectors, strict=True):
             linear(x, array, activations=activations, num_threads=threads)
 

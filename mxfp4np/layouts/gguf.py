@@ -10,11 +10,12 @@ import functools
 from typing import Any, Final
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 from ..backends import backend_for
 from ..backends.threads import check_num_threads
 from ..blocks import BlockArray
+from ..format import DecodedDType
 
 CHUNK_BYTES: Final = 1 << 20
 """Bytes of float32 values that are decoded at a time."""
@@ -72,7 +73,7 @@ class GGUFArray(BlockArray):
 
     def decode(
         self,
-        dtype: DTypeLike | None = None,
+        dtype: DecodedDType | None = None,
         *,
         out: NDArray[Any] | None = None,
         transpose: bool = False,

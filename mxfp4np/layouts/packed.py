@@ -15,7 +15,7 @@ from numpy.typing import DTypeLike, NDArray
 from ..array import MXFP4Array
 from ..blocks import BlockArray
 from ..errors import LayoutError
-from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, as_dtype, decoded_dtype, dtype_named
+from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, DecodedDType, TorchDType, as_dtype, decoded_dtype, dtype_named
 from ..shapes import basic_indices, full_index, is_advanced
 from ..storage.tensorfile import DTYPES, StoredTensor
 from .gguf import GGUFArray
@@ -45,7 +45,7 @@ class TensorInfo(NamedTuple):
         """Bytes in the files; of the whole tensor if the name stands for half of its rows."""
         return sum(tensor.nbytes for tensor in self.stored)
 
-    def decoded_nbytes(self, dtype: DTypeLike = "bfloat16") -> int:
+    def decoded_nbytes(self, dtype: DecodedDType = "bfloat16") -> int:
         """Return the bytes of the decoded array; for a plain tensor, those in the files."""
         return self.nbytes if self.layout is None else math.prod(self.shape) * decoded_dtype(dtype).itemsize
 
@@ -54,7 +54,7 @@ class TensorInfo(NamedTuple):
         """The dtype, and the format if that is another: ``"U8 (NVFP4)"``."""
         return self.dtype if self.format in (None, self.dtype) else f"{self.dtype} ({self.format})"
 
-    def check_values(self, dtype: DTypeLike | None) -> None:
+    def check_values(self, dtype: DTypeLike | TorchDType | None) -> None:
         """Refuse codes that are not decoded in any dtype but their stored one, in which they are no values.
 
         Raises

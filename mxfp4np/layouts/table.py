@@ -7,19 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import Final, Literal, NamedTuple, get_args
 
-from ..format import BYTES_PER_BLOCK, SCALE_BIAS
+from ..format import BYTES_PER_BLOCK, SCALE_BIAS, Order
 
 Shape = tuple[int, ...]
 
 METADATA: Final = "__metadata__"
 """In place of a file's name: the metadata of the safetensors header, JSON under the tensor's logical name."""
 
-ENCODED_LAYOUTS: Final = ("gpt-oss-hf", "gpt-oss", "compressed-tensors", "mlx")
+EncodedLayout = Literal["gpt-oss-hf", "gpt-oss", "compressed-tensors", "mlx"]
+
+ENCODED_LAYOUTS: Final[tuple[EncodedLayout, ...]] = get_args(EncodedLayout)
 """The layouts to which whole checkpoints are encoded."""
 
-TRANSPOSE: Final = ("auto", "yes", "no")
+Transpose = Literal["auto", "yes", "no"]
+
+TRANSPOSE: Final[tuple[Transpose, ...]] = get_args(Transpose)
 """Whether a converted checkpoint has its matrices transposed; ``"auto"`` if the model that loads it expects that."""
 
 
@@ -72,7 +76,7 @@ class Layout:
     blocks_axis: bool = False
     swizzled: bool = False
     bias: int = 0
-    order: str = "pairs"
+    order: Order = "pairs"
     evidence: tuple[Evidence, ...] = ()
     headers_suffice: bool = True
     gate_up: tuple[str, ...] = ()

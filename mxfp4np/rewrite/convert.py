@@ -10,15 +10,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
-from numpy.typing import DTypeLike
-
 from ..backends import as_numpy
 from ..backends.memory import aligned_empty
 from ..checkpoint import Checkpoint
-from ..format import decoded_dtype
-from ..layouts.table import wants_transpose
+from ..format import DecodedDType, decoded_dtype
+from ..layouts.table import Transpose, wants_transpose
 from ..shapes import swapped
-from ..storage.discover import PathLike
+from ..storage.discover import IO, PathLike
 from ..storage.tensorfile import DTYPES, SAFETENSORS_DTYPES
 from ..text import count, escape, patterns
 from .config import QUANTIZERS_FILES, Change, Source, config_of, decoded_config, kept_metadata, small_files
@@ -80,8 +78,8 @@ def plan_conversion(
     checkpoint: Checkpoint,
     folder: Path,
     source: Source = None,
-    dtype: DTypeLike = "bfloat16",
-    transpose: str = "auto",
+    dtype: DecodedDType = "bfloat16",
+    transpose: Transpose = "auto",
     max_shard_size: int | str = MAX_SHARD_SIZE,
     include: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
@@ -214,14 +212,14 @@ def convert(
     source: PathLike | Sequence[PathLike],
     target: PathLike,
     *,
-    dtype: DTypeLike = "bfloat16",
-    transpose: str = "auto",
+    dtype: DecodedDType = "bfloat16",
+    transpose: Transpose = "auto",
     max_shard_size: int | str = MAX_SHARD_SIZE,
     include: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
     drop: str | Iterable[str] = (),
     layout: str | None = None,
-    io: str = "mmap",
+    io: IO = "mmap",
     device: str = "cpu",
     num_threads: int | None = None,
     task: tuple[int, int] | None = None,

@@ -16,11 +16,11 @@ from ..array import MXFP4Array
 from ..checkpoint import Checkpoint
 from ..codec import encode
 from ..errors import LayoutError
-from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, RULES, SCALE_NAN, dtype_named
+from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, RULES, SCALE_NAN, Rule, dtype_named
 from ..layouts.packed import TensorInfo
-from ..layouts.table import ENCODED_LAYOUTS
+from ..layouts.table import ENCODED_LAYOUTS, EncodedLayout, Transpose
 from ..shapes import place_in_whole, swapped
-from ..storage.discover import PathLike
+from ..storage.discover import IO, PathLike
 from ..storage.tensorfile import DTYPES, element
 from ..text import count, escape, format_bytes, patterns
 from .choose import FORMS, LAYOUT_NAMED, Choice, Left
@@ -70,7 +70,7 @@ class Encoded(Item):
     """A plain tensor to be packed; its outputs are codes and scales."""
 
     transpose: bool
-    rule: str
+    rule: Rule
 
     def chunks(self, checkpoint: Checkpoint, reports: dict[str, Any]) -> Chunks:
         """Yield codes and scales; report the `Errors`."""
@@ -82,7 +82,7 @@ class Encoded(Item):
         reports[self.name] = total
 
 
-def _warm_up(rule: str, dtypes: Iterable[str]) -> None:
+def _warm_up(rule: Rule, dtypes: Iterable[str]) -> None:
     """Encode one block in each way that `Encoded` does."""
     for dtype in dtypes:
         encode(np.zeros(BLOCK_SIZE, dtype_named(dtype)), rule, num_threads=1).decode("float32", num_threads=1)
@@ -113,9 +113,9 @@ def plan_encoding(
     checkpoint: Checkpoint,
     folder: Path,
     source: Source = None,
-    rule: str = RULES[0],
-    layout: str = ENCODED_LAYOUTS[0],
-    transpose: str = "auto",
+    rule: Rule = RULES[0],
+    layout: EncodedLayout = ENCODED_LAYOUTS[0],
+    transpose: Transpose = "auto",
     max_shard_size: int | str = MAX_SHARD_SIZE,
     include: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
@@ -160,7 +160,7 @@ def plan_encoding(
     return Plan(folder, shards, files.written, files.copied, options, checkpoint, warm_up, files.left_out, files.notes)
 
 
-def _encoded(info: TensorInfo, layout: str, rule: str, *, transposed: bool) -> Encoded:
+def _encoded(info: TensorInfo, layout: str, rule: Rule, *, transposed: bool) -> Encoded:
     known = LAYOUT_NAMED[layout]
     *rows, size = swapped(info.shape) if transposed else info.shape
     scales, dtype = (*rows, size // BLOCK_SIZE), known.codes_dtypes[0]
@@ -251,13 +251,13 @@ def encode_checkpoint(
     source: PathLike | Sequence[PathLike],
     target: PathLike,
     *,
-    rule: str = RULES[0],
-    layout: str = ENCODED_LAYOUTS[0],
-    transpose: str = "auto",
+    rule: Rule = RULES[0],
+    layout: EncodedLayout = ENCODED_LAYOUTS[0],
+    transpose: Transpose = "auto",
     max_shard_size: int | str = MAX_SHARD_SIZE,
     include: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
-    io: str = "mmap",
+    io: IO = "mmap",
     num_threads: int | None = None,
     task: tuple[int, int] | None = None,
     resume: bool = False,

@@ -17,10 +17,10 @@ from ..blocks import BlockArray
 from ..checkpoint import Checkpoint
 from ..codec import encode
 from ..errors import CheckpointError, CheckpointWarning, LayoutError, TensorNotFoundError
-from ..format import BLOCK_SIZE, RULES, SCALE_NAN, decoded_dtype
+from ..format import BLOCK_SIZE, RULES, SCALE_NAN, Rule, decoded_dtype
 from ..format import DTYPES as DECODED
 from ..layouts.packed import TensorInfo
-from ..layouts.table import TRANSPOSE, wants_transpose
+from ..layouts.table import TRANSPOSE, Transpose, wants_transpose
 from ..scaled import ScaledArray
 from ..shapes import place_in_whole, split, swapped
 from ..storage.discover import PathLike, repository_hint
@@ -44,8 +44,8 @@ def verify(
     source: PathLike | Sequence[PathLike],
     target: PathLike | None = None,
     *,
-    rule: str | None = None,
-    transpose: str | None = None,
+    rule: Rule | None = None,
+    transpose: Transpose | None = None,
     include: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
     layout: str | None = None,
@@ -237,7 +237,7 @@ def compare_encoded(
     source: Checkpoint,
     target: Checkpoint,
     names: Iterable[str],
-    rule: str,
+    rule: Rule,
     transpose: str,
     num_threads: int | None = None,
     progress: Callable[[Progress], object] = lambda _: None,

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from ..errors import CheckpointError
 from .gguf import GGUF_MAGIC, GGUFFile
@@ -24,6 +24,9 @@ from .safetensors import SafetensorsFile
 from .tensorfile import TensorFile
 
 PathLike = str | os.PathLike[str]
+
+IO = Literal["mmap", "pread"]
+"""How the bytes of files are had: mapped, or read when they are needed."""
 
 ENDINGS: Final = (".safetensors", ".uqff", ".gguf")
 """Of files of weights, in lower case. In a folder, files of the first ending that any has are opened."""
