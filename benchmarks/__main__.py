@@ -2,7 +2,7 @@
 
     python -m pip install '.[bench]'
     python -m pip install --no-deps --ignore-requires-python gpt-oss
-    python -m benchmarks --write README.md
+    python -m benchmarks --write docs/speed.md
     python -m benchmarks --only limits latency encode startup --threads 16 --out DIR
 
 Sections that are not measured keep what the JSON has: ``--only`` alone writes the reports again. `cuda` needs CuPy, the

@@ -80,6 +80,7 @@ def linear(
     Examples
     --------
     >>> import numpy as np
+    >>> from mxfp4np import encode
     >>> packed = encode(np.eye(32, dtype=np.float32))
     >>> linear(np.arange(32.0), packed, bias=np.full(32, 0.5))[:4]
     array([0.5, 1.5, 2.5, 3.5], dtype=float32)

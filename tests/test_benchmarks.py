@@ -10,8 +10,8 @@ import mxfp4np
 from benchmarks import converters, encode, limits, model, peers, report, scaling, startup
 from benchmarks.timing import amount
 
-README = Path(__file__).parent.parent / "README.md"
-RESULTS = README.parent / "benchmarks" / "results" / "results.json"
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "results.json"
 TINY = Namespace(experts=1, rounds=1, threads=2)
 
 
@@ -19,8 +19,8 @@ def rows_of(markdown):
     return [line for line in markdown.splitlines() if line.startswith("|")][2:]
 
 
-def test_the_table_of_the_readme_is_that_of_the_results():
-    results, text = json.loads(RESULTS.read_text()), README.read_text()
+def test_the_table_of_the_page_on_speed_is_that_of_the_results():
+    results, text = json.loads(RESULTS.read_text()), (ROOT / "docs" / "speed.md").read_text()
     assert report.with_table(text, results) == text
     rows = rows_of(text.partition(report.BEGIN)[2].partition(report.END)[0])
     assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == [

@@ -1,4 +1,4 @@
-"""The package as a whole: what importing costs and loads, its documentation, and the README."""
+"""The package as a whole: what importing costs and loads, its docstrings, and its dependencies."""
 
 import doctest
 import importlib
@@ -6,22 +6,18 @@ import inspect
 import json
 import pkgutil
 import re
-import shlex
 import statistics
 import subprocess
 import sys
-import textwrap
 import tomllib
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import mxfp4np
-from mxfp4np.cli import main
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
 HEAVY = {"numba", "llvmlite", "cupy", "torch", "ml_dtypes", "safetensors", "tqdm", "transformers"}
 MODULES = sorted(module.name for module in pkgutil.walk_packages(mxfp4np.__path__, "mxfp4np."))
 
@@ -108,74 +104,10 @@ def test_python_m_runs_the_command_line():
 
 
 def test_the_lowest_versions_tested_are_the_lowest_allowed():
-    tox = README.with_name("tox.ini").read_text()
-    project = tomllib.loads(README.with_name("pyproject.toml").read_text())["project"]
+    tox = (ROOT / "tox.ini").read_text()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     for requirement in [*project["dependencies"], *extras["test"], *extras["gguf"]]:
         name, version = requirement.split(">=")
         pins = re.findall(rf"^    {name}==(\S+)$", tox, re.MULTILINE)
         assert any((pin + ".").startswith(version + ".") for pin in pins), requirement
-
-
-# README
-
-
-def fenced(language, *, cuda=False):
-    """Return the blocks of a language: those of the section on CUDA, or of all others."""
-    sections = re.split(r"^## ", README.read_text(), flags=re.MULTILINE)
-    text = "".join(section for section in sections if section.startswith("CUDA\n") == cuda)
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-
-
-@pytest.fixture
-def demo_folder(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert main(["demo", "--size", "20MB", "--out", "demo"]) == 0
-    capsys.readouterr()
-    return tmp_path
-
-
-@pytest.mark.usefixtures("demo_folder")
-def test_python_examples_of_the_readme_run():
-    namespace = {}
-    examples = fenced("python")
-    assert examples
-    for example in examples:
-        exec(compile(textwrap.dedent(example), "README.md", "exec"), namespace)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not find_spec("cupy"), reason="needs CuPy and an NVIDIA GPU")
-@pytest.mark.usefixtures("demo_folder")
-def test_python_examples_of_the_readme_run_on_a_device():
-    namespace = {}
-    for example in fenced("python"):
-        exec(compile(textwrap.dedent(example), "README.md", "exec"), namespace)
-    (example,) = fenced("python", cuda=True)
-    exec(compile(example, "README.md", "exec"), namespace)
-    assert namespace["weight"].device.id == 0
-    assert np.array_equal(namespace["again"].get(), namespace["weight"].get())
-    assert np.array_equal(namespace["there"].get(), namespace["values"])
-
-
-@pytest.mark.usefixtures("demo_folder")
-def test_commands_of_the_readme_run():
-    ran = 0
-    for block in fenced("sh"):
-        for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
-            if words[:1] == ["mxfp4np"]:
-                if words[1] == "demo":
-                    words += ["--size", "4MB", "--out", f"again{ran}"]
-                assert main(words[1:]) == 0, line
-                ran += 1
-    assert ran >= 4
-
-
-def test_the_two_commands_for_a_fresh_machine_are_what_ci_and_the_reader_run():
-    install, test = fenced("sh")[0].strip().splitlines()
-    assert install == "python -m pip install . && mxfp4np demo"
-    assert test == "python -m pip install tox && python -m tox"
-    ci = README.parent / ".ci" / "run"
-    if ci.exists():
-        assert test in ci.read_text()

@@ -62,8 +62,8 @@ def test_arrays_go_to_torch_without_a_copy():
     with mxfp4np.Checkpoint(DATA / "gpt_oss_hf") as ours:
         array = ours["model.layers.0.mlp.experts.down_proj"]
         assert array.dtype == ml_dtypes.bfloat16
-        readme = Path(__file__).parent.with_name("README.md").read_text()
-        (line,) = (line.strip() for line in readme.splitlines() if line.startswith("    tensor = torch.from_numpy("))
+        page = Path(__file__).parents[1] / "docs" / "howto" / "torch-jax.md"
+        (line,) = (line for line in page.read_text().splitlines() if line.startswith("tensor = torch.from_numpy("))
         names = {"torch": torch, "np": np, "array": array}
         exec(line, names)
         tensor = names["tensor"]

@@ -2,5 +2,5 @@
 
 Headers decide. Where several layouts have the same headers, documents of the tool that wrote them decide; without
 them, nothing is guessed. These modules look at headers and make views; they read no tensor. See
-docs/adding-a-layout.md.
+docs/howto/adding-a-layout.md.
 """

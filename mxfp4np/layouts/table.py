@@ -1,6 +1,6 @@
 """The table of producers: one entry for each way to name and pack MXFP4.
 
-To add one, add its entry to `LAYOUTS`; see docs/adding-a-layout.md. The table knows no file.
+To add one, add its entry to `LAYOUTS`; see docs/howto/adding-a-layout.md. The table knows no file.
 """
 
 from __future__ import annotations
