@@ -1,5 +1,6 @@
 """Settings of Sphinx: see CONTRIBUTING.md. `tox -e docs` builds the pages, and takes warnings for errors."""
 
+import operator
 import os
 import re
 from pathlib import Path
@@ -17,18 +18,36 @@ extensions = [
     "numpydoc",
     "myst_parser",
     "sphinx_copybutton",
-    "sphinxarg.ext",
+    "sphinxcontrib.programoutput",
 ]
 exclude_patterns = ["_build"]
 default_role = "py:obj"
-suppress_warnings = ["myst.domains"]  # sphinx-argparse's domain is incomplete
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(mxfp4np\.)?(backends|storage|layouts|shapes|text)\..*")]
 
-autodoc_typehints = "none"  # numpydoc's sections have the types, and overloads would fill a page
+autodoc_typehints = "none"  # numpydoc's sections have the types of arguments; overloads would fill a page
 autodoc_member_order = "bysource"
 numpydoc_show_class_members = False
 numpydoc_class_members_toctree = False
+numpydoc_xref_param_type = True
+numpydoc_xref_ignore = "all"  # but for these, types are words
+numpydoc_xref_aliases = {
+    "Path": "pathlib.Path",
+    "BackendUnavailableError": "mxfp4np.BackendUnavailableError",
+    "CheckpointError": "mxfp4np.CheckpointError",
+    "CheckpointWarning": "mxfp4np.CheckpointWarning",
+    "Conversion": "mxfp4np.Conversion",
+    "DeviceMemoryError": "mxfp4np.DeviceMemoryError",
+    "Encoding": "mxfp4np.Encoding",
+    "LayoutError": "mxfp4np.LayoutError",
+    "MXFP4Array": "mxfp4np.MXFP4Array",
+    "TensorNotFoundError": "mxfp4np.TensorNotFoundError",
+    "Verification": "mxfp4np.Verification",
+    "bool": "bool",
+    "callable": "collections.abc.Callable",
+    "iterable": "collections.abc.Iterable",
+    "sequence": "collections.abc.Sequence",
+}
 
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
@@ -75,8 +94,24 @@ def relink(text: str, file: Path) -> str:
     return re.sub(r"\]\((?!\w+:|#)([^)\s#]+)(#[^)\s]*)?\)", target, text)
 
 
+def add_type(_: object, what: str, name: str, member: object, __: object, lines: list[str]) -> None:
+    """Put the type of an attribute, as the source has it, before its description: autodoc shows those of overloads too, or none."""
+    *owner, field = name.split(".")[1:]
+    if what == "property":
+        found = member.fget.__annotations__.get("return")
+    elif what == "attribute" and owner:
+        classes = operator.attrgetter(".".join(owner))(mxfp4np).__mro__
+        found = next((x for c in classes if (x := vars(c).get("__annotations__", {}).get(field))), None)
+    else:
+        return
+    if lines and lines[0].startswith("Alias for field"):  # what Python says of a named tuple's fields
+        lines.clear()
+    text = f"``{getattr(found, '__forward_arg__', found)}``"
+    lines[:1] = [f"{text}: {lines[0]}" if lines else text]
+
+
 def setup(app: object) -> None:
-    """Have links adapted in every page, and in every file that a page includes."""
+    """Have links adapted in every page, and in every file that a page includes; add types."""
 
     def read(_: object, name: str, content: list[str]) -> None:
         content[0] = relink(content[0], DOCS / f"{name}.md")
@@ -86,3 +121,4 @@ def setup(app: object) -> None:
 
     app.connect("source-read", read)
     app.connect("include-read", include)
+    app.connect("autodoc-process-docstring", add_type)
