@@ -95,7 +95,7 @@ def relink(text: str, file: Path) -> str:
 
 
 def add_type(_: object, what: str, name: str, member: object, __: object, lines: list[str]) -> None:
-    """Put the type of an attribute, as the source has it, before its description: autodoc shows those of overloads too, or none."""
+    """Put the type of an attribute, as the source has it, before its description."""
     *owner, field = name.split(".")[1:]
     if what == "property":
         found = member.fget.__annotations__.get("return")
