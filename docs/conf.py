@@ -88,7 +88,7 @@ def relink(text: str, file: Path) -> str:
         inside = (file.parent / found[1]).resolve()
         if not inside.is_relative_to(ROOT):
             return found[0]
-        page = PAGES.get(str(inside.relative_to(ROOT)))
+        page = PAGES.get(inside.relative_to(ROOT).as_posix())
         return f"](/{page or os.path.relpath(inside, DOCS)}{found[2] or ''})"
 
     return re.sub(r"\]\((?!\w+:|#)([^)\s#]+)(#[^)\s]*)?\)", target, text)

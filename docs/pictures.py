@@ -199,4 +199,4 @@ PICTURES = {"block": block, "nibbles": nibbles, "rules": rules, "tiles": tiles}
 
 if __name__ == "__main__":
     for name, draw in PICTURES.items():
-        (IMAGES / f"{name}.svg").write_text(draw().svg())
+        (IMAGES / f"{name}.svg").write_text(draw().svg(), "utf-8")

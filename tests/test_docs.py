@@ -25,12 +25,12 @@ PAGES = [README, *sorted(path for path in DOCS.rglob("*.md") if "_build" not in 
 
 
 def names(path):
-    return str(path.relative_to(ROOT if path == README else DOCS))
+    return path.relative_to(ROOT if path == README else DOCS).as_posix()
 
 
 def blocks(path):
     """Return the examples of a page in order: language, line number and text."""
-    text = path.read_text()
+    text = path.read_text("utf-8")
     found = re.finditer(r"^```(python|sh|console)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     return [(block[1], text.count("\n", 0, block.start(2)), block[2]) for block in found]
 
@@ -110,30 +110,30 @@ def test_the_two_commands_for_a_fresh_machine_are_what_ci_and_the_reader_run():
     assert test == "python -m pip install tox && python -m tox"
     ci = ROOT / ".ci" / "run"
     if ci.exists():
-        assert test in ci.read_text()
+        assert test in ci.read_text("utf-8")
 
 
 def test_the_readme_is_read_in_three_minutes():
-    assert len(README.read_text().splitlines()) < 150
+    assert len(README.read_text("utf-8").splitlines()) < 150
 
 
 def anchors(path):
     """Return the anchors of a page's headings, as GitHub and MyST make them."""
-    headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", path.read_text("utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("path", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"], ids=lambda path: path.stem)
 def test_links_lead_somewhere_in_the_repository(path):
-    for target, anchor in re.findall(r"\]\((?!\w+:)([^)\s#]*)(?:#([^)\s]+))?\)", path.read_text()):
+    for target, anchor in re.findall(r"\]\((?!\w+:)([^)\s#]*)(?:#([^)\s]+))?\)", path.read_text("utf-8")):
         other = path.parent / target if target else path
         assert other.exists(), target
         assert not anchor or anchor in anchors(other), f"{target}#{anchor}"
 
 
 def test_the_long_description_has_no_link_into_the_repository():
-    hook = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["metadata"]["hooks"]
-    text = README.read_text()
+    hook = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["hatch"]["metadata"]["hooks"]
+    text = README.read_text("utf-8")
     for rule in hook["fancy-pypi-readme"]["substitutions"]:
         text = re.sub(rule["pattern"], rule["replacement"], text)
     assert "Ten minutes (`docs/start.md`)" in text
@@ -141,7 +141,7 @@ def test_the_long_description_has_no_link_into_the_repository():
 
 
 def test_the_page_on_layouts_names_all_of_them():
-    text = (DOCS / "layouts.md").read_text()
+    text = (DOCS / "layouts.md").read_text("utf-8")
     assert not [layout.name for layout in (*LAYOUTS, *SCALED_LAYOUTS) if layout.name not in text]
 
 
@@ -149,4 +149,4 @@ def test_pictures_are_those_that_the_package_draws():
     drawn = runpy.run_path(str(DOCS / "pictures.py"))
     assert {path.stem for path in (DOCS / "images").iterdir()} == set(drawn["PICTURES"])
     for name, draw in drawn["PICTURES"].items():
-        assert (DOCS / "images" / f"{name}.svg").read_text() == draw().svg(), name
+        assert (DOCS / "images" / f"{name}.svg").read_text("utf-8") == draw().svg(), name
