@@ -80,7 +80,7 @@ class TransposedArray(Factor):
         return self.shape[0]
 
     def decode(self, dtype: DecodedDType | None = None, **options: Any) -> NDArray[Any]:
-        """Return the values; see `MXFP4Array.decode`."""
+        """Return the values; see `mxfp4np.MXFP4Array.decode`."""
         return self.packed.decode(dtype, transpose=True, **options)
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
