@@ -1,5 +1,6 @@
 """The README and the pages in docs/: their examples run, and they name what there is."""
 
+import argparse
 import contextlib
 import doctest
 import io
@@ -12,11 +13,14 @@ from pathlib import Path
 
 import pytest
 
+import mxfp4np
 from mxfp4np.cli import main
+from mxfp4np.cli.commands import parser
 from mxfp4np.layouts.table import LAYOUTS, SCALED_LAYOUTS
 
 ROOT = Path(__file__).parent.parent
 README, DOCS, DATA = ROOT / "README.md", ROOT / "docs", Path(__file__).parent / "data"
+COMMANDS = DOCS / "command-line.md"
 NEEDS = {"howto/gguf-mlx.md": "gguf", "howto/gpu.md": "gpu", "howto/torch-jax.md": "peers"}
 """Pages whose examples need optional packages, and the marker of tests that have them."""
 
@@ -143,6 +147,18 @@ def test_the_long_description_has_no_link_into_the_repository():
 def test_the_page_on_layouts_names_all_of_them():
     text = (DOCS / "layouts.md").read_text("utf-8")
     assert not [layout.name for layout in (*LAYOUTS, *SCALED_LAYOUTS) if layout.name not in text]
+
+
+def test_the_reference_has_every_public_name():
+    text = "".join(path.read_text("utf-8") for path in (DOCS / "reference").glob("*.md"))
+    described = re.findall(r"^\.\. auto\w+:: mxfp4np\.(\w+)$", text, re.MULTILINE)
+    assert not set(mxfp4np.__all__) - {"__version__"} - set(described)
+
+
+def test_the_page_on_the_command_line_has_every_command():
+    (commands,) = (x.choices for x in parser()._actions if isinstance(x, argparse._SubParsersAction))
+    described = re.findall(r"^```\{program-output\} mxfp4np (\w+) --help$", COMMANDS.read_text("utf-8"), re.MULTILINE)
+    assert described == list(commands)
 
 
 def test_pictures_are_those_that_the_package_draws():
