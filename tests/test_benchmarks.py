@@ -4,10 +4,11 @@ import json
 from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import mxfp4np
-from benchmarks import converters, encode, limits, model, peers, report, scaling, startup
+from benchmarks import converters, encode, ggml, limits, model, peers, report, scaling, startup
 from benchmarks.timing import amount
 
 ROOT = Path(__file__).parent.parent
@@ -150,3 +151,20 @@ def test_a_layer_gives_a_row_with_the_memory_of_its_process(tmp_path):
     (line,) = rows_of(report.table("layer", [row]))
     assert line.startswith("| DeepSeek's own: MXFP4, FP8 | 2 | `convert` | 0.0, 0.0 | ")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("order", ["pairs", "halves"])
+def test_ggml_is_given_the_same_weights(order):
+    quants = pytest.importorskip("gguf.quants", reason="needs the gguf extra; tox -e peers has it")
+    rng = np.random.default_rng(0)
+    packed = mxfp4np.MXFP4Array(
+        rng.integers(0, 256, (2, 3, 16), np.uint8), rng.integers(2, 250, (2, 3), np.uint8), order
+    )
+    found = quants.dequantize(ggml.rows_of(packed).reshape(2, -1), quants.GGMLQuantizationType.MXFP4)
+    np.testing.assert_array_equal(found, packed.decode("float32"))
+
+
+def test_ggml_is_left_out_where_it_is_not_built(monkeypatch):
+    monkeypatch.delenv("GGML_LIBRARY", raising=False)
+    with pytest.raises(ImportError, match="GGML_LIBRARY is not set"):
+        ggml.Product([], np.empty((1, 32), np.float32), threads=1)
