@@ -51,7 +51,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--experts", type=int, default=16, help="size of the data: of 33 MB of bfloat16 (default: 16)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=default_num_threads(), help="limits and encode: and one too")
-    parser.add_argument("--folder", type=Path, default=Path.cwd(), help="for large temporary files (default: here)")
+    parser.add_argument(
+        "--folder", type=Path, default=Path.cwd(), help="for temporary files; layer: 17 GB (default: here)"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", metavar="DIR")
     parser.add_argument("--write", type=Path, metavar="FILE", help="put the table of peers between its markers")
     return parser.parse_args()
