@@ -2,6 +2,7 @@
 
 import operator
 import pickle
+from unittest import mock
 
 import ml_dtypes
 import numpy as np
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 
 import mxfp4np
 from mxfp4np import LayoutError, ScaledArray
+from mxfp4np.backends.cpu import driver as cpu
+from mxfp4np.backends.cpu import launch
 from mxfp4np.format import FP4_VALUES
 
 DTYPES = ["bfloat16", "float16", "float32"]
@@ -104,6 +107,26 @@ def test_every_code_under_every_scale(kind, dtype, element, backend, width):
     codes = np.broadcast_to(codes, (len(scales), 256))
     array = ScaledArray(codes, scales, element, (1, width))
     assert_same_bits(array.decode(dtype, backend=backend), oracle(codes, scales, element, dtype, (1, width)))
+
+
+@pytest.mark.parametrize("element", ["E2M1", "E4M3", "E5M2"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_that_are_looked_up(kind, dtype, element, monkeypatch):
+    monkeypatch.setattr(cpu, "LOOKUP_VALUES", 1)
+    monkeypatch.setattr(cpu, "LOOKUP_TIMES", 2)
+    tables = mock.Mock(wraps=cpu.aligned_empty)
+    monkeypatch.setattr(cpu, "aligned_empty", tables)
+    scales = KINDS[kind]
+    codes = np.broadcast_to(np.tile(np.arange(256, dtype=np.uint8), 4), (scales.size, 1024))
+    length = 2048 if element == "E2M1" else 1024
+    width = length if scales.itemsize > 1 else 16 if element == "E2M1" else 32
+    scales = scales[(np.arange(scales.size)[:, None] + np.arange(length // width)) % scales.size]
+    array, expected = ScaledArray(codes, scales, element, (1, width)), oracle(codes, scales, element, dtype, (1, width))
+    assert_same_bits(array.decode(dtype), expected)
+    assert tables.call_count == (dtype != "float32" and launch.instruction_set() == "avx512")
+    assert_same_bits(array.decode(dtype, transpose=True), expected.T)
+    assert_same_bits(array[1:, 35:-7].decode(dtype), expected[1:, 35:-7])
 
 
 @every_backend

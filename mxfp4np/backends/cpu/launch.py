@@ -28,17 +28,23 @@ CHUNK_BLOCKS: Final = 1 << 11, 1 << 18
 
 def instruction_set() -> str:
     """Return the instruction set that kernels are compiled to: what Numba's code generator reports."""
+    return _target()[0]
+
+
+def _target() -> tuple[str, bool]:
+    """Return the instruction set, and whether it widens float16 to float32. Numba takes 0.1 ms to report it."""
     check_numba()
 
-    def find() -> str:
+    def find() -> tuple[str, bool]:
         from numba.core.registry import cpu_target
 
         from .simd import target_of
 
-        target: str = target_of(cpu_target.target_context)  # type: ignore[no-untyped-call]
-        return target
+        name: str = target_of(cpu_target.target_context)  # type: ignore[no-untyped-call]
+        _, _, features = cpu_target.target_context.codegen().magic_tuple()
+        return name, name == "neon" or "+f16c" in features.split(",")
 
-    target: str = build_once("instruction set", find)
+    target: tuple[str, bool] = build_once("target", find)
     return target
 
 
@@ -57,13 +63,9 @@ def worker_pool() -> Pool:
 def has_half_precision() -> bool:
     """Tell whether the processor widens float16 to float32, as the kernels for elements with scales need."""
     try:
-        target = instruction_set()
+        return _target()[1]
     except BuilderBusyError:
         return False
-    from numba.core.registry import cpu_target
-
-    _, _, features = cpu_target.target_context.codegen().magic_tuple()
-    return target == "neon" or "+f16c" in features.split(",")
 
 
 def table_fields(name: str, rule: str | None = None) -> dict[str, int]:

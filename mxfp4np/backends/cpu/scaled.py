@@ -2,7 +2,8 @@
 
 They compute value = code * factor in float32, rounded to the output's dtype. 32 codes at a time become float16 numbers,
 which processors widen to float32: E5M2 is the upper byte of a float16, E4M3 is one shifted, 256 times too small, and
-the codes of E2M1 are looked up as E5M2. Factors are float32, or bytes for which a table has them.
+the codes of E2M1 are looked up as E5M2. Factors are float32, or bytes for which a table has them. Or a table has the
+results, as `mxfp4np.backends.cpu.lookup` says.
 
 A unit is a block of 32 elements, at the end of a row perhaps fewer. `mxfp4np.backends.cpu.geometry` describes jobs.
 """
@@ -20,6 +21,7 @@ from numba.extending import intrinsic
 
 from .decode import BATCH, codes_of_block, row_addresses, scatter
 from .geometry import COLUMN_ROWS, SCALED_JOB
+from .lookup import by_lines
 from .simd import (
     I8,
     I16,
@@ -33,6 +35,7 @@ from .simd import (
     copy_run,
     inner,
     load,
+    load_float32,
     load_uint8,
     prefetch,
     repeated,
@@ -135,40 +138,45 @@ def is_small(factor):
     return abs(factor) <= MOST
 
 
-@intrinsic
-def load_float32(typingctx, address):
-    """Read a float32 at an address of any alignment."""
+def by_factors(element, dtype, has_table, streaming):
+    """Return the functions that find the factor of the scale at an address, and decode a block by those of its halves.
 
-    def codegen(context, builder, signature, args):
-        return load(builder, args[0], FLOAT)
-
-    return types.float32(types.int64), codegen
-
-
-def factor_loader(has_table):
-    """Return the function that reads the factor of a scale at an address."""
+    With ``has_table``, a scale is a byte for which the table has a factor; otherwise, a factor.
+    """
     if has_table:
 
         @inner
-        def factor(job, address):
+        def find(job, address):
             return load_float32(job.table + 4 * load_uint8(address))
 
     else:
 
         @inner
-        def factor(job, address):
+        def find(job, address):
             value = load_float32(address)
             return float32(math.nan) if math.isnan(value) else value  # NaN whose low bits are zeros
 
-    return factor
+    @inner
+    def decode(block, one, other, values):
+        if is_small(one) and is_small(other):
+            decode_elements(block, one, other, values, element, dtype, True, streaming)
+        else:
+            decode_elements(block, one, other, values, element, dtype, False, streaming)
+
+    return find, decode
 
 
-def decode_scaled_rows(element, dtype, has_table, streaming):
+def methods(element, dtype, has_table, has_lines, streaming):
+    """Return the functions of `by_lines` or of `by_factors`."""
+    return by_lines(element, has_table, streaming) if has_lines else by_factors(element, dtype, has_table, streaming)
+
+
+def decode_scaled_rows(element, dtype, has_table, has_lines, streaming):
     """Return the kernel that decodes to rows of whole blocks with contiguous elements.
 
     Streaming needs rows that are aligned to cache lines.
     """
-    factor = factor_loader(has_table)
+    find, decode = methods(element, dtype, has_table, has_lines, streaming)
     codes_step, values_step = 16 if element == "E2M1" else 32, 128 if dtype == "float32" else 64
 
     def kernel(pointer, start, stop):
@@ -185,11 +193,7 @@ def decode_scaled_rows(element, dtype, has_table, streaming):
                 scale += 2 * begin * scales_step
                 for _ in range(begin, end):
                     prefetch(block + distance)
-                    one, other = factor(job, scale), factor(job, scale + scales_step)
-                    if is_small(one) and is_small(other):
-                        decode_elements(block, one, other, value, element, dtype, True, streaming)
-                    else:
-                        decode_elements(block, one, other, value, element, dtype, False, streaming)
+                    decode(block, find(job, scale), find(job, scale + scales_step), value)
                     block += codes_step
                     scale += 2 * scales_step
                     value += values_step
@@ -199,18 +203,12 @@ def decode_scaled_rows(element, dtype, has_table, streaming):
                 g = begin
                 while g < end:
                     same = min(end, g + per_scale - within)
-                    one = factor(job, scale)
-                    if is_small(one):
-                        for _ in range(g, same):
-                            prefetch(block + distance)
-                            decode_elements(block, one, one, value, element, dtype, True, streaming)
-                            block += codes_step
-                            value += values_step
-                    else:
-                        for _ in range(g, same):
-                            decode_elements(block, one, one, value, element, dtype, False, streaming)
-                            block += codes_step
-                            value += values_step
+                    one = find(job, scale)
+                    for _ in range(g, same):
+                        prefetch(block + distance)
+                        decode(block, one, one, value)
+                        block += codes_step
+                        value += values_step
                     scale += scales_step
                     within = 0
                     g = same
@@ -221,33 +219,33 @@ def decode_scaled_rows(element, dtype, has_table, streaming):
     return kernel
 
 
-def block_decoder(element, dtype, has_table):
+def block_decoder(element, dtype, has_table, has_lines):
     """Return the function that decodes block ``g`` of a row to 32 elements, and reads nothing beyond the row."""
-    factor = factor_loader(has_table)
+    find, decode = methods(element, dtype, has_table, has_lines, False)
     codes_step = 16 if element == "E2M1" else 32
 
     @inner
     def decode_one(job, codes, scales, g, values):
         if job.blocks_per_scale == 0:
             scale = scales + 2 * g * job.scales_step
-            one = factor(job, scale)
-            other = factor(job, scale + job.scales_step) if 32 * g + 16 < job.skip + job.length else one
+            one = find(job, scale)
+            other = find(job, scale + job.scales_step) if 32 * g + 16 < job.skip + job.length else one
         else:
-            one = factor(job, scales + (job.first_block + g) // job.blocks_per_scale * job.scales_step)
+            one = find(job, scales + (job.first_block + g) // job.blocks_per_scale * job.scales_step)
             other = one
         block, left = codes + g * codes_step, job.row_bytes - g * codes_step
         if left < codes_step:
             padded = stack_buffer(32)
             copy_run(block, padded, left, False)
             block = padded
-        decode_elements(block, one, other, values, element, dtype, False, False)
+        decode(block, one, other, values)
 
     return decode_one
 
 
-def decode_scaled_any_rows(element, dtype, has_table, streaming):
+def decode_scaled_any_rows(element, dtype, has_table, has_lines, streaming):
     """Return the kernel for rows that begin or end inside a block, or have any strides."""
-    decode_one = block_decoder(element, dtype, has_table)
+    decode_one = block_decoder(element, dtype, has_table, has_lines)
     block_bytes = 128 if dtype == "float32" else 64
     buffer_bytes = BATCH * block_bytes
 
@@ -269,12 +267,12 @@ def decode_scaled_any_rows(element, dtype, has_table, streaming):
     return kernel
 
 
-def decode_scaled_columns(element, dtype, has_table):
+def decode_scaled_columns(element, dtype, has_table, has_lines):
     """Return the kernel that decodes to transposed values.
 
     A unit is one block of each row in a group of `COLUMN_ROWS`.
     """
-    decode_one = block_decoder(element, dtype, has_table)
+    decode_one = block_decoder(element, dtype, has_table, has_lines)
     size = 4 if dtype == "float32" else 2
     buffer_bytes = COLUMN_ROWS * 32 * size
 

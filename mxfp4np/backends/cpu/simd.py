@@ -161,7 +161,8 @@ def _loader(numba_type, llvm_type):
     return load_number
 
 
-load_uint8, load_uint16 = _loader(types.uint8, I8), _loader(types.uint16, I16)
+load_uint8, load_uint16, load_uint32 = _loader(types.uint8, I8), _loader(types.uint16, I16), _loader(types.uint32, I32)
+load_float32 = _loader(types.float32, ir.FloatType())
 
 
 @intrinsic

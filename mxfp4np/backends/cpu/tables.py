@@ -17,6 +17,21 @@ EXPONENT_BIAS: Final = {"bfloat16": 127, "float16": 15}
 NORMAL_SCALES: Final = {"bfloat16": (2, 252), "float16": (114, 140)}
 """The first and last scale with which no value is subnormal, infinite or NaN."""
 
+LINE_VALUES: Final = {"E2M1": 16, "E4M3": 128, "E5M2": 128}
+"""Values of a line of `mxfp4np.backends.cpu.lookup`: of all codes, or of those without a sign."""
+
+
+def line_codes(element: str) -> NDArray[np.uint8]:
+    """Return the codes whose values are a line: those of E2M1 two to a byte.
+
+    Examples
+    --------
+    >>> [hex(code) for code in line_codes("E2M1")[:3]]
+    ['0x10', '0x32', '0x54']
+    """
+    codes = np.arange(LINE_VALUES[element], dtype=np.uint8)
+    return codes[::2] | (codes[1::2] << np.uint8(4)) if element == "E2M1" else codes
+
 
 def word_name(dtype: np.dtype[Any]) -> str:
     """Return the dtype of the words that tables hold for a dtype: of a float32, these are its upper 16 bits."""
@@ -25,8 +40,7 @@ def word_name(dtype: np.dtype[Any]) -> str:
 
 def decode_table(name: str) -> NDArray[np.uint8]:
     """Return the table that `mxfp4np.backends.cpu.decode` describes, of bfloat16 or float16."""
-    codes = np.arange(0, 16, 2, dtype=np.uint8) | (np.arange(1, 16, 2, dtype=np.uint8) << 4)
-    blocks = np.broadcast_to(np.tile(codes, 2), (256, 1, BYTES_PER_BLOCK))
+    blocks = np.broadcast_to(np.tile(line_codes("E2M1"), 2), (256, 1, BYTES_PER_BLOCK))
     values = np.empty((256, BLOCK_SIZE), decoded_dtype(name))
     ReferenceBackend().decode(blocks, np.arange(256, dtype=np.uint8)[:, None], values)
     words = values[:, :16].copy().view("<u2")
