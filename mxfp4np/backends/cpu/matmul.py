@@ -117,6 +117,7 @@ def multiply(rows_at_once, vectors, lanes):
                 for g in range(begin, min(begin + STRETCH, job.blocks_per_row)):
                     if g % 4 == 0:
                         prefetch(block + distance)
+                        prefetch(scale + distance // 16)
                         if rows_at_once > 1:
                             prefetch(block + codes_row + distance)
                     sums = multiply_blocks(table, block, codes_row, scale, scales_row, x, sums, vectors)
@@ -226,7 +227,7 @@ def multiply_integers(adjacent):
 
     def kernel(pointer, start, stop):
         job = carray(pointer, 1)[0]
-        buffer, scales_step = stack_buffer(buffer_bytes), job.scales_step
+        buffer, scales_step, distance = stack_buffer(buffer_bytes), job.scales_step, job.prefetch_distance
         codes_step = 16 if adjacent else job.codes_step
         for row in range(start, stop):
             block, scale = job.codes + row * job.codes_row, job.scales + row * job.scales_row
@@ -236,7 +237,8 @@ def multiply_integers(adjacent):
                 count, factor = min(FACTORS, job.blocks_per_row - begin), buffer
                 factors_of_stretch(scale, scales_step, factors, count, buffer)
                 for _ in range(count // 4):
-                    prefetch(block + job.prefetch_distance)
+                    prefetch(block + distance)
+                    prefetch(scale + distance // 16)
                     sums = multiply_two_blocks(block, block + codes_step, factor, x, sums)
                     block += 2 * codes_step
                     sums = multiply_two_blocks(block, block + codes_step, factor + 8, x + 128, sums)

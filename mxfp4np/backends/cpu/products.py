@@ -16,8 +16,8 @@ from .geometry import PRODUCT_JOB
 from .launch import instruction_set, run_units
 from .tables import decode_table, value_table
 
-PREFETCH_BYTES: Final = 2048
-"""The prefetch distance."""
+PREFETCH_BYTES: Final = {"float32": 4096, "int16": 2048}
+"""The prefetch distance, by activations: what is best on Sapphire Rapids with many threads, and on Zen 4 with one."""
 
 READ_AHEAD: Final = 4096
 """The prefetch distance of `read`, which is faster than any product."""
@@ -50,7 +50,7 @@ def multiply(
         "table": 0,
         "values_row": out.strides[0],
         "values_step": out.strides[1],
-        "prefetch_distance": PREFETCH_BYTES,
+        "prefetch_distance": PREFETCH_BYTES["float32"],
     }
     if activations == "int16" and x.shape[1] == 1 and _multiply_integers(job, x, out, order, num_threads):
         return True
@@ -89,6 +89,7 @@ def _multiply_integers(
         return False
     integers, factors, power = ready
     job = job | {"x": address_of(integers), "factors": address_of(factors), "values": address_of(out)}
+    job["prefetch_distance"] = PREFETCH_BYTES["int16"]
     kernel = "matmul", "multiply_integers", job["codes_step"] == BYTES_PER_BLOCK
     if not run_units(kernel, job, PRODUCT_JOB, job["rows"], job["blocks_per_row"], num_threads):
         return False
