@@ -83,3 +83,27 @@ def test_another_thread_may_run_a_command():
     thread.start()
     thread.join()
     assert statuses == [2]
+
+
+@pytest.mark.parametrize("how", ["during", "because"])
+def test_an_error_of_what_was_interrupted_is_an_interrupt(monkeypatch, capsys, how):
+    def command(_):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt as error:
+            raise AttributeError("what an interrupt left half done") from (error if how == "because" else None)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr(commands, "_verify", command)
+    assert main(["verify", "x"]) == 130
+    assert capsys.readouterr().err == "mxfp4np: interrupted\n"
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_error_that_nothing_interrupted_is_raised(monkeypatch):
+    def command(_):
+        raise AttributeError("a mistake of ours")
+
+    monkeypatch.setattr(commands, "_verify", command)
+    with pytest.raises(AttributeError, match="ours"):
+        main(["verify", "x"])

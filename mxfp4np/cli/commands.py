@@ -24,7 +24,7 @@ from ..errors import CheckpointWarning, MXFP4Error
 from ..format import DTYPES, RULES
 from ..layouts.table import ENCODED_LAYOUTS, TRANSPOSE
 from ..text import as_json, escape, format_bytes, parse_bytes
-from .signals import EndedError, raising_first
+from .signals import ended_by, raising_first
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -377,17 +377,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # nobody reads our output any more
         _discard_output()
         return 0
-    except EndedError as error:
-        message, status = str(error), error.status
-    except KeyboardInterrupt:
-        message, status = "interrupted", 130
-    except (MXFP4Error, ValueError, IndexError) as error:
-        message, status = str(error), 2
-    except MemoryError as error:
-        message, status = f"out of memory: {error or 'ask for less at a time'}", 2
-    except OSError as error:
-        message, status = f"{error.filename}: {error.strerror}" if error.filename else str(error), 2
-        _discard_output()
+    except BaseException as error:
+        if (ended := ended_by(error)) is not None:
+            message, status = ended
+        elif isinstance(error, MXFP4Error | ValueError | IndexError):
+            message, status = str(error), 2
+        elif isinstance(error, MemoryError):
+            message, status = f"out of memory: {error or 'ask for less at a time'}", 2
+        elif isinstance(error, OSError):
+            message, status = f"{error.filename}: {error.strerror}" if error.filename else str(error), 2
+            _discard_output()
+        else:
+            raise
     print(f"mxfp4np: {escape(message)}", file=sys.stderr)
     return status
 

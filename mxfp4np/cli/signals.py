@@ -20,6 +20,20 @@ class EndedError(KeyboardInterrupt):
         self.status = 128 + number
 
 
+def ended_by(error: BaseException) -> tuple[str, int] | None:
+    """Return the message and status for a signal that an exception comes from, or None if it comes from none.
+
+    What a signal interrupts may raise something else on its way out: argparse an AttributeError, and Python 3.11 a
+    RuntimeError out of __set_name__.
+    """
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, KeyboardInterrupt):
+        cause = cause.__cause__ or cause.__context__
+    if cause is None:
+        return None
+    return (str(cause), cause.status) if isinstance(cause, EndedError) else ("interrupted", 128 + signal.SIGINT)
+
+
 @contextmanager
 def raising_first() -> Iterator[None]:
     """Raise `EndedError` in the main thread when the first signal comes; another one then ends the process at once.
