@@ -1,11 +1,13 @@
-"""Products with packed weights on the CPU, compared with reading their bytes, and with NumPy's product of decoded ones.
+"""Products with packed weights on the CPU, compared with reading their bytes, with ggml, and with NumPy on decoded ones.
 
-`read` loads the packed bytes and multiplies nothing.
+`read` loads the packed bytes and multiplies nothing. ggml is compared where it has been built; see `benchmarks.ggml`.
+After a product of NumPy's, all runs wait: the threads of its BLAS stay busy for a while.
 """
 
 from __future__ import annotations
 
 import tempfile
+import time
 from argparse import Namespace
 from collections.abc import Iterator
 from functools import partial
@@ -14,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 import mxfp4np
+from benchmarks import ggml
 from benchmarks.timing import Row, Subject, compare, repeated
 from mxfp4np.backends.cpu.products import read
 from mxfp4np.cli.timing import Run, machine
@@ -50,12 +53,25 @@ def of_one_vector(packed: mxfp4np.MXFP4Array, options: Namespace, threads: int) 
         for name, floor in floors.items()
     ]
     yield from compare(limit, subjects, options.rounds, threads)
+    yield from of_ggml(packed, options, threads)
     expert = packed[ROWS : 2 * ROWS]
     for name in floors:
         whole = product(packed, 1, threads, name), packed.nbytes
         run = repeated(product(expert, 1, threads, name), options.experts)
         subject = Subject("one expert : many, per byte", name, run, options.experts * expert.nbytes, floor=1 / 1.3)
         yield from compare(whole, [subject], options.rounds, threads)
+
+
+def of_ggml(packed: mxfp4np.MXFP4Array, options: Namespace, threads: int) -> Iterator[Row]:
+    """Compare with ggml's kernel for repacked weights, whose activations have 8 bits."""
+    x = np.random.default_rng(1).standard_normal((1, COLUMNS), np.float32)
+    try:
+        peer = ggml.Product([packed], x, threads=threads, repack=True)
+    except ImportError:
+        return
+    for name, floor in (("float32", None), ("int16", 1.1)):
+        subject = Subject("one vector : ggml, repacked", name, product(packed, 1, threads, name), packed.nbytes, floor)
+        yield from compare((peer, packed.nbytes), [subject], options.rounds, threads)
 
 
 def of_some_vectors(packed: mxfp4np.MXFP4Array, options: Namespace, threads: int) -> Iterator[Row]:
@@ -89,4 +105,5 @@ def of_many_vectors(packed: mxfp4np.MXFP4Array, options: Namespace) -> Iterator[
         work = vectors * packed.size
         limit: Run = partial(np.matmul, x, weights.T, out=out)
         subject = Subject(f"{vectors} vectors : NumPy, decoded", "float32", product(packed, vectors), work, floor)
-        yield from compare((limit, work), [subject], options.rounds, options.threads)
+        wait = partial(time.sleep, 0.1)
+        yield from compare((limit, work), [subject], options.rounds, options.threads, before=wait)
