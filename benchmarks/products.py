@@ -1,4 +1,4 @@
-"""Products with packed weights on the CPU, compared with reading their bytes, with ggml, and with NumPy on decoded ones.
+"""Products with packed weights on the CPU, beside reading their bytes, ggml, and NumPy with decoded weights.
 
 `read` loads the packed bytes and multiplies nothing. ggml is compared where it has been built; see `benchmarks.ggml`.
 After a product of NumPy's, all runs wait: the threads of its BLAS stay busy for a while.

@@ -60,25 +60,16 @@ def elements_of(nibbles: Sequence[int], order: str) -> NDArray[np.intp]:
     return places if order == "halves" else places // 32 * 32 + 2 * (places % 16) + places % 32 // 16
 
 
-def floats(x: NDArray[np.float32], elements: NDArray[np.intp], vectors: int) -> NDArray[np.float32]:
-    """Return vectors block by block, of each block one vector after another, padded with zeros to their number.
+def in_order(x: NDArray[np.float32], elements: NDArray[np.intp]) -> NDArray[np.float32]:
+    """Return vectors, of shape (M, G, 32), from x, (32 * G, M), with the elements of each block in another order."""
+    return np.ascontiguousarray(x.T).reshape(x.shape[1], -1, BLOCK_SIZE)[:, :, elements]
 
-    Parameters
-    ----------
-    x : (32 * G, M) float32
-        ``M`` is at most ``vectors``.
-    elements : (32,) int
-        The order of a block's elements.
-    vectors : int
 
-    Returns
-    -------
-    (G, vectors, 32) float32
-    """
-    blocks = x.reshape(-1, BLOCK_SIZE, x.shape[1])
-    out = aligned_empty((len(blocks), vectors, BLOCK_SIZE), np.dtype(np.float32))
-    out[:, : x.shape[1]] = blocks[:, elements].swapaxes(1, 2)
-    out[:, x.shape[1] :] = 0
+def together(vectors: NDArray[np.float32], count: int) -> NDArray[np.float32]:
+    """Return vectors, of shape (M, G, 32), block by block: (G, count, 32), with zeros for those that are missing."""
+    out = aligned_empty((vectors.shape[1], count, BLOCK_SIZE), np.dtype(np.float32))
+    out[:, : len(vectors)] = vectors.swapaxes(0, 1)
+    out[:, len(vectors) :] = 0
     return out
 
 

@@ -199,14 +199,13 @@ def store_factors(typingctx, scales, factors, target, count):
 @inner
 def factors_of_stretch(scale, scales_step, factors, count, target):
     """Write the factors of ``count`` blocks, and a zero after them."""
-    g = 0
-    while g < count:
-        if scales_step == 1 and g + FACTORS_AT_ONCE <= count:
+    if scales_step == 1 and count >= FACTORS_AT_ONCE:
+        for begin in range(0, count, FACTORS_AT_ONCE):
+            g = min(begin, count - FACTORS_AT_ONCE)
             store_factors(scale + g, factors + 4 * g, target + 4 * g, FACTORS_AT_ONCE)
-            g += FACTORS_AT_ONCE
-        else:
+    else:
+        for g in range(count):
             store_factors(scale + g * scales_step, factors + 4 * g, target + 4 * g, 1)
-            g += 1
     store_zero(target + 4 * count)
 
 

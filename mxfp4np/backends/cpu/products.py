@@ -59,24 +59,22 @@ def multiply(
         table = build_once("value table", lambda: value_table() if target == "avx512" else decode_table("bfloat16"))
     except BuilderBusyError:
         return False
-    elements = prepared.value_elements(target, order)
+    everything = prepared.in_order(x, prepared.value_elements(target, order))
     step = VECTORS_AT_ONCE.get(target, 4)
     for begin in range(0, x.shape[1], step):
-        some = x[:, begin : begin + step]
-        vectors = 1 << (some.shape[1] - 1).bit_length()
+        some = everything[begin : begin + step]
+        vectors = 1 << (len(some) - 1).bit_length()
         rows_at_once, lanes = (1, 32) if vectors == 1 else (2, 16 if target == "avx512" else 8)
-        padded = (
-            np.empty((len(out), vectors), np.float32) if vectors > some.shape[1] else out[:, begin : begin + vectors]
-        )
-        ready = prepared.floats(some, elements, vectors)
+        padded = np.empty((len(out), vectors), np.float32) if vectors > len(some) else out[:, begin : begin + vectors]
+        ready = prepared.together(some, vectors)
         job |= {"x": address_of(ready), "values": address_of(padded), "table": address_of(table)}
         job |= {"values_row": padded.strides[0], "values_step": padded.strides[1]}
         kernel = "matmul", "multiply", rows_at_once, vectors, lanes
         units, blocks_of_unit = -(-job["rows"] // rows_at_once), rows_at_once * job["blocks_per_row"]
         if not run_units(kernel, job, PRODUCT_JOB, units, blocks_of_unit, num_threads):
             return False
-        if vectors > some.shape[1]:
-            out[:, begin : begin + step] = padded[:, : some.shape[1]]
+        if vectors > len(some):
+            out[:, begin : begin + step] = padded[:, : len(some)]
     return True
 
 
