@@ -20,9 +20,6 @@ from .shapes import full_index, split, swapped
 from .text import parse_bytes
 from .transposed import TransposedArray
 
-TILE_BYTES = 4 << 20
-"""Of decoded rows that are multiplied at a time: they stay in the cache."""
-
 _Array = TypeVar("_Array", bound="BlockArray")
 
 
@@ -244,7 +241,7 @@ class BlockArray(Factor):
         tile : (rows, K) array of float32
         """
         rows, columns = self.shape
-        step = max(1, min(rows, TILE_BYTES // max(1, 4 * columns)))
+        step = max(1, min(rows, impl.tile_bytes // max(1, 4 * columns)))
         memory = impl.empty((step, columns), np.dtype(np.float32))
         for begin in range(0, rows, step):
             part = self[begin : begin + step]

@@ -125,6 +125,11 @@ class Backend(Protocol):
         ...
 
     @property
+    def tile_bytes(self) -> int:
+        """Bytes of rows, decoded to float32, that are multiplied at a time beyond `most_vectors`."""
+        ...
+
+    @property
     def most_vectors(self) -> int:
         """The largest M for which `matmul` is to be used: beyond it, products of decoded weights are as fast."""
         ...

@@ -19,6 +19,8 @@ ALIGNMENT = 64
 class HostBackend:
     """What backends share whose arrays are NumPy's."""
 
+    tile_bytes = 4 << 20  # they stay in the cache
+
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         return aligned_empty(shape, dtype)
 

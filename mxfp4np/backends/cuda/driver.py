@@ -13,7 +13,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,14 +24,18 @@ from ...shapes import split
 from ..cpu.driver import KERNEL_ELEMENTS
 from ..memory import ALIGNMENT, check_shapes, is_transposed, merged_axes, scales_by_row, type_of
 from ..threads import default_num_threads
-from . import kernels, scaled
+from . import kernels, matmul, scaled
 from .cupy import first_line, working_cupy
 from .kernels import ROW_AXES, ROWS, THREADS, VALUES, VECTORS
+from .matmul import BYTES_PER_STEP, MOST_VECTORS, STEP, THREADS_PER_STEP, TILE
 from .scaled import SCALED_VECTORS
 from .staging import Part, parts_of, pinned, transfer
 
 STAGED_BYTES: Final = 128 << 20
 """Packed bytes of the host that are decoded at a time. The device needs memory for twice that."""
+
+TILE_BYTES: Final = 256 << 20
+"""Bytes of decoded rows that cuBLAS multiplies at a time: much longer than it takes to launch a kernel."""
 
 MAX_VECTORS: Final = (1 << 31) - 1
 """Vectors that `decode_rows` writes at most, since it counts them in 32 bits."""
@@ -136,23 +140,37 @@ class CUDABackend:
     def _decode_staged(
         self, blocks: NDArray[np.uint8], scales: NDArray[np.uint8], out: Any, start: int, halves: bool, threads: int
     ) -> None:
-        """Decode from host memory, part by part, through two buffers on the device that are used in turn."""
+        """Decode from host memory, part by part."""
+
+        def decode(index: Any, codes: Any, scale_bytes: Any) -> None:
+            begin, end = (BLOCK_SIZE * at - start for at in (index[-1].start, index[-1].stop))
+            target = out[(*index[:-1], slice(max(0, begin), min(end, out.shape[-1])))]
+            _decode(codes, scale_bytes, target, max(0, -begin), halves)
+
         indices = list(split(scales.shape, 1 + BYTES_PER_BLOCK, STAGED_BYTES, (ROWS, 1)))
+        self._use_staged(blocks, scales, indices, decode, threads)
+
+    def _use_staged(
+        self,
+        blocks: NDArray[np.uint8],
+        scales: NDArray[np.uint8],
+        indices: list[Any],
+        use: Callable[[Any, Any, Any], None],
+        threads: int,
+    ) -> None:
+        """Queue the use of packed bytes of the host, part by part, through two buffers on the device in turn."""
         largest = scales[indices[0]].size * (BYTES_PER_BLOCK + 1)
         buffers = [self.empty((largest,), _UINT8) for _ in indices[:2]]
 
-        def decode(index: Any, shape: tuple[int, ...], buffer: Any) -> None:
-            span, count = index[-1], math.prod(shape)
+        def queue(index: Any, shape: tuple[int, ...], buffer: Any) -> None:
+            count = math.prod(shape)
             codes = buffer[: BYTES_PER_BLOCK * count].reshape(*shape, BYTES_PER_BLOCK)
-            scale_bytes = buffer[BYTES_PER_BLOCK * count :][:count].reshape(shape)
-            begin, end = BLOCK_SIZE * span.start - start, BLOCK_SIZE * span.stop - start
-            target = out[(*index[:-1], slice(max(0, begin), min(end, out.shape[-1])))]
-            _decode(codes, scale_bytes, target, max(0, -begin), halves)
+            use(index, codes, buffer[BYTES_PER_BLOCK * count :][:count].reshape(shape))
 
         def parts() -> Iterator[Part]:
             for index, buffer in zip(indices, itertools.cycle(buffers), strict=False):
                 codes, scale_bytes = blocks[index], scales[index]
-                yield Part(buffer.data.ptr, [codes, scale_bytes], partial(decode, index, scale_bytes.shape, buffer))
+                yield Part(buffer.data.ptr, [codes, scale_bytes], partial(queue, index, scale_bytes.shape, buffer))
 
         transfer(parts(), threads)
 
@@ -219,10 +237,48 @@ class CUDABackend:
 
         transfer(parts(), threads)
 
-    most_vectors = 0
+    tile_bytes = TILE_BYTES
+    most_vectors = MOST_VECTORS
 
-    def matmul(self, *arguments: Any, **options: Any) -> None:
-        raise NotImplementedError
+    def matmul(
+        self,
+        blocks: Any,
+        scales: Any,
+        x: Any,
+        out: Any,
+        *,
+        order: str = "pairs",
+        activations: str = "float32",  # noqa: ARG002
+        num_threads: int | None = None,
+    ) -> None:
+        with out.device:
+            _same_device(out, x)
+            _check_aligned(out, "out")
+            _check_aligned(x, "x")
+            vectors = self._split(x, order == "halves")
+
+            def multiply(index: Any, codes: Any, scale_bytes: Any) -> None:
+                _multiply(codes, scale_bytes, vectors, out[index])
+
+            if isinstance(blocks, np.ndarray):
+                row_bytes = scales.shape[1] * (1 + BYTES_PER_BLOCK)
+                indices = list(split(scales.shape[:1], row_bytes, max(STAGED_BYTES, row_bytes)))
+                self._use_staged(blocks, scales, indices, multiply, num_threads or default_num_threads())
+            else:
+                _same_device(out, blocks, scales)
+                multiply(slice(None), blocks, scales)
+
+    def _split(self, x: Any, halves: bool) -> SplitVectors:
+        """Split x into bfloat16 numbers, on the current device."""
+        groups, vectors = x.shape[0] // BLOCK_SIZE, x.shape[1]
+        tiles, chain = matmul.tiles_of(vectors)
+        steps = -(-groups // STEP)
+        parts = self.empty((tiles * (chain * steps * BYTES_PER_STEP + 4 * TILE),), _UINT8)
+        per_vector = _in_blocks(steps * THREADS_PER_STEP)
+        arguments = _raw(x), *x.strides, groups, steps, per_vector, halves, _raw(parts)
+        kernel = partial(matmul.split, tiles=tiles, chain=chain)
+        _launch(kernel, x.dtype, *arguments, threads=vectors * per_vector)
+        return SplitVectors(x, parts, halves)
 
     def encode(
         self,
@@ -407,6 +463,29 @@ def _decode_scaled(
         shifts = scales.strides[-1], shift, row_shift, first_row
         arguments = *raw[:2], _raw(table) if has_table else raw[1], *shape, *shifts, raw[2]
         _launch(kernel, out.dtype, *arguments, threads=_in_blocks(threads))
+
+
+class SplitVectors(NamedTuple):
+    """Vectors, (K, M) float32, and their parts as `matmul.multiply` takes them; the order of blocks' elements."""
+
+    x: Any
+    parts: Any
+    halves: bool
+
+
+def _multiply(blocks: Any, scales: Any, vectors: SplitVectors, out: Any) -> None:
+    """Multiply rows by vectors."""
+    x, parts, halves = vectors
+    if blocks.strides[-1] != 1:
+        blocks = blocks.copy()
+    rows, groups = scales.shape
+    tiles, chain = matmul.tiles_of(x.shape[1])
+    aligned = _is_dense(blocks, 1, BYTES_PER_BLOCK)
+    kernel = partial(matmul.multiply, tiles=tiles, chain=chain, aligned=aligned)
+    strides = *blocks.strides[:2], *scales.strides, *x.strides, *out.strides
+    shape = rows, groups, -(-groups // STEP), *strides, x.shape[1], halves
+    arguments = _raw(blocks), _raw(scales), _raw(parts), _raw(x), *shape, _raw(out)
+    _launch(kernel, out.dtype, *arguments, threads=THREADS * -(-rows // matmul.ROWS))
 
 
 def _axes_of_tiles(codes: Any, scales: Any, out: Any, tile_rows: int) -> list[tuple[int, ...]] | None:

@@ -412,13 +412,25 @@ __device__ __forceinline__ void store(unsigned char* blocks, ptrdiff_t i, const 
 }
 
 
-def element_wise(name: str, dtype: str, inputs: str, outputs: str, operation: str, *preamble: str) -> Any:
+def element_wise(
+    name: str, dtype: str, inputs: str, outputs: str, operation: str, *preamble: str, options: tuple[str, ...] = ()
+) -> Any:
     """Return a kernel that CuPy compiles when it is first called."""
     import cupy
 
     return cupy.ElementwiseKernel(
-        inputs, outputs, operation, f"mxfp4np_{name}_{dtype}", preamble=_COMMON + "".join(preamble), no_return=True
+        inputs,
+        outputs,
+        operation,
+        f"mxfp4np_{name}_{dtype}",
+        preamble=_COMMON + "".join(preamble),
+        no_return=True,
+        options=options,
     )
+
+
+DECODING_BFLOAT16: Final = _DECODING % _BFLOAT16
+"""What decodes to bfloat16, for other kernels."""
 
 
 def _decoder(name: str, dtype: str, inputs: str, outputs: str, operation: str, *preamble: str) -> Any:
