@@ -19,6 +19,7 @@ import cupy
 import numpy as np
 
 import mxfp4np
+from benchmarks.cuda_products import products
 from benchmarks.timing import Row, Subject, compare
 from mxfp4np.cli.timing import Run
 from mxfp4np.format import DTYPES
@@ -174,8 +175,9 @@ def from_files(rounds: int, threads: int, folder: Path) -> Iterator[Row]:
 
 
 def measure(options: Namespace) -> list[Row]:
-    """Return rows for what is on the device, and for what comes from files."""
+    """Return rows for what is on the device, products among it, and for what comes from files."""
     rows = list(on_device(options.rounds, options.threads))
+    rows += products(options.rounds, options.threads, event_clock())
     cupy.get_default_memory_pool().free_all_blocks()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         return rows + list(from_files(options.rounds, options.threads, Path(folder)))
