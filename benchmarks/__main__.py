@@ -91,6 +91,8 @@ def main() -> None:
         from benchmarks import plot
 
         plot.write(results, path.with_suffix(".png"))
+        if "products" in results:
+            plot.products(results["products"], path.with_name("products.png"))
     if options.write:
         options.write.write_text(report.with_table(options.write.read_text(), results))
 

@@ -1,4 +1,4 @@
-"""A plot of three panels: speed by peer, by size of the output, by threads."""
+"""A plot of three panels: speed by peer, by size of the output, by threads; and one of products."""
 
 from __future__ import annotations
 
@@ -81,6 +81,30 @@ def _threads(ax: Axes, rows: list[dict[str, Any]]) -> None:
     _lines(ax, rows, "threads")
     ax.set_xticks(sorted({row["threads"] for row in rows}))
     ax.set(title="GB/s of bfloat16, by threads")
+
+
+def products(section: dict[str, Any], path: Path) -> None:
+    """Write a plot of products of one vector: bars of each kind and of its limit, for each number of threads."""
+    rows = [row for row in section["rows"] if row["case"].startswith("one vector : ")]
+    threads = sorted({row["threads"] for row in rows})
+    figure, axes = plt.subplots(1, len(threads), figsize=(3.6 * len(threads), 2.4), layout="constrained", squeeze=False)
+    for ax, n in zip(axes[0], threads, strict=True):
+        bars: dict[str, tuple[float, str]] = {}
+        for row in (row for row in rows if row["threads"] == n):
+            name, color = ("reading alone", LIMIT) if "read" in row["case"] else ("ggml, int8", PEER)
+            bars[name] = row["other"], color
+            bars.setdefault(f"mxfp4np, {row['variant']}", (row["rate"], OURS))
+        drawn = ax.barh(list(bars), [rate for rate, _ in bars.values()], color=[color for _, color in bars.values()])
+        ax.bar_label(drawn, [f"{rate:.1f}" for rate, _ in bars.values()], padding=3, fontsize=8)
+        ax.invert_yaxis()
+        ax.margins(x=0.15)
+        ax.set_title(f"{n} thread{'s' * (n > 1)}", fontsize=9)
+        ax.tick_params(axis="y", labelsize=8, length=0)
+        ax.spines[["top", "right"]].set_visible(False)
+    cpu, date = section["machine"]["cpu"], section["date"]
+    figure.suptitle(f"One vector times packed weights, GB/s of packed bytes; {cpu}, {date}", fontsize=9)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 PANELS = {"peers": _peers, "sizes": _sizes, "threads": _threads}
