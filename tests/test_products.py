@@ -242,3 +242,20 @@ def test_the_reference_is_used_where_there_is_no_compiled_code(monkeypatch):
     expected = (values_of(array) @ x).astype(np.float32)
     assert np.array_equal(array @ x, expected)
     assert np.array_equal(linear(x, array, activations="int16"), expected)
+
+
+def test_shapes_that_were_changed_are_refused():
+    array = random_packed(4, groups=2)
+    array.blocks.shape = (2, 4, 16)
+    with pytest.raises(mxfp4np.LayoutError, match="do not change the shapes"):
+        linear(np.ones(64), array)
+
+
+def test_rows_that_share_memory_and_reversed_ones():
+    array = random_packed(5, groups=3)
+    x = np.random.default_rng(1).standard_normal((96, 3)).astype(np.float32)
+    repeated = MXFP4Array(np.broadcast_to(array.blocks[:1], (7, 3, 16)), np.broadcast_to(array.scales[:1], (7, 3)))
+    for part in (array[::-1], MXFP4Array(array.blocks[:, ::-1], array.scales[:, ::-1]), repeated):
+        assert_close(part @ x, values_of(part), x.astype(np.float64))
+        actual = linear(x[:, 0], part, activations="int16")
+        assert_close(actual, values_of(part), x[:, 0].astype(np.float64), 1e-4)

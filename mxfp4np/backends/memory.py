@@ -116,6 +116,29 @@ def check_shapes(blocks: Any, scales: Any, values: Any, start: int = 0) -> None:
         )
 
 
+def check_factors(blocks: Any, scales: Any, x: Any, out: Any) -> None:
+    """Refuse factors of a product that do not fit each other, as `check_shapes` does.
+
+    Parameters
+    ----------
+    blocks : (N, G, 16) array
+    scales : (N, G) array
+    x : (32 * G, M) array
+    out : (N, M) array
+
+    Raises
+    ------
+    LayoutError
+    """
+    rows, groups = scales.shape
+    if blocks.shape != (rows, groups, BYTES_PER_BLOCK) or x.shape[0] != BLOCK_SIZE * groups:
+        raise LayoutError(
+            f"shapes do not fit each other: blocks {list(blocks.shape)}, scales {list(scales.shape)}, vectors "
+            f"{list(x.shape)}: do not change the shapes of packed arrays"
+        )
+    assert out.shape == (rows, x.shape[1])
+
+
 def is_transposed(out: NDArray[Any]) -> bool:
     """Tell whether it is the last axis but one whose elements are next to each other."""
     return out.ndim > 1 and out.strides[-2] == out.itemsize != out.strides[-1] and out.shape[-1] > 1 < out.shape[-2]

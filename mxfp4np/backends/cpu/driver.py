@@ -19,6 +19,7 @@ from ..memory import (
     HostBackend,
     address_of,
     aligned_empty,
+    check_factors,
     check_shapes,
     is_transposed,
     merged_axes,
@@ -192,6 +193,7 @@ class CPUBackend(HostBackend):
         activations: str = "float32",
         num_threads: int | None = None,
     ) -> None:
+        check_factors(blocks, scales, x, out)
         if blocks.strides[-1] != 1:
             blocks = np.ascontiguousarray(blocks)
         if not multiply(blocks, scales, x, out, order=order, activations=activations, num_threads=num_threads):

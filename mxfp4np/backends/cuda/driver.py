@@ -22,7 +22,7 @@ from ...errors import BackendUnavailableError, DeviceMemoryError
 from ...format import BLOCK_SIZE, BYTES_PER_BLOCK, name_of, scale_values
 from ...shapes import split
 from ..cpu.driver import KERNEL_ELEMENTS
-from ..memory import ALIGNMENT, check_shapes, is_transposed, merged_axes, scales_by_row, type_of
+from ..memory import ALIGNMENT, check_factors, check_shapes, is_transposed, merged_axes, scales_by_row, type_of
 from ..threads import default_num_threads
 from . import kernels, matmul, scaled
 from .cupy import first_line, working_cupy
@@ -251,6 +251,7 @@ class CUDABackend:
         activations: str = "float32",  # noqa: ARG002
         num_threads: int | None = None,
     ) -> None:
+        check_factors(blocks, scales, x, out)
         with out.device:
             _same_device(out, x)
             _check_aligned(out, "out")
