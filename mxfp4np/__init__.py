@@ -28,6 +28,7 @@ _PUBLIC = {
         "DeviceMemoryError",
         "LayoutError",
         "MXFP4Error",
+        "RemoteError",
         "TensorNotFoundError",
     ),
 }

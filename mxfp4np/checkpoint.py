@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any, Final, Self
 
 import numpy as np
@@ -30,10 +29,11 @@ from .layouts.scaled import ScaledCandidate
 from .layouts.table import LAYOUTS
 from .scaled import ScaledArray
 from .shapes import split_both
-from .storage.discover import PathLike, find_files, open_file
+from .storage.discover import Location, find_files, open_files
 from .storage.index import merge_tensors
 from .storage.jsonfile import read_json
 from .storage.named import named
+from .storage.remote import AnyPath
 from .storage.tensorfile import DTYPES, StoredArrays, StoredTensor, element
 from .summary import html_table
 from .text import parse_bytes
@@ -49,11 +49,12 @@ class Checkpoint(Mapping[str, Any]):
 
     Parameters
     ----------
-    path : path, or sequence of paths
+    path : path, URL, store, or sequence of these
         A folder of ``.safetensors`` files, one such file, a list of them, or a ``.index.json``. In a folder, an index
         decides which files are opened, or else their names: ``model.safetensors``, or all of ``model*.safetensors``, or
         all others but adapters. Without ``.safetensors`` files, its ``.uqff`` or else its ``.gguf`` files are opened;
-        the latter need the gguf extra. The first part of a split GGUF file stands for all parts, and a repository's
+        the latter need the gguf extra. A URL, ``s3://``, ``gs://``, ``az://``, ``https://`` or ``hf://OWNER/NAME``, or
+        a store of obstore, needs the remote extra: what is asked for is read, by ranges. The first part of a split GGUF file stands for all parts, and a repository's
         folder in the Hub's cache for the snapshot that ``refs/main`` names.
     device : str, torch.device or cupy.cuda.Device
         Where arrays are returned: ``"cpu"``, or ``"cuda"`` for CuPy's current device, or ``"cuda:1"``, with the extra
@@ -73,12 +74,12 @@ class Checkpoint(Mapping[str, Any]):
     ----------
     device : str
         As text.
-    files : list of Path
-    index : Path or None
+    files : list of Path or RemotePath
+    index : Path, RemotePath or None
         The index that named the files.
     unlisted : list of str
         Names of stored tensors that the index does not name.
-    beside : list of Path
+    beside : list of Path or RemotePath
         Files of weights in the same folder that are not part of the checkpoint.
     findings : list of str
         What is missing, or doubtful about the choice of files, a sentence each.
@@ -86,11 +87,11 @@ class Checkpoint(Mapping[str, Any]):
         How the files differ from what ``path`` names, a sentence each.
     incomplete : bool
         Whether the folder, or the split GGUF file, lacks parts of a numbered set.
-    folder : Path
+    folder : Path or RemotePath
         Of the index, or else of the first file.
     stamps : tuple of (str, int, int, int)
         Of each file as it was opened: name, size in bytes, times of the last changes of its bytes and of its inode in
-        nanoseconds.
+        nanoseconds; of a remote file its ETag, or on the Hub its commit, instead of the latter.
     metadata : dict of str to str
         The ``__metadata__`` of all files, merged; of values that differ, that of the first file.
 
@@ -100,6 +101,8 @@ class Checkpoint(Mapping[str, Any]):
         If a file is missing, or a folder has none.
     CheckpointError
         If a file is malformed, or files contradict each other.
+    RemoteError
+        If a server cannot be reached, or does not answer as it should.
     LayoutError
         If two tensors would have the same name, or ``layout`` matches no tensor.
     BackendUnavailableError
@@ -123,7 +126,7 @@ class Checkpoint(Mapping[str, Any]):
 
     def __init__(
         self,
-        path: PathLike | Sequence[PathLike],
+        path: Location | Sequence[Location],
         device: Any = "cpu",
         *,
         io: str = "mmap",
@@ -143,7 +146,7 @@ class Checkpoint(Mapping[str, Any]):
         self.findings, self.notes = found.findings, found.notes
         self.incomplete = bool(found.missing) and not found.named
         self.folder = (self.index or self.files[0]).parent
-        self._files = [open_file(file, io) for file in self.files]
+        self._files = open_files(self.files, io)
         self._stored = merge_tensors(self._files, found.index)
         self.unlisted = [name for name in self._stored if found.index and name not in found.index.weight_map]
         if (parts := max(file.parts for file in self._files)) > len(self._files) and not found.missing:
@@ -265,7 +268,7 @@ class Checkpoint(Mapping[str, Any]):
         tensor = self._tensors[name]
         return stored_of(tensor)
 
-    def changed_files(self) -> list[Path]:
+    def changed_files(self) -> list[AnyPath]:
         """Return the files that are no longer those that were opened."""
         return [file.path for file in self._files if not file.is_unchanged()]
 

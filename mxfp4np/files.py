@@ -15,7 +15,7 @@ from .checkpoint import Checkpoint
 from .format import BLOCK_SIZE, decoded_dtype
 from .layouts.table import LAYOUTS
 from .shapes import split
-from .storage.discover import PathLike
+from .storage.discover import Location, PathLike
 from .storage.safetensors import stream_safetensors, write_safetensors
 from .storage.tensorfile import SAFETENSORS_DTYPES
 
@@ -24,7 +24,7 @@ WRITE_BYTES: Final = 16 << 20
 
 
 def load_file(
-    path: PathLike | Sequence[PathLike],
+    path: Location | Sequence[Location],
     device: Any = "cpu",
     *,
     dtype: DTypeLike | None = None,

@@ -54,7 +54,7 @@ class Selection:
         since the last call.
         """
         with named(path, "written"):
-            if path.exists() and any(path.samefile(file) for file in self._checkpoint.files):
+            if path.exists() and any(isinstance(x, Path) and path.samefile(x) for x in self._checkpoint.files):
                 raise ValueError(f"{path}: is part of the checkpoint that is being read: choose another name")
             if path.is_dir():
                 raise ValueError(f"{path}: is a folder: expected the name of a file")

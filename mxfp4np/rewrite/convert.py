@@ -18,7 +18,7 @@ from ..checkpoint import Checkpoint
 from ..format import decoded_dtype
 from ..layouts.table import wants_transpose
 from ..shapes import swapped
-from ..storage.discover import PathLike
+from ..storage.discover import Location, PathLike
 from ..storage.tensorfile import DTYPES, SAFETENSORS_DTYPES
 from ..text import count, escape, patterns
 from .config import QUANTIZERS_FILES, Change, Source, config_of, decoded_config, kept_metadata, small_files
@@ -211,7 +211,7 @@ class Conversion(Run):
 
 
 def convert(
-    source: PathLike | Sequence[PathLike],
+    source: Location | Sequence[Location],
     target: PathLike,
     *,
     dtype: DTypeLike = "bfloat16",

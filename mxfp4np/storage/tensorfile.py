@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import operator
 import os
 import threading
 from collections.abc import Iterator, Mapping
@@ -22,7 +23,9 @@ from ..errors import CheckpointError
 from ..format import dtype_named
 from ..shapes import basic_indices, full_index, is_advanced
 from .named import named
-from .regular import open_regular
+from .regular import open_regular, stat_of
+from .remote import AnyPath, RemotePath
+from .stores import RemoteStat
 
 DTYPES: Final = {
     "BOOL": (8, "bool"),
@@ -52,6 +55,8 @@ DTYPES: Final = {
 
 NumPy has no type for elements below a byte: their packed bytes are viewed as uint8.
 """
+
+Stamp = tuple[int, int, int] | RemoteStat
 
 MAX_AXES: Final = 64
 MAX_ELEMENTS: Final = 1 << 56
@@ -154,8 +159,8 @@ class StoredArrays(Mapping[str, Any]):
 class TensorFile:
     """One file of tensors, header read and validated, data untouched; a subclass for each format.
 
-    With ``io="mmap"`` the file is mapped; with ``io="pread"`` each tensor is read when it is asked for. If a mapped
-    file is truncated, the process that reads it is killed; ``"pread"`` raises an error.
+    With ``io="mmap"`` the file is mapped; with ``io="pread"``, and always if it is remote, each tensor is read when it
+    is asked for. If a mapped file is truncated, the process that reads it is killed; ``"pread"`` raises an error.
 
     Attributes
     ----------
@@ -164,12 +169,12 @@ class TensorFile:
     metadata : dict of str to str
     parts : int
         Number of files that the checkpoint is split into, if the header says so.
-    stamp : tuple of int
+    stamp : tuple of int, or RemoteStat
         See `stamp_of`.
     """
 
-    def __init__(self, path: Path, io: str = "mmap") -> None:
-        self.path, self.io = path, io
+    def __init__(self, path: AnyPath, io: str = "mmap") -> None:
+        self.path, self.io = path, "pread" if isinstance(path, RemotePath) else io
         self.tensors: dict[str, StoredTensor] = {}
         self.metadata: dict[str, str] = {}
         self.parts = 1
@@ -178,7 +183,7 @@ class TensorFile:
         self._closed = False
         self._lock = threading.Lock()
         with named(path, "read"), open_regular(path) as file:
-            self.stamp = stamp_of(os.fstat(file.fileno()))
+            self.stamp = stamp_of(stat_of(file))
             self._read_header(file)
 
     def _read_header(self, file: BinaryIO) -> None:
@@ -214,7 +219,7 @@ class TensorFile:
             if self._closed:
                 raise CheckpointError(f"{self.path}: this checkpoint is closed")
             if self.io == "pread":
-                if self._descriptor is None:
+                if self._descriptor is None and isinstance(self.path, Path):
                     with self._reopen() as file:
                         self._descriptor = _Descriptor(os.dup(file.fileno()))
                 return _reserved(tensor.nbytes)
@@ -235,7 +240,7 @@ class TensorFile:
         # A checkpoint may have more files than a process may keep open, so each is opened again when first needed.
         file = open_regular(self.path)
         with named(self.path, "read"):
-            stamp = stamp_of(os.fstat(file.fileno()))
+            stamp = stamp_of(stat_of(file))
         if stamp != self.stamp:
             file.close()
             raise CheckpointError(f"{self.path}: was replaced or changed after it was opened: open it again")
@@ -257,13 +262,20 @@ class TensorFile:
             axis -= 1
             nbytes *= part.shape[axis]
         begin = tensor.offset + address_of(part) - address_of(memory)
-        target = out.reshape(-1).view(np.uint8).data
+        target = out.reshape(-1).view(np.uint8)
+        steps = part.strides[:axis]
+        spans = (
+            (begin + sum(map(operator.mul, index, steps)), target[i * nbytes : (i + 1) * nbytes])
+            for i, index in enumerate(np.ndindex(part.shape[:axis]))
+        )
         descriptor = self._descriptor
-        if descriptor is None:
+        if isinstance(self.path, RemotePath) and isinstance(self.stamp, RemoteStat) and not self._closed:
+            self.path.read_spans(self.stamp, spans)
+        elif descriptor is not None:
+            for offset, place in spans:
+                self._read_into(place.data, offset, tensor, descriptor)
+        else:
             raise CheckpointError(f"{self.path}: this checkpoint is closed")
-        for i, index in enumerate(np.ndindex(part.shape[:axis])):
-            offset = begin + sum(k * stride for k, stride in zip(index, part.strides[:axis], strict=True))
-            self._read_into(target[i * nbytes : (i + 1) * nbytes], offset, tensor, descriptor)
         return out
 
     def _read_into(self, target: memoryview, offset: int, tensor: StoredTensor, descriptor: _Descriptor) -> None:
@@ -315,10 +327,12 @@ def wrong_beginning(beginning: bytes, expected: str) -> str:
     return f"it begins with {beginning!r}, which is not {expected}: it is a file of another kind"
 
 
-def stamp_of(found: os.stat_result) -> tuple[int, int, int]:
+def stamp_of(found: os.stat_result | RemoteStat) -> Stamp:
     """Return by what a file that has changed is known: its size, and the times of changes of its bytes and its inode.
 
     The last one cannot be set, unlike that of the bytes. Numbers of inodes are left out: some network file systems give
-    a file another one after a while.
+    a file another one after a while. A remote file has a size, the time of its last change, and an ETag.
     """
+    if isinstance(found, RemoteStat):
+        return found
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns
