@@ -23,7 +23,7 @@ from .format import as_dtype, decoded_dtype
 from .layouts.find import Documents, split_gate_up, stored_of
 from .layouts.names import Names, as_names, find_named
 from .layouts.others import CHECKED, Others
-from .layouts.packed import TensorInfo
+from .layouts.packed import PlainReader, Reader, TensorInfo
 from .layouts.resolve import Resolver, Tensor
 from .layouts.scaled import ScaledCandidate
 from .layouts.table import LAYOUTS
@@ -53,9 +53,9 @@ class Checkpoint(Mapping[str, Any]):
         A folder of ``.safetensors`` files, one such file, a list of them, or a ``.index.json``. In a folder, an index
         decides which files are opened, or else their names: ``model.safetensors``, or all of ``model*.safetensors``, or
         all others but adapters. Without ``.safetensors`` files, its ``.uqff`` or else its ``.gguf`` files are opened;
-        the latter need the gguf extra. A URL, ``s3://``, ``gs://``, ``az://``, ``https://`` or ``hf://OWNER/NAME``, or
-        a store of obstore, needs the remote extra: what is asked for is read, by ranges. The first part of a split GGUF file stands for all parts, and a repository's
-        folder in the Hub's cache for the snapshot that ``refs/main`` names.
+        the latter need the gguf extra. The first part of a split GGUF file stands for all parts, and a repository's
+        folder in the Hub's cache for the snapshot that ``refs/main`` names. A URL, ``s3://``, ``gs://``, ``az://``,
+        ``https://`` or ``hf://OWNER/NAME``, or a store of obstore, needs the remote extra; what is asked for is read.
     device : str, torch.device or cupy.cuda.Device
         Where arrays are returned: ``"cpu"``, or ``"cuda"`` for CuPy's current device, or ``"cuda:1"``, with the extra
         cuda12 or cuda13 installed. `get` and `chunks` then return ``cupy.ndarray``; packed bytes are copied to the
@@ -383,6 +383,11 @@ class Checkpoint(Mapping[str, Any]):
             )
         return array
 
+    def reader(self, name: str) -> Reader:
+        """Return what reads a tensor, or parts of it, before it is decoded."""
+        tensor, rows = self._find(name)
+        return PlainReader(tensor, rows) if isinstance(tensor, StoredTensor) else tensor.reader(rows)
+
     def blocks(self, name: str) -> Any:
         """Return a tensor that is decoded, whatever its format, before it is: an `MXFP4Array` or another `BlockArray`.
 
@@ -391,9 +396,7 @@ class Checkpoint(Mapping[str, Any]):
         name : str
             Of a tensor with a layout.
         """
-        tensor, rows = self._find(name)
-        assert not isinstance(tensor, StoredTensor)
-        reader = tensor.reader(rows)
+        reader = self.reader(name)
         return reader.load(reader.array)
 
     def chunks(

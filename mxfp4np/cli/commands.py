@@ -139,7 +139,7 @@ def _inspect(args: argparse.Namespace) -> int:
         stats: dict[str, Any] = {}
         with byte_bar(sum(info.nbytes for info in packed), "reading", quiet=args.quiet) as progress:
             for info in packed:
-                stats[info.name] = stats_of(checkpoint.blocks(info.name), progress)
+                stats[info.name] = stats_of(checkpoint.reader(info.name), progress)
         if args.json:
             print(as_json(to_json(checkpoint, table, stats)))
             return 0
@@ -272,7 +272,9 @@ def parser() -> argparse.ArgumentParser:
         return sub
 
     def checkpoint(sub: argparse.ArgumentParser, metavar: str = "PATH", **options: Any) -> None:
-        what = "a folder, a .safetensors, .uqff or .gguf file, a .index.json, or a URL: s3://, https://, hf://OWNER/NAME"
+        what = (
+            "a folder, a .safetensors, .uqff or .gguf file, a .index.json, or a URL: s3://, https://, hf://OWNER/NAME"
+        )
         sub.add_argument("source", type=parse_source, metavar=metavar, help=what, **options)
         sub.add_argument("--layout", metavar="NAME", help="the layout, if the files do not determine it: quark")
 

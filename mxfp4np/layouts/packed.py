@@ -7,6 +7,7 @@ decoded here.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -106,13 +107,13 @@ class Reader:
 
     Attributes
     ----------
-    array : BlockArray
+    array : BlockArray, or numpy.ndarray of a plain tensor
         The whole tensor, or its ``rows``: a view of the map, or of reserved memory that is never read.
     copies : bool
         Whether `load` reads into new memory, not from a map.
     """
 
-    array: BlockArray
+    array: Any
     copies: bool
 
     def views(self, index: Any) -> tuple[Shape, list[tuple[Any, BlockArray]]]:
@@ -130,6 +131,25 @@ class Reader:
         """Return ``part``, any view of `array`, with its bytes in memory or in a map."""
         raise NotImplementedError
 
+    def iter_chunks(self, max_bytes: int | str, dtype: DTypeLike = "bfloat16") -> Iterator[tuple[Any, Any]]:
+        """Yield `array` in chunks as `BlockArray.iter_chunks` does, each loaded."""
+        for index, chunk in self.array.iter_chunks(max_bytes, dtype):
+            yield index, self.load(chunk)
+
+
+class PlainReader(Reader):
+    """Reads a plain tensor, or ``rows`` of its last axis."""
+
+    def __init__(self, tensor: StoredTensor, rows: slice | None = None) -> None:
+        self._tensor = tensor
+        self._memory, array = tensor.view()
+        self.array = array if rows is None else array[..., rows]
+        self.copies = tensor.file.io == "pread"
+
+    def load(self, part: Any) -> Any:
+        """Return ``part``, any view of `array`, with its bytes in memory or in a map."""
+        return self._tensor.file.read(self._tensor, self._memory, part)
+
 
 class PackedReader(Reader):
     """Reads a tensor of MXFP4, or of one of GGUF's types."""
@@ -139,7 +159,6 @@ class PackedReader(Reader):
         self._tensor = tensor
         self._codes = codes.file.view(codes)
         blocks = self._codes.reshape(tensor.blocks)
-        self.array: MXFP4Array | GGUFArray
         if tensor.format != "MXFP4":
             self.array = GGUFArray(blocks, tensor.format)
         elif scales is None:

@@ -258,22 +258,19 @@ class WebFolder(Folder):
         return _obstore().HTTPStore(url._replace(netloc=host).geturl(), **_options(self.source, **headers))
 
     def _list(self, folder: str) -> dict[str, bool]:
-        errors: list[RemoteError] = []
-
-        def is_there(name: str) -> bool:
+        def problem(name: str) -> OSError | None:
             try:
                 self.stat(f"{folder}/{name}".lstrip("/"))
-            except FileNotFoundError:
-                return False
-            except RemoteError as error:  # some say so of what is not there
-                errors.append(error)
-                return False
-            return True
+            except (FileNotFoundError, RemoteError) as error:  # some servers refuse what is not there
+                return error
+            return None
 
-        found = map_requests(is_there, BESIDE)
-        if errors and not any(found):
-            raise errors[0]
-        return {name: False for name, there in zip(BESIDE, found, strict=True) if there}
+        problems = dict(zip(BESIDE, map_requests(problem, BESIDE), strict=True))
+        found = {name: False for name, error in problems.items() if error is None}
+        refused = [error for error in problems.values() if isinstance(error, RemoteError)]
+        if refused and not found:
+            raise refused[0]
+        return found
 
     def may_have(self, folder: str, name: str) -> bool:
         """Tell whether a file is there, or is not known to be missing: opening it will tell."""
@@ -380,6 +377,6 @@ def folder_of(source: Any) -> tuple[Folder, str]:
     base, _, name = url.path.rpartition("/")
     if not _FILE.fullmatch(name):
         base, name = url.path.rstrip("/"), ""
-    folder = url._replace(path=f"{base}/").geturl()
+    folder = url._replace(path=base).geturl()
     is_web = url.scheme in ("http", "https")
     return (WebFolder if is_web else Folder)(folder), unquote(name) if is_web else name

@@ -109,14 +109,18 @@ class StoredTensor(NamedTuple):
         """Shape as an array; elements below a byte, and blocks of them, stay packed in bytes."""
         return self.shape if self.dtype in DTYPES and element(self.dtype)[0] >= 8 else self.byte_shape
 
+    def view(self) -> tuple[NDArray[np.uint8], NDArray[Any]]:
+        """Return the memory that `TensorFile.view` returns, and a view of it in the stored dtype and shape."""
+        memory = self.file.view(self)
+        return memory, memory.view(dtype_named(element(self.dtype)[1])).reshape(self.array_shape)
+
     def array(self, index: Any = None) -> Any:
         """Return the tensor in its stored dtype, or the part of it that a NumPy index selects.
 
         A mapped file gives a read-only view, or a copy if the index has lists or masks. Of a file that is read, only
         what the index selects is read.
         """
-        memory = self.file.view(self)
-        whole = memory.view(dtype_named(element(self.dtype)[1])).reshape(self.array_shape)
+        memory, whole = self.view()
         if index is None:
             return self.file.read(self, memory, whole)
         if self.file.io != "pread":
