@@ -160,8 +160,7 @@ def _options(url: str, **headers: str) -> dict[str, Any]:
     """Return the arguments that stores are made with."""
     wait = timeout()
     client: dict[str, Any] = {"read_timeout": wait, "connect_timeout": wait, "timeout": timedelta(hours=1)}
-    if url.startswith("http:"):
-        client["allow_http"] = True
+    client["allow_http"] = not url.startswith("https:")  # a store's endpoint is set as its own variables say
     if headers:
         client["default_headers"] = headers
     return {"client_options": client, "retry_config": {"max_retries": RETRIES, "retry_timeout": 2 * wait}}
