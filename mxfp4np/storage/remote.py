@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import RemoteError
-from .stores import Folder, NoRangesError, RemoteStat, changed, folder_of, map_requests, reported
+from .stores import FILE, Folder, NoRangesError, RemoteStat, changed, folder_of, map_requests, reported
 
 FIRST_BYTES: Final = 64 << 10
 """Asked for when a file is opened: most headers are shorter."""
@@ -75,7 +75,7 @@ class RemotePath:
         return isinstance(other, RemotePath) and (other.folder, other.key) == (self.folder, self.key)
 
     def __hash__(self) -> int:
-        return hash(str(self))
+        return hash((self.folder, self.key))
 
     def __truediv__(self, name: str) -> RemotePath:
         return RemotePath(self.folder, f"{self.key}/{name}".lstrip("/"))
@@ -116,8 +116,10 @@ class RemotePath:
         return not self.key or self.folder.may_have(self.parent.key, self.name)
 
     def is_dir(self) -> bool:
-        """Tell whether it is a folder."""
-        return not self.key or self.folder.names(self.parent.key).get(self.name, False)
+        """Tell whether it is a folder; no request is made for what is named as weights or JSON are."""
+        if not self.key or FILE.fullmatch(self.name):
+            return not self.key
+        return self.folder.names(self.parent.key).get(self.name, False)
 
     def is_file(self) -> bool:
         """Tell whether it is a file."""

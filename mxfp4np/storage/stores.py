@@ -48,7 +48,9 @@ BESIDE: Final = (
 LISTING_BYTES: Final = 100_000_000
 """Largest answer of the Hub about a repository."""
 
-_FILE: Final = re.compile(r".*\.(?:safetensors|uqff|gguf|json)", re.IGNORECASE)
+FILE: Final = re.compile(r".*\.(?:safetensors|uqff|gguf|json)", re.IGNORECASE)
+"""Names of files: a URL that ends in any other one means a folder."""
+
 _HUB: Final = re.compile(r"hf://([^/@]+/[^/@]+)(?:@(refs/(?:pr|convert)/[^/]+|[^/]+))?(?:/(.*))?")
 _IN_TEXT: Final = re.compile(r"(\w+://)(?:[^/\s]*(@))?([^\s?'\")>]*)(?:(\?)[^\s'\")>]*)?")
 _CAUSE: Final = re.compile(r"HttpError \{\s*kind: (\w+)")
@@ -110,11 +112,15 @@ def _first_process() -> int:
     return os.getpid()
 
 
+def _refuse_forked() -> None:
+    if _first_process() != os.getpid():  # calls of obstore would wait for ever
+        raise RemoteError("remote files cannot be read in a process that was forked: start it by spawn or forkserver")
+
+
 @contextlib.contextmanager
 def reported(where: object) -> Iterator[None]:
     """Make errors of obstore in the block errors of this package."""
-    if _first_process() != os.getpid():  # calls of obstore would wait for ever
-        raise RemoteError(f"{where}: cannot be read in a process that was forked: start it by spawn or forkserver")
+    _refuse_forked()
     try:
         yield
     except FileNotFoundError:
@@ -151,6 +157,7 @@ def map_requests(work: Callable[[_T], _R], tasks: Sequence[_T]) -> list[_R]:
 
     In the main thread this is done for one task too, as nothing interrupts calls of obstore. ``work`` must not call it.
     """
+    _refuse_forked()
     if len(tasks) == 1 and threading.current_thread() is not threading.main_thread():
         return [work(tasks[0])]
     return list(_pool().map(work, tasks))
@@ -283,9 +290,18 @@ class HubFolder(Folder):
         return str(self.source)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if "_repository" not in vars(self):
-            return super().__reduce__()
-        return type(self), (f"{self.source.partition('@')[0]}@{self._repository[0]}",)
+        is_known = "_repository" in vars(self)
+        return type(self), (f"{self._name}@{self._repository[0]}" if is_known else self.source,)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, HubFolder) and (other._name, other._repository[0]) == (self._name, self._repository[0])
+
+    def __hash__(self) -> int:
+        return hash(self._name)
+
+    @property
+    def _name(self) -> str:
+        return str(self.source.partition("@")[0])
 
     @cached_property
     def _repository(self) -> tuple[str, dict[str, int]]:
@@ -312,10 +328,9 @@ class HubFolder(Folder):
         raise RemoteError(f"{self}: {mask(url)} cannot be read: {mask(reason)}")
 
     def _make(self) -> Any:
-        name = self.source.removeprefix("hf://").partition("@")[0]
         token = _token()
         headers = {"authorization": f"Bearer {token}"} if token else {}
-        url = f"{_endpoint()}/{name}/resolve/{self._repository[0]}/"
+        url = f"{_endpoint()}/{self._name.removeprefix('hf://')}/resolve/{self._repository[0]}"
         return _obstore().HTTPStore(url, **_options(url, **headers))
 
     def _list(self, folder: str) -> dict[str, bool]:
@@ -374,7 +389,7 @@ def folder_of(source: Any) -> tuple[Folder, str]:
         return HubFolder(f"hf://{match[1]}@{match[2] or 'main'}"), (match[3] or "").strip("/")
     url = urlsplit(source)
     base, _, name = url.path.rpartition("/")
-    if not _FILE.fullmatch(name):
+    if not FILE.fullmatch(name):
         base, name = url.path.rstrip("/"), ""
     folder = url._replace(path=base).geturl()
     is_web = url.scheme in ("http", "https")
