@@ -35,6 +35,8 @@ SECTIONS = {
     "sizes": "scaling.sizes",
     "threads": "scaling.threads",
     "scaled": "scaled.measure",
+    "remote": "remote.measure",
+    "remote opening": "remote.opening",
     "cuda": "cuda.measure",
 }
 """The module and the function that measure each section: called with the options, they return rows."""

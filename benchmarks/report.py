@@ -94,6 +94,8 @@ SECTIONS: dict[str, tuple[str, dict[str, Cell]]] = {
     "sizes": ("By size of output, bfloat16", {"output": lambda row, _: _size(row["bytes"]), **RATES}),
     "threads": ("By threads, bfloat16", {"threads": lambda row, _: str(row["threads"]), **RATES}),
     "scaled": ("FP8, MXFP8 and NVFP4", RATIOS | {"ratio": lambda row, _: f"{row['ratio']:.3f}"}),
+    "remote": ("Reading from a web server", RATIOS),
+    "remote opening": ("Opening a checkpoint from a web server", AMOUNTS),
     "cuda": ("On a CUDA device", RATIOS),
 }
 """The title of each section, and the columns of its table: how a row, among all rows, fills them."""

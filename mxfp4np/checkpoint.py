@@ -346,7 +346,7 @@ class Checkpoint(Mapping[str, Any]):
         tensor, rows = self._find(name)
         if isinstance(tensor, StoredTensor):
             self.info(name).check_values(dtype if out is None else getattr(out, "dtype", None))
-            array = self._read_plain(tensor, rows, index)
+            array = self._read_plain(tensor, rows, index, None if transpose else out)
             return self._convert(array.swapaxes(-1, -2) if transpose else array, dtype, out)
         reader = tensor.reader(rows)
         where = self._where(backend, num_threads)
@@ -356,9 +356,9 @@ class Checkpoint(Mapping[str, Any]):
         shape, views = reader.views(index)
         impl = backend_for(reader.array.blocks, out, backend, where["device"])
         out, target = reader.array.prepare_out(dtype, out, transpose=transpose, impl=impl, shape=shape)
-        for place, view in views:
-            for within, chunk in view.iter_chunks(READ_BYTES, out.dtype):
-                reader.load(chunk).decode(out=target[place][within], **where)
+        chunks = ((place, *chunk) for place, view in views for chunk in view.iter_chunks(READ_BYTES, out.dtype))
+        for (place, within), chunk in reader.load_each(((place, within), part) for place, within, part in chunks):
+            chunk.decode(out=target[place][within], **where)
         return out
 
     def packed(self, name: str) -> MXFP4Array | ScaledArray:
@@ -462,8 +462,8 @@ class Checkpoint(Mapping[str, Any]):
         reader = tensor.reader(rows)
         shape, multiple = reader.array.shape, reader.array.multiple
         itemsize = decoded_dtype("bfloat16" if dtype is None else dtype).itemsize
-        for place, index in split_both(shape, itemsize, max_bytes, transpose=transpose, multiple=multiple):
-            yield place, reader.load(reader.array[index])
+        pairs = split_both(shape, itemsize, max_bytes, transpose=transpose, multiple=multiple)
+        yield from reader.load_each((place, reader.array[index]) for place, index in pairs)
 
     def _where(self, backend: str | None, num_threads: int | None) -> dict[str, Any]:
         """Return the arguments of `MXFP4Array.decode` that choose where it runs."""
@@ -471,9 +471,9 @@ class Checkpoint(Mapping[str, Any]):
         return {"backend": backend, "device": device, "num_threads": num_threads}
 
     @staticmethod
-    def _read_plain(tensor: StoredTensor, rows: slice | None, index: Any) -> Any:
-        """Return a plain tensor, or ``rows`` of its last axis, or what an index selects of that."""
-        return tensor.array(index) if rows is None else tensor.array()[..., rows][... if index is None else index]
+    def _read_plain(tensor: StoredTensor, rows: slice | None, index: Any, out: Any = None) -> Any:
+        """Return a plain tensor, or ``rows`` of its last axis, or what an index selects of that; see `StoredTensor`."""
+        return tensor.array(index, out) if rows is None else tensor.array()[..., rows][... if index is None else index]
 
     def _convert(self, array: NDArray[Any], dtype: DTypeLike | None, out: NDArray[Any] | None) -> Any:
         """Return a plain array on this checkpoint's device, in another dtype or in ``out`` if that is asked for."""
@@ -489,7 +489,8 @@ class Checkpoint(Mapping[str, Any]):
             raise ValueError(f"complex values cannot become {as_dtype(dtype)}")
         if out is None:
             return self._backend.asarray(array.astype(as_dtype(dtype), copy=False))
-        self._backend.store(array, out)
+        if array is not out:
+            self._backend.store(array, out)
         return out
 
     # Names

@@ -29,7 +29,7 @@ AHEAD_BYTES: Final = 8 << 20
 WHOLE_BYTES: Final = 32 << 20
 """Largest file that is opened although the server does not send parts of it: whole."""
 
-RANGE_BYTES: Final = 8 << 20
+RANGE_BYTES: Final = 16 << 20
 """Largest range of one request for tensor data."""
 
 GAP_BYTES: Final = 16 << 10

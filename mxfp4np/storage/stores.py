@@ -25,13 +25,16 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final, NamedTuple, Protocol, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
+from ..backends.threads import starting_threads, usable_cpus
 from ..errors import BackendUnavailableError, CheckpointError, MXFP4Error, RemoteError
 
 TIMEOUT: Final = "MXFP4NP_REMOTE_TIMEOUT"
 """Environment variable: seconds without an answer, or without more of it, after which a request is repeated."""
 
-REQUESTS: Final = 16
-"""Most requests of this process at a time."""
+REQUESTS: Final = 32
+"""Most requests of this process at a time, and `REQUESTS_PER_CPU` for each CPU: more of them only wait."""
+
+REQUESTS_PER_CPU: Final = 4
 
 RETRIES: Final = 8
 """Most repetitions of a request. None begins when two timeouts have passed since the first."""
@@ -149,7 +152,7 @@ class NoRangesError(RemoteError):
 
 @cache
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(REQUESTS, "mxfp4np-remote")
+    return ThreadPoolExecutor(min(REQUESTS, REQUESTS_PER_CPU * usable_cpus()), "mxfp4np-remote")
 
 
 def map_requests(work: Callable[[_T], _R], tasks: Sequence[_T]) -> list[_R]:
@@ -160,7 +163,9 @@ def map_requests(work: Callable[[_T], _R], tasks: Sequence[_T]) -> list[_R]:
     _refuse_forked()
     if len(tasks) == 1 and threading.current_thread() is not threading.main_thread():
         return [work(tasks[0])]
-    return list(_pool().map(work, tasks))
+    with starting_threads():
+        results = _pool().map(work, tasks)
+    return list(results)
 
 
 def _options(url: str, **headers: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Final, NamedTuple
+from typing import Any, BinaryIO, Final, NamedTuple, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +57,9 @@ NumPy has no type for elements below a byte: their packed bytes are viewed as ui
 """
 
 Stamp = tuple[int, int, int] | RemoteStat
+
+AHEAD: Final = 4
+"""Chunks of a remote tensor that are read ahead."""
 
 MAX_AXES: Final = 64
 MAX_ELEMENTS: Final = 1 << 56
@@ -114,21 +117,21 @@ class StoredTensor(NamedTuple):
         memory = self.file.view(self)
         return memory, memory.view(dtype_named(element(self.dtype)[1])).reshape(self.array_shape)
 
-    def array(self, index: Any = None) -> Any:
+    def array(self, index: Any = None, out: Any = None) -> Any:
         """Return the tensor in its stored dtype, or the part of it that a NumPy index selects.
 
         A mapped file gives a read-only view, or a copy if the index has lists or masks. Of a file that is read, only
-        what the index selects is read.
+        what the index selects is read: into ``out``, which is returned, if that is an array that it fits.
         """
         memory, whole = self.view()
         if index is None:
-            return self.file.read(self, memory, whole)
+            return self.file.read(self, memory, whole, out)
         if self.file.io != "pread":
             return whole[index]
         if not is_advanced(index):
             part = whole[index]
             if isinstance(part, np.ndarray) and np.may_share_memory(part, memory):
-                return self.file.read(self, memory, part)
+                return self.file.read(self, memory, part, out)
         try:
             shape, pairs = basic_indices(full_index(index, whole.ndim), whole.shape)
         except IndexError:  # NumPy raises its own, or knows more kinds of items
@@ -194,6 +197,11 @@ class TensorFile:
         """Set `tensors` and `metadata`."""
         raise NotImplementedError
 
+    @property
+    def ahead(self) -> int:
+        """How many chunks of a tensor are best read ahead of the one that is used: answers of servers take a while."""
+        return AHEAD if isinstance(self.path, RemotePath) else 0
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.path)!r}, io={self.io!r})"
 
@@ -250,26 +258,28 @@ class TensorFile:
             raise CheckpointError(f"{self.path}: was replaced or changed after it was opened: open it again")
         return file
 
-    def read(self, tensor: StoredTensor, memory: NDArray[np.uint8], part: NDArray[Any]) -> NDArray[Any]:
+    def read(
+        self, tensor: StoredTensor, memory: NDArray[np.uint8], part: NDArray[Any], out: Any = None
+    ) -> NDArray[Any]:
         """Return ``part``, any view of the ``memory`` that `view` returned, with the bytes of the file in it.
 
-        It is ``part`` itself if the file is mapped, otherwise a new array, into which only the bytes of ``part`` are
-        read.
+        It is ``part`` itself if the file is mapped, otherwise ``out``, if that is an array that it fits, or a new one,
+        into which only the bytes of ``part`` are read.
         """
         if self.io != "pread":
             return part
-        out = aligned_empty(part.shape, part.dtype)
-        if not out.size:
-            return out
+        target: NDArray[Any] = out if _fits(part, out) else aligned_empty(part.shape, part.dtype)
+        if not target.size:
+            return target
         axis, nbytes = part.ndim, part.itemsize  # the axes from `axis` on are contiguous: nbytes to one read
         while axis and (part.shape[axis - 1] == 1 or part.strides[axis - 1] == nbytes):
             axis -= 1
             nbytes *= part.shape[axis]
         begin = tensor.offset + address_of(part) - address_of(memory)
-        target = out.reshape(-1).view(np.uint8)
+        flat = target.reshape(-1).view(np.uint8)
         steps = part.strides[:axis]
         spans = (
-            (begin + sum(map(operator.mul, index, steps)), target[i * nbytes : (i + 1) * nbytes])
+            (begin + sum(map(operator.mul, index, steps)), flat[i * nbytes : (i + 1) * nbytes])
             for i, index in enumerate(np.ndindex(part.shape[:axis]))
         )
         descriptor = self._descriptor
@@ -280,7 +290,7 @@ class TensorFile:
                 self._read_into(place.data, offset, tensor, descriptor)
         else:
             raise CheckpointError(f"{self.path}: this checkpoint is closed")
-        return out
+        return target
 
     def _read_into(self, target: memoryview, offset: int, tensor: StoredTensor, descriptor: _Descriptor) -> None:
         while target:
@@ -299,6 +309,12 @@ class TensorFile:
                     f"{tensor.offset + tensor.nbytes:,}, the file at {offset:,}"
                 )
             target, offset = target[count:], offset + count
+
+
+def _fits(part: NDArray[Any], out: Any) -> TypeGuard[NDArray[Any]]:
+    """Tell whether an array can be read into ``out`` as it is."""
+    is_alike = isinstance(out, np.ndarray) and (out.shape, out.dtype) == (part.shape, part.dtype)
+    return is_alike and out.flags.c_contiguous and out.flags.writeable
 
 
 class _Descriptor:
