@@ -356,8 +356,8 @@ class Checkpoint(Mapping[str, Any]):
         shape, views = reader.views(index)
         impl = backend_for(reader.array.blocks, out, backend, where["device"])
         out, target = reader.array.prepare_out(dtype, out, transpose=transpose, impl=impl, shape=shape)
-        chunks = ((place, *chunk) for place, view in views for chunk in view.iter_chunks(READ_BYTES, out.dtype))
-        for (place, within), chunk in reader.load_each(((place, within), part) for place, within, part in chunks):
+        parts = (((place, at), part) for place, view in views for at, part in view.iter_chunks(READ_BYTES, out.dtype))
+        for (place, within), chunk in reader.load_each(parts):
             chunk.decode(out=target[place][within], **where)
         return out
 

@@ -35,7 +35,7 @@ RANGE_BYTES: Final = 16 << 20
 GAP_BYTES: Final = 16 << 10
 """Largest gap between ranges that become one request: to read it takes less time than a request."""
 
-CHUNK_BYTES: Final = 256 << 10
+CHUNK_BYTES: Final = 2 << 20
 """Least that is taken from an answer at a time, unless it ends."""
 
 _URL: Final = re.compile(r"(?:s3a?|gs|az|azure|abfss?|https?|hf)://.*", re.DOTALL)

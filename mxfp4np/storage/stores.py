@@ -34,7 +34,7 @@ TIMEOUT: Final = "MXFP4NP_REMOTE_TIMEOUT"
 REQUESTS: Final = 32
 """Most requests of this process at a time, and `REQUESTS_PER_CPU` for each CPU: more of them only wait."""
 
-REQUESTS_PER_CPU: Final = 4
+REQUESTS_PER_CPU: Final = 8
 
 RETRIES: Final = 8
 """Most repetitions of a request. None begins when two timeouts have passed since the first."""
