@@ -27,6 +27,7 @@ from mxfp4np.storage import remote, stores
 from mxfp4np.storage.discover import find_files
 from mxfp4np.storage.remote import RemotePath
 from mxfp4np.storage.stores import TIMEOUT, mask
+from mxfp4np.storage.tensorfile import AHEAD
 
 obstore = pytest.importorskip("obstore", reason="needs obstore: python -m pip install 'mxfp4np[remote]'")
 
@@ -246,6 +247,19 @@ def test_headers_in_parallel(tmp_path):
         assert_same(ckpt["x.95"], np.full(2, 95))
         of_shards = [path for _, path, _ in server.requests if path.endswith("-of-00096.safetensors")]
         assert len(of_shards) == 97
+
+
+def test_reads_ahead(tmp_path):
+    """A few chunks, and no more of them than that when the rest is not wanted."""
+    data = save_raw(
+        tmp_path / "x.safetensors", {"w.blocks": (w := pair(50, 4)).blocks, "w.scales": w.scales}
+    ).read_bytes()
+    with serve_files({"x.safetensors": data}) as server, Checkpoint(f"{server.url}/x.safetensors") as ckpt:
+        chunks = ckpt.chunks("w", 256)
+        assert_same(next(chunks)[1], next(w.iter_chunks(256))[1].decode())
+        chunks.close()
+        time.sleep(0.2)
+        assert 4 < len(server.requests) <= 1 + 2 * (AHEAD + 1)  # codes and scales of each
 
 
 @given(st.data())
