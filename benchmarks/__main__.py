@@ -39,6 +39,8 @@ SECTIONS = {
     "scaled": "scaled.measure",
     "products": "products.measure",
     "model": "model.measure",
+    "remote": "remote.measure",
+    "remote opening": "remote.opening",
     "cuda": "cuda.measure",
 }
 """The module and the function that measure each section: called with the options, they return rows."""

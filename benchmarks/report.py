@@ -116,6 +116,8 @@ SECTIONS: dict[str, tuple[str, dict[str, Cell]]] = {
         {name: cell for name, cell in AMOUNTS.items() if name != "at most"}
         | {"times the limit": lambda row, _: f"{row['times']:.2f}" if row["times"] else ""},
     ),
+    "remote": ("Reading from a web server", RATIOS),
+    "remote opening": ("Opening a checkpoint from a web server", AMOUNTS),
     "cuda": ("On a CUDA device", RATIOS),
 }
 """The title of each section, and the columns of its table: how a row, among all rows, fills them."""

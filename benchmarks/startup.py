@@ -63,18 +63,26 @@ def startup(options: Namespace) -> list[Row]:
     return [*rows, amount("`import mxfp4np` after NumPy", "", 1, [1e3 * s for s in imports], "ms")]
 
 
+def write_many(folder: Path) -> dict[str, str]:
+    """Write sparse files with as many tensors as Kimi-K3; return the file of each tensor."""
+    weight_map: dict[str, str] = {}
+    for f in range(FILES):
+        specs = {}
+        for i in range(f * TENSORS // 2 // FILES, (f + 1) * TENSORS // 2 // FILES):
+            stem = f"language_model.model.layers.{i // 1152}.block_sparse_moe.experts.{i // 3 % 384}.w{i % 3 + 1}"
+            specs[f"{stem}.{i}.weight_packed"] = ("U8", (3072, 3584))
+            specs[f"{stem}.{i}.weight_scale"] = ("U8", (3072, 224))
+        path, header = folder / f"model-{f + 1:05}-of-{FILES:05}.safetensors", header_bytes(specs, None)
+        path.write_bytes(header)
+        os.truncate(path, len(header) + len(specs) // 2 * 3072 * 224 * 17)
+        weight_map |= dict.fromkeys(specs, path.name)
+    return weight_map
+
+
 def opening(options: Namespace) -> list[Row]:
     """Time the opening of a checkpoint with as many tensors as Kimi-K3, whose sparse files hold nothing but headers."""
     with tempfile.TemporaryDirectory() as name:
-        for f in range(FILES):
-            specs = {}
-            for i in range(f * TENSORS // 2 // FILES, (f + 1) * TENSORS // 2 // FILES):
-                stem = f"language_model.model.layers.{i // 1152}.block_sparse_moe.experts.{i // 3 % 384}.w{i % 3 + 1}"
-                specs[f"{stem}.{i}.weight_packed"] = ("U8", (3072, 3584))
-                specs[f"{stem}.{i}.weight_scale"] = ("U8", (3072, 224))
-            path, header = Path(name, f"model-{f + 1:05}-of-{FILES:05}.safetensors"), header_bytes(specs, None)
-            path.write_bytes(header)
-            os.truncate(path, len(header) + len(specs) // 2 * 3072 * 224 * 17)
+        write_many(Path(name))
         seconds, memory = zip(*(printed(OPEN, name) for _ in range(options.rounds)), strict=True)
     case = f"open {TENSORS:,} tensors in {FILES} files"
     return [amount(case, "time", 1, seconds, "s"), amount(case, "memory", 1, memory, "MB")]

@@ -8,6 +8,7 @@ from .errors import CheckpointWarning as CheckpointWarning
 from .errors import DeviceMemoryError as DeviceMemoryError
 from .errors import LayoutError as LayoutError
 from .errors import MXFP4Error as MXFP4Error
+from .errors import RemoteError as RemoteError
 from .errors import TensorNotFoundError as TensorNotFoundError
 from .files import load_file as load_file
 from .files import save_file as save_file

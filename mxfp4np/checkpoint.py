@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any, Final, Literal, Self, TypedDict, TypeVar, Unpack, overload
 
 import numpy as np
@@ -24,16 +23,17 @@ from .format import TorchDType, as_dtype, decoded_dtype
 from .layouts.find import Documents, split_gate_up, stored_of
 from .layouts.names import Names, as_names, find_named
 from .layouts.others import CHECKED, Others
-from .layouts.packed import TensorInfo
+from .layouts.packed import PlainReader, Reader, TensorInfo
 from .layouts.resolve import Resolver, Tensor
 from .layouts.scaled import ScaledCandidate
 from .layouts.table import LAYOUTS
 from .scaled import ScaledArray
 from .shapes import split_both
-from .storage.discover import IO, PathLike, find_files, open_file
+from .storage.discover import IO, Location, find_files, open_files
 from .storage.index import merge_tensors
 from .storage.jsonfile import read_json
 from .storage.named import named
+from .storage.remote import AnyPath
 from .storage.tensorfile import DTYPES, StoredArrays, StoredTensor, element
 from .summary import html_table
 from .text import parse_bytes
@@ -62,12 +62,13 @@ class Checkpoint(Mapping[str, NDArray[Any]]):
 
     Parameters
     ----------
-    path : path, or sequence of paths
+    path : path, URL, store, or sequence of these
         A folder of ``.safetensors`` files, one such file, a list of them, or a ``.index.json``. In a folder, an index
         decides which files are opened, or else their names: ``model.safetensors``, or all of ``model*.safetensors``, or
         all others but adapters. Without ``.safetensors`` files, its ``.uqff`` or else its ``.gguf`` files are opened;
         the latter need the gguf extra. The first part of a split GGUF file stands for all parts, and a repository's
-        folder in the Hub's cache for the snapshot that ``refs/main`` names.
+        folder in the Hub's cache for the snapshot that ``refs/main`` names. A URL, ``s3://``, ``gs://``, ``az://``,
+        ``https://`` or ``hf://OWNER/NAME``, or a store of obstore, needs the remote extra; what is asked for is read.
     device : str, torch.device or cupy.cuda.Device
         Where arrays are returned: ``"cpu"``, or ``"cuda"`` for CuPy's current device, or ``"cuda:1"``, with the extra
         cuda12 or cuda13 installed. `get` and `chunks` then return ``cupy.ndarray``; packed bytes are copied to the
@@ -86,12 +87,12 @@ class Checkpoint(Mapping[str, NDArray[Any]]):
     ----------
     device : str
         As text.
-    files : list of Path
-    index : Path or None
+    files : list of Path or RemotePath
+    index : Path, RemotePath or None
         The index that named the files.
     unlisted : list of str
         Names of stored tensors that the index does not name.
-    beside : list of Path
+    beside : list of Path or RemotePath
         Files of weights in the same folder that are not part of the checkpoint.
     findings : list of str
         What is missing, or doubtful about the choice of files, a sentence each.
@@ -99,11 +100,11 @@ class Checkpoint(Mapping[str, NDArray[Any]]):
         How the files differ from what ``path`` names, a sentence each.
     incomplete : bool
         Whether the folder, or the split GGUF file, lacks parts of a numbered set.
-    folder : Path
+    folder : Path or RemotePath
         Of the index, or else of the first file.
     stamps : tuple of (str, int, int, int)
         Of each file as it was opened: name, size in bytes, times of the last changes of its bytes and of its inode in
-        nanoseconds.
+        nanoseconds; of a remote file its ETag, or on the Hub its commit, instead of the latter.
     metadata : dict of str to str
         The ``__metadata__`` of all files, merged; of values that differ, that of the first file.
 
@@ -113,6 +114,8 @@ class Checkpoint(Mapping[str, NDArray[Any]]):
         If a file is missing, or a folder has none.
     CheckpointError
         If a file is malformed, or files contradict each other.
+    RemoteError
+        If a server cannot be reached, or does not answer as it should.
     LayoutError
         If two tensors would have the same name, or ``layout`` matches no tensor.
     BackendUnavailableError
@@ -136,7 +139,7 @@ class Checkpoint(Mapping[str, NDArray[Any]]):
 
     def __init__(
         self,
-        path: PathLike | Sequence[PathLike],
+        path: Location | Sequence[Location],
         device: Any = "cpu",
         *,
         io: IO = "mmap",
@@ -156,7 +159,7 @@ class Checkpoint(Mapping[str, NDArray[Any]]):
         self.findings, self.notes = found.findings, found.notes
         self.incomplete = bool(found.missing) and not found.named
         self.folder = (self.index or self.files[0]).parent
-        self._files = [open_file(file, io) for file in self.files]
+        self._files = open_files(self.files, io)
         self._stored = merge_tensors(self._files, found.index)
         self.unlisted = [name for name in self._stored if found.index and name not in found.index.weight_map]
         if (parts := max(file.parts for file in self._files)) > len(self._files) and not found.missing:
@@ -278,7 +281,7 @@ class Checkpoint(Mapping[str, NDArray[Any]]):
         tensor = self._tensors[name]
         return stored_of(tensor)
 
-    def changed_files(self) -> list[Path]:
+    def changed_files(self) -> list[AnyPath]:
         """Return the files that are no longer those that were opened."""
         return [file.path for file in self._files if not file.is_unchanged()]
 
@@ -380,7 +383,7 @@ class Checkpoint(Mapping[str, NDArray[Any]]):
         tensor, rows = self._find(name)
         if isinstance(tensor, StoredTensor):
             self.info(name).check_values(dtype if out is None else getattr(out, "dtype", None))
-            array = self._read_plain(tensor, rows, index)
+            array = self._read_plain(tensor, rows, index, None if transpose else out)
             return self._convert(array.swapaxes(-1, -2) if transpose else array, dtype, out)
         reader = tensor.reader(rows)
         where = self._where(backend, num_threads)
@@ -390,9 +393,9 @@ class Checkpoint(Mapping[str, NDArray[Any]]):
         shape, views = reader.views(index)
         impl = backend_for(reader.array.blocks, out, backend, where["device"])
         out, target = reader.array.prepare_out(dtype, out, transpose=transpose, impl=impl, shape=shape)
-        for place, view in views:
-            for within, chunk in view.iter_chunks(READ_BYTES, out.dtype):
-                reader.load(chunk).decode(out=target[place][within], **where)
+        parts = (((place, at), part) for place, view in views for at, part in view.iter_chunks(READ_BYTES, out.dtype))
+        for (place, within), chunk in reader.load_each(parts):
+            chunk.decode(out=target[place][within], **where)
         return out
 
     def packed(self, name: str) -> MXFP4Array | ScaledArray:
@@ -417,6 +420,11 @@ class Checkpoint(Mapping[str, NDArray[Any]]):
             )
         return array
 
+    def reader(self, name: str) -> Reader:
+        """Return what reads a tensor, or parts of it, before it is decoded."""
+        tensor, rows = self._find(name)
+        return PlainReader(tensor, rows) if isinstance(tensor, StoredTensor) else tensor.reader(rows)
+
     def blocks(self, name: str) -> Any:
         """Return a tensor that is decoded, whatever its format, before it is: an `MXFP4Array` or another `BlockArray`.
 
@@ -425,9 +433,7 @@ class Checkpoint(Mapping[str, NDArray[Any]]):
         name : str
             Of a tensor with a layout.
         """
-        tensor, rows = self._find(name)
-        assert not isinstance(tensor, StoredTensor)
-        reader = tensor.reader(rows)
+        reader = self.reader(name)
         return reader.load(reader.array)
 
     def chunks(
@@ -494,8 +500,8 @@ class Checkpoint(Mapping[str, NDArray[Any]]):
         reader = tensor.reader(rows)
         shape, multiple = reader.array.shape, reader.array.multiple
         itemsize = decoded_dtype("bfloat16" if dtype is None else dtype).itemsize
-        for place, index in split_both(shape, itemsize, max_bytes, transpose=transpose, multiple=multiple):
-            yield place, reader.load(reader.array[index])
+        pairs = split_both(shape, itemsize, max_bytes, transpose=transpose, multiple=multiple)
+        yield from reader.load_each((place, reader.array[index]) for place, index in pairs)
 
     def _where(self, backend: str | None, num_threads: int | None) -> dict[str, Any]:
         """Return the arguments of `MXFP4Array.decode` that choose where it runs."""
@@ -503,9 +509,9 @@ class Checkpoint(Mapping[str, NDArray[Any]]):
         return {"backend": backend, "device": device, "num_threads": num_threads}
 
     @staticmethod
-    def _read_plain(tensor: StoredTensor, rows: slice | None, index: Any) -> Any:
-        """Return a plain tensor, or ``rows`` of its last axis, or what an index selects of that."""
-        return tensor.array(index) if rows is None else tensor.array()[..., rows][... if index is None else index]
+    def _read_plain(tensor: StoredTensor, rows: slice | None, index: Any, out: Any = None) -> Any:
+        """Return a plain tensor, or ``rows`` of its last axis, or what an index selects of that; see `StoredTensor`."""
+        return tensor.array(index, out) if rows is None else tensor.array()[..., rows][... if index is None else index]
 
     def _convert(self, array: NDArray[Any], dtype: DTypeLike | TorchDType | None, out: NDArray[Any] | None) -> Any:
         """Return a plain array on this checkpoint's device, in another dtype or in ``out`` if that is asked for."""
@@ -521,7 +527,8 @@ class Checkpoint(Mapping[str, NDArray[Any]]):
             raise ValueError(f"complex values cannot become {as_dtype(dtype)}")
         if out is None:
             return self._backend.asarray(array.astype(as_dtype(dtype), copy=False))
-        self._backend.store(array, out)
+        if array is not out:
+            self._backend.store(array, out)
         return out
 
     # Names

@@ -26,6 +26,10 @@ class LayoutError(MXFP4Error, ValueError):
     """Blocks and scales do not fit each other."""
 
 
+class RemoteError(MXFP4Error, OSError):
+    """A server cannot be reached, or does not answer as it should; as other errors of reading, an `OSError`."""
+
+
 class BackendUnavailableError(MXFP4Error, ImportError):
     """A backend or a file format cannot be used here; the message names the extra to install."""
 

@@ -16,7 +16,7 @@ from .checkpoint import Checkpoint
 from .format import BLOCK_SIZE, DecodedDType, decoded_dtype
 from .layouts.table import LAYOUTS
 from .shapes import split
-from .storage.discover import IO, PathLike
+from .storage.discover import IO, Location, PathLike
 from .storage.safetensors import stream_safetensors, write_safetensors
 from .storage.tensorfile import SAFETENSORS_DTYPES
 
@@ -25,7 +25,7 @@ WRITE_BYTES: Final = 16 << 20
 
 
 def load_file(
-    path: PathLike | Sequence[PathLike],
+    path: Location | Sequence[Location],
     device: Any = "cpu",
     *,
     dtype: DecodedDType | None = None,

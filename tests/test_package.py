@@ -107,7 +107,7 @@ def test_the_lowest_versions_tested_are_the_lowest_allowed():
     tox = (ROOT / "tox.ini").read_text()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    for requirement in [*project["dependencies"], *extras["test"], *extras["gguf"]]:
+    for requirement in [*project["dependencies"], *extras["test"], *extras["gguf"], *extras["remote"]]:
         name, version = requirement.split(">=")
-        pins = re.findall(rf"^    {name}==(\S+)$", tox, re.MULTILINE)
+        pins = re.findall(rf"^    {re.escape(name)}==(\S+)$", tox, re.MULTILINE)
         assert any((pin + ".").startswith(version + ".") for pin in pins), requirement

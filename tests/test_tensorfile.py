@@ -9,11 +9,11 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import assert_same, both_io, entry, error_of, write_raw
+from helpers import assert_same, both_io, entry, error_of, save_raw, write_raw
 
 import mxfp4np
 from mxfp4np import CheckpointError, MXFP4Array
-from mxfp4np.storage import safetensors
+from mxfp4np.storage import safetensors, tensorfile
 
 # io="pread" gives what io="mmap" gives
 
@@ -366,3 +366,20 @@ def test_pread_does_not_map_the_header(mixed, tmp_path, monkeypatch):
     monkeypatch.setattr(safetensors, "safe_open", truncate_then_parse)
     with pytest.raises(CheckpointError, match="changed while it was being opened"):
         mxfp4np.Checkpoint(path, io="pread")
+
+
+@pytest.mark.parametrize("index", [None, 1, np.s_[:, 1:3], np.s_[::-1]])
+def test_reads_into_the_output(tmp_path, monkeypatch, index):
+    """A tensor that is read needs no second copy of it in memory; what does not fit is converted as usual."""
+    array = np.arange(24, dtype=np.float32).reshape(4, 6)
+    with mxfp4np.Checkpoint(save_raw(tmp_path / "x.safetensors", {"a": array}), io="pread") as ckpt:
+        expected, wide = array if index is None else array[index], np.empty((4, 6), np.float64)
+        ckpt.get("a", out=wide)
+        strided = np.empty((*expected.shape, 2), np.float32)[..., 0]
+        ckpt.get("a", index=index, out=strided)
+        monkeypatch.setattr(tensorfile, "aligned_empty", None)
+        out = np.empty(expected.shape, np.float32)
+        assert ckpt.get("a", index=index, out=out) is out
+    assert np.array_equal(wide, array)
+    assert np.array_equal(out, expected)
+    assert np.array_equal(strided, expected)

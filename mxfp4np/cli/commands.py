@@ -51,6 +51,11 @@ def parse_index(text: str) -> tuple[Any, ...]:
     return tuple(items)
 
 
+def parse_source(text: str) -> str | Path:
+    """Return the path for a text, or the text if it is a URL."""
+    return text if "://" in text else Path(text)
+
+
 def parse_size(text: str) -> int:
     """Return the bytes for a text such as ``"200MB"`` or ``"5GiB"``."""
     try:
@@ -128,13 +133,13 @@ def _inspect(args: argparse.Namespace) -> int:
     with Checkpoint(args.source, layout=args.layout, names=_names(args)) as checkpoint:
         table = rows(checkpoint, args.pattern)
         if not table and args.pattern != "*":
-            raise ValueError(f"{args.source}: no tensor is called like {args.pattern!r}")
+            raise ValueError(f"{checkpoint.folder}: no tensor is called like {args.pattern!r}")
         infos = [row.info for row in table if args.stats and row.info is not None]
         packed = [info for info in infos if info.format == "MXFP4" or info.layout not in (None, "gguf")]
         stats: dict[str, Any] = {}
         with byte_bar(sum(info.nbytes for info in packed), "reading", quiet=args.quiet) as progress:
             for info in packed:
-                stats[info.name] = stats_of(checkpoint.blocks(info.name), progress)
+                stats[info.name] = stats_of(checkpoint.reader(info.name), progress)
         if args.json:
             print(as_json(to_json(checkpoint, table, stats)))
             return 0
@@ -267,8 +272,10 @@ def parser() -> argparse.ArgumentParser:
         return sub
 
     def checkpoint(sub: argparse.ArgumentParser, metavar: str = "PATH", **options: Any) -> None:
-        what = "a folder, a .safetensors, .uqff or .gguf file, or a .index.json"
-        sub.add_argument("source", type=Path, metavar=metavar, help=what, **options)
+        what = (
+            "a folder, a .safetensors, .uqff or .gguf file, a .index.json, or a URL: s3://, https://, hf://OWNER/NAME"
+        )
+        sub.add_argument("source", type=parse_source, metavar=metavar, help=what, **options)
         sub.add_argument("--layout", metavar="NAME", help="the layout, if the files do not determine it: quark")
 
     def names(sub: argparse.ArgumentParser) -> None:
@@ -328,7 +335,8 @@ def parser() -> argparse.ArgumentParser:
     patterns(convert)
 
     encode = command("encode", _encode, "Write a checkpoint with its weights packed.")
-    encode.add_argument("source", type=Path, metavar="SRC", help="a folder, a .safetensors file, or a .index.json")
+    what = "a folder, a .safetensors file, a .index.json, or a URL"
+    encode.add_argument("source", type=parse_source, metavar="SRC", help=what)
     encode.add_argument("target", type=Path, metavar="DST", help="a new or empty folder")
     encode.add_argument("--rule", choices=RULES, default=RULES[0], help="of the scales (default: even)")
     encode.add_argument(

@@ -14,7 +14,7 @@ from ..checkpoint import Checkpoint
 from ..errors import CheckpointError
 from ..format import as_dtype, decoded_dtype
 from ..layouts.table import wants_transpose
-from ..shapes import split, split_both, swapped
+from ..shapes import full_index, split, split_both, swapped
 from ..storage.atomic import atomic_file
 from ..storage.named import named
 from ..storage.safetensors import bytes_of, write_safetensors
@@ -25,7 +25,7 @@ CHUNK_BYTES: Final = 32 << 20
 
 
 class Selection:
-    """Tensors of a mapped checkpoint, or the same part of each, to be written decoded to one file.
+    """Tensors of a checkpoint, or the same part of each, to be written decoded to one file.
 
     ``names`` are logical names, ``dtype`` is that of `Checkpoint.get`, and ``index`` a basic index that is applied to
     every tensor. ``transpose`` means what it means for `convert`: packed tensors are transposed, after they are
@@ -54,7 +54,7 @@ class Selection:
         since the last call.
         """
         with named(path, "written"):
-            if path.exists() and any(path.samefile(file) for file in self._checkpoint.files):
+            if path.exists() and any(isinstance(x, Path) and path.samefile(x) for x in self._checkpoint.files):
                 raise ValueError(f"{path}: is part of the checkpoint that is being read: choose another name")
             if path.is_dir():
                 raise ValueError(f"{path}: is a folder: expected the name of a file")
@@ -71,7 +71,7 @@ class Selection:
     def _write_npy(self, path: Path, progress: Callable[[int], object]) -> None:
         if len(self._tensors) != 1:
             raise ValueError(f"{path}: a .npy file holds one tensor, not {len(self._tensors)}: use .safetensors")
-        ((_, dtype, shape, _),) = self._tensors.values()
+        ((*_, dtype, shape, _),) = self._tensors.values()
         if dtype.isbuiltin != 1:  # 2 for the types of ml_dtypes
             raise ValueError(f"{path}: the .npy format cannot name {dtype}: use --dtype float32, or .safetensors")
         with atomic_file(path) as file:
@@ -82,14 +82,14 @@ class Selection:
 
     def _chunks(self, progress: Callable[[int], object]) -> Iterator[NDArray[Any]]:
         """Yield the values of all tensors in C order."""
-        for array, dtype, _, transpose in self._tensors.values():
+        for load, array, dtype, _, transpose in self._tensors.values():
             if isinstance(array, BlockArray):
                 size = array.multiple
                 pairs = split_both(array.shape, dtype.itemsize, CHUNK_BYTES, transpose=transpose, multiple=size)
-                chunks = (array[stored].decode(dtype, transpose=transpose) for _, stored in pairs)
+                chunks = (load(array[stored]).decode(dtype, transpose=transpose) for _, stored in pairs)
             else:
                 indices = split(array.shape, dtype.itemsize, CHUNK_BYTES)
-                chunks = (np.ascontiguousarray(array[index], dtype=dtype) for index in indices)
+                chunks = (np.ascontiguousarray(load(array[(*index, ...)]), dtype=dtype) for index in indices)
             for chunk in chunks:
                 yield chunk
                 progress(chunk.nbytes)
@@ -98,8 +98,9 @@ class Selection:
 
 
 class _Selected(NamedTuple):
-    """A tensor, or a part of it, as it is stored; and the dtype and shape to write it in."""
+    """A tensor, or a part of it, as it is stored, and what loads it; and the dtype and shape to write it in."""
 
+    load: Callable[[Any], Any]
     array: BlockArray | NDArray[Any]
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
@@ -110,15 +111,16 @@ def _selected(checkpoint: Checkpoint, name: str, dtype: DTypeLike | None, index:
     info = checkpoint.info(name)
     info.check_values(dtype)
     layout = info.layout
-    array = checkpoint.get(name) if layout is None else checkpoint.blocks(name)
-    if index is not None:
-        array = array[index]
-    if layout is not None:
+    reader = checkpoint.reader(name)
+    array = reader.array
+    if isinstance(array, BlockArray):
+        array = array if index is None else array[index]
         transposed = wants_transpose(layout, array.shape, transpose)
         shape = swapped(array.shape) if transposed else array.shape
-        return _Selected(array, decoded_dtype("bfloat16" if dtype is None else dtype), shape, transposed)
-    array = np.asarray(array)
+        return _Selected(reader.load, array, decoded_dtype("bfloat16" if dtype is None else dtype), shape, transposed)
+    if index is not None:
+        array = array[(*full_index(index, array.ndim), ...)]  # a view, of a single value too
     wanted = array.dtype if dtype is None else as_dtype(dtype)
     if array.dtype.kind == "c" and wanted.kind != "c":
         raise ValueError(f"tensor {name!r}: complex values cannot become {wanted}")
-    return _Selected(array, wanted, array.shape, False)
+    return _Selected(reader.load, array, wanted, array.shape, False)

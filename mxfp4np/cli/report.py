@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..array import MXFP4Array
 from ..checkpoint import Checkpoint
 from ..format import BLOCK_SIZE, FP4_VALUES, SCALE_BIAS, SCALE_NAN
-from ..layouts.packed import TensorInfo
+from ..layouts.packed import Reader, TensorInfo
 from ..layouts.table import wants_transpose
 from ..scaled import ScaledArray
 from ..summary import Row, label
@@ -37,8 +37,8 @@ class Stats:
     scales: NDArray[np.int64] = field(default_factory=lambda: np.zeros(256, np.int64))
     zero_blocks: int = 0
 
-    def add(self, array: MXFP4Array, progress: Callable[[int], object] = lambda _: None) -> None:
-        """Count the blocks of a packed array.
+    def add(self, array: MXFP4Array | Reader, progress: Callable[[int], object] = lambda _: None) -> None:
+        """Count the blocks of a packed array, or of what is read.
 
         ``progress`` is called with the number of packed bytes counted since the last call.
         """
@@ -96,10 +96,10 @@ class ScaleStats:
     scales: NDArray[np.int64] = field(default_factory=lambda: np.zeros(256, np.int64))
     zeros: int = 0
 
-    def add(self, array: ScaledArray, progress: Callable[[int], object] = lambda _: None) -> None:
+    def add(self, source: ScaledArray | Reader, progress: Callable[[int], object] = lambda _: None) -> None:
         """Count the scales of an array; see `Stats.add`."""
-        chunks = array.iter_chunks(4 * STATS_BYTES) if array.block_size <= BLOCK_SIZE else [((), array)]
-        for _, chunk in chunks:
+        array = source.array if isinstance(source, Reader) else source
+        for _, chunk in source.iter_chunks(4 * STATS_BYTES) if array.block_size <= BLOCK_SIZE else [((), array)]:
             exponents, count = chunk.exponents(), chunk.count_scales()
             self.scales += np.bincount(exponents, minlength=256)
             self.zeros += count - exponents.size
@@ -132,15 +132,12 @@ class ScaleStats:
         yield from _scale_lines(self.scales)
 
 
-def stats_of(array: MXFP4Array | ScaledArray, progress: Callable[[int], object]) -> Stats | ScaleStats:
-    """Return what is counted of a packed array."""
-    if isinstance(array, MXFP4Array):
-        stats = Stats()
-        stats.add(array, progress)
-        return stats
-    of_scales = ScaleStats()
-    of_scales.add(array, progress)
-    return of_scales
+def stats_of(source: Any, progress: Callable[[int], object]) -> Stats | ScaleStats:
+    """Return what is counted of a packed array, or by a `Reader`, of one."""
+    array = source.array if isinstance(source, Reader) else source
+    stats = Stats() if isinstance(array, MXFP4Array) else ScaleStats()
+    stats.add(source, progress)
+    return stats
 
 
 def _scale_lines(counts: NDArray[np.int64]) -> Iterator[str]:

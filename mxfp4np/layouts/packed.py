@@ -7,12 +7,16 @@ decoded here.
 from __future__ import annotations
 
 import math
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from ..array import MXFP4Array
+from ..backends.threads import starting_threads
 from ..blocks import BlockArray
 from ..errors import LayoutError
 from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, DecodedDType, TorchDType, as_dtype, decoded_dtype, dtype_named
@@ -106,14 +110,17 @@ class Reader:
 
     Attributes
     ----------
-    array : BlockArray
+    array : BlockArray, or numpy.ndarray of a plain tensor
         The whole tensor, or its ``rows``: a view of the map, or of reserved memory that is never read.
     copies : bool
         Whether `load` reads into new memory, not from a map.
+    ahead : int
+        See `TensorFile.ahead`.
     """
 
-    array: BlockArray
+    array: Any
     copies: bool
+    ahead: int
 
     def views(self, index: Any) -> tuple[Shape, list[tuple[Any, BlockArray]]]:
         """Return what an index selects of `array`: its shape, and views of it by their places in the selection.
@@ -130,6 +137,43 @@ class Reader:
         """Return ``part``, any view of `array`, with its bytes in memory or in a map."""
         raise NotImplementedError
 
+    def iter_chunks(self, max_bytes: int | str, dtype: DTypeLike = "bfloat16") -> Iterator[tuple[Any, Any]]:
+        """Yield `array` in chunks as `BlockArray.iter_chunks` does, each loaded."""
+        return self.load_each(self.array.iter_chunks(max_bytes, dtype))
+
+    def load_each(self, views: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
+        """Yield places and views of `array`, each loaded; of remote files, the next ones meanwhile."""
+        if not self.ahead:
+            for place, view in views:
+                yield place, self.load(view)
+            return
+        executor, waiting = ThreadPoolExecutor(self.ahead, "mxfp4np-ahead"), deque[tuple[Any, Future[Any]]]()
+        try:
+            for place, view in views:
+                with starting_threads():
+                    waiting.append((place, executor.submit(self.load, view)))
+                if len(waiting) > self.ahead:
+                    first, future = waiting.popleft()
+                    yield first, future.result()
+            for first, future in waiting:
+                yield first, future.result()
+        finally:
+            executor.shutdown(wait=False, cancel_futures=True)
+
+
+class PlainReader(Reader):
+    """Reads a plain tensor, or ``rows`` of its last axis."""
+
+    def __init__(self, tensor: StoredTensor, rows: slice | None = None) -> None:
+        self._tensor = tensor
+        self._memory, array = tensor.view()
+        self.array = array if rows is None else array[..., rows]
+        self.copies, self.ahead = tensor.file.io == "pread", tensor.file.ahead
+
+    def load(self, part: Any) -> Any:
+        """Return ``part``, any view of `array`, with its bytes in memory or in a map."""
+        return self._tensor.file.read(self._tensor, self._memory, part)
+
 
 class PackedReader(Reader):
     """Reads a tensor of MXFP4, or of one of GGUF's types."""
@@ -139,7 +183,6 @@ class PackedReader(Reader):
         self._tensor = tensor
         self._codes = codes.file.view(codes)
         blocks = self._codes.reshape(tensor.blocks)
-        self.array: MXFP4Array | GGUFArray
         if tensor.format != "MXFP4":
             self.array = GGUFArray(blocks, tensor.format)
         elif scales is None:
@@ -153,7 +196,7 @@ class PackedReader(Reader):
             self.array = MXFP4Array(blocks, ordered, layout.order)
         if rows is not None:
             self.array = self.array[..., rows, :]
-        self.copies = codes.file.io == "pread"
+        self.copies, self.ahead = codes.file.io == "pread", codes.file.ahead
 
     def load(self, part: Any) -> Any:
         """Return ``part``, any view of `array`, with its bytes in memory or in a map, and its scales as E8M0."""

@@ -258,7 +258,7 @@ class ScaledReader(Reader):
         self.array = ScaledArray(viewed, ordered, tensor.element, tensor.tile, second, divide=tensor.layout.divide)
         if rows is not None:
             self.array = self.array[..., rows, :]
-        self.copies = codes.file.io == "pread"
+        self.copies, self.ahead = codes.file.io == "pread", codes.file.ahead
 
     def _expanded(self, flat: NDArray[Any]) -> Shape:
         """Return a shape for the stored scales that broadcasts to one scale for a tile."""

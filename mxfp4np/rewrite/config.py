@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -14,10 +13,11 @@ from ..checkpoint import Checkpoint
 from ..errors import CheckpointError
 from ..format import BLOCK_SIZE
 from ..layouts.others import COMFYUI
-from ..storage.discover import PathLike, is_hidden
+from ..storage.discover import Location, as_path, is_hidden, is_one
 from ..storage.jsonfile import parse_json, read_json
 from ..storage.named import named
 from ..storage.regular import LFSPointerError, open_regular
+from ..storage.remote import AnyPath
 from .plan import METADATA as PT_METADATA
 from .plan import RECORD, Copied, Item, json_bytes
 from .quantization import (
@@ -29,7 +29,7 @@ from .quantization import (
     several_parts,
 )
 
-Source = PathLike | Sequence[PathLike] | None
+Source = Location | Sequence[Location] | None
 
 WEIGHTS: Final = (".safetensors", ".uqff", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx")
 """Endings of files that hold weights, which are not copied."""
@@ -140,14 +140,14 @@ def config_of(checkpoint: Checkpoint, source: Source) -> dict[str, Any]:
 @named(None, "read")
 def is_folder(checkpoint: Checkpoint, source: Source) -> bool:
     """Whether a source is a folder, or the index of one, so that the config.json there speaks of its tensors."""
-    return isinstance(source, str | os.PathLike) and (checkpoint.index is not None or Path(source).is_dir())
+    return is_one(source) and (checkpoint.index is not None or as_path(source).is_dir())
 
 
 class SmallFiles(NamedTuple):
     """The files beside rewritten weights, by their names in the folder."""
 
     written: dict[str, bytes]
-    copied: dict[str, Path]
+    copied: dict[str, AnyPath]
     left_out: list[str]
     """Other weights, and folders that hold some, which do not go along."""
     notes: list[str]
@@ -192,31 +192,35 @@ def small_files(checkpoint: Checkpoint, source: Source, target: Path, changes: M
     return SmallFiles(written, copies, left_out, notes)
 
 
-def _leads_out(path: Path, folder: Path) -> bool:
+def _leads_out(path: AnyPath, folder: AnyPath) -> bool:
     """Tell whether a file is a link out of the folder, or of its repository in the Hub's cache, which links to blobs.
 
     Whoever made a folder must not decide which other files of this machine go into the result.
     """
+    if not isinstance(path, Path) or not isinstance(folder, Path):  # no other has links
+        return False
     repository = next((parent.parent for parent in folder.parents if parent.name == "snapshots"), None)
     places = [folder] if repository is None else [folder, repository / "blobs"]
     return path.is_symlink() and not any(path.resolve().is_relative_to(place) for place in places)
 
 
-def _files_beside(folder: Path, target: Path, weights: AbstractSet[Path | None]) -> tuple[dict[str, Path], list[str]]:
+def _files_beside(
+    folder: AnyPath, target: Path, weights: AbstractSet[AnyPath | None]
+) -> tuple[dict[str, AnyPath], list[str]]:
     """Return the files that go with ``weights``, for instance tokenizers, and the names of other weights.
 
     A folder that holds weights is named as a whole.
     """
-    found: dict[str, Path] = {}
+    found: dict[str, AnyPath] = {}
     left_out: list[str] = []
-    for path in sorted(folder.iterdir()):
+    for path in sorted([*folder.iterdir()], key=str):
         if is_hidden(path):
             continue
         if path.is_dir():
             if path.resolve() == target:
                 continue
             if path.is_symlink() or _is_other(path.resolve(), target):
-                if not any(file and file.is_relative_to(path) for file in weights):
+                if not any(file and path in file.parents for file in weights):
                     left_out.append(f"{path.name}/")
             else:
                 inside, others = _files_beside(path, target, weights)
@@ -225,27 +229,27 @@ def _files_beside(folder: Path, target: Path, weights: AbstractSet[Path | None])
         elif _is_weights(path):
             if path not in weights:
                 left_out.append(path.name)
-        elif stat.S_ISREG(path.stat().st_mode):  # a link to nothing is an error
+        elif not isinstance(path, Path) or stat.S_ISREG(path.stat().st_mode):  # a link to nothing is an error
             found[path.name] = path
     return found, left_out
 
 
-def _is_other(folder: Path, target: Path) -> bool:
+def _is_other(folder: AnyPath, target: Path) -> bool:
     """Tell whether a folder holds another checkpoint, or one that is being written, besides the target."""
-    inside = (path for path in _below(folder) if not path.is_relative_to(target))
+    inside = (path for path in _below(folder) if target not in (path, *path.parents))
     return any(_is_weights(path) or path.name == RECORD for path in inside)
 
 
-def _below(folder: Path) -> Iterator[Path]:
+def _below(folder: AnyPath) -> Iterator[AnyPath]:
     """Yield everything below a folder, without following links; refuse very deep ones."""
     level = [folder]
     for _ in range(MAX_FOLDERS):
-        inside = [path for parent in level for path in parent.iterdir()]
+        inside: list[AnyPath] = [path for parent in level for path in parent.iterdir()]
         yield from inside
         level = [path for path in inside if path.is_dir() and not path.is_symlink()]
     if level:
         raise CheckpointError(f"{folder}: folders are nested more than {MAX_FOLDERS} deep: move it elsewhere")
 
 
-def _is_weights(path: Path) -> bool:
+def _is_weights(path: AnyPath) -> bool:
     return path.name.lower().endswith((*WEIGHTS, ".index.json")) and not is_hidden(path)

@@ -16,7 +16,7 @@ from ..checkpoint import Checkpoint
 from ..format import DecodedDType, decoded_dtype
 from ..layouts.table import Transpose, wants_transpose
 from ..shapes import swapped
-from ..storage.discover import IO, PathLike
+from ..storage.discover import IO, Location, PathLike
 from ..storage.tensorfile import DTYPES, SAFETENSORS_DTYPES
 from ..text import count, escape, patterns
 from .config import QUANTIZERS_FILES, Change, Source, config_of, decoded_config, kept_metadata, small_files
@@ -209,7 +209,7 @@ class Conversion(Run):
 
 
 def convert(
-    source: PathLike | Sequence[PathLike],
+    source: Location | Sequence[Location],
     target: PathLike,
     *,
     dtype: DecodedDType = "bfloat16",

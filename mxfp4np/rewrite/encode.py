@@ -20,7 +20,7 @@ from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, RULES, SCALE_NAN, Rule, dtype_
 from ..layouts.packed import TensorInfo
 from ..layouts.table import ENCODED_LAYOUTS, EncodedLayout, Transpose
 from ..shapes import place_in_whole, swapped
-from ..storage.discover import IO, PathLike
+from ..storage.discover import IO, Location, PathLike
 from ..storage.tensorfile import DTYPES, element
 from ..text import count, escape, format_bytes, patterns
 from .choose import FORMS, LAYOUT_NAMED, Choice, Left
@@ -248,7 +248,7 @@ class Encoding(Run):
 
 
 def encode_checkpoint(
-    source: PathLike | Sequence[PathLike],
+    source: Location | Sequence[Location],
     target: PathLike,
     *,
     rule: Rule = RULES[0],

@@ -71,8 +71,8 @@ def health(
     def count_scales(info: TensorInfo) -> NDArray[np.int64]:
         """Count scales by their exponents; there are none if all values are zero."""
         counts, any_code = np.zeros(256, np.int64), False
-        array = checkpoint.blocks(info.name)
-        for _, chunk in array.iter_chunks(CHUNK_BYTES):
+        reader = checkpoint.reader(info.name)
+        for _, chunk in reader.iter_chunks(CHUNK_BYTES):
             if isinstance(chunk, MXFP4Array):
                 # A block of zeros may have any scale.
                 used = chunk.scales[(chunk.blocks & 0x77).any(axis=-1) | (chunk.scales == SCALE_NAN)]
@@ -83,8 +83,8 @@ def health(
                 if chunk.block_size <= BLOCK_SIZE:
                     counts += np.bincount(chunk.exponents(), minlength=256)
             pool.advance(info.stored[0].file.path.name, info.name, chunk.nbytes)
-        if isinstance(array, ScaledArray) and array.block_size > BLOCK_SIZE:  # scales are few
-            counts += np.bincount(array.exponents(), minlength=256)
+        if isinstance(reader.array, ScaledArray) and reader.array.block_size > BLOCK_SIZE:  # scales are few, and loaded
+            counts += np.bincount(reader.array.exponents(), minlength=256)
         return counts if any_code else np.zeros_like(counts)
 
     def is_zero(info: TensorInfo) -> bool:

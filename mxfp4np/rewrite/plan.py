@@ -23,8 +23,9 @@ from ..errors import LayoutError
 from ..layouts.packed import TensorInfo
 from ..shapes import split
 from ..storage.named import named
+from ..storage.remote import AnyPath
 from ..storage.safetensors import HEADER_LIMIT, entry_size, header_bytes, header_room
-from ..storage.tensorfile import DTYPES, element, nbytes_of, stamp_of
+from ..storage.tensorfile import DTYPES, Stamp, element, nbytes_of, stamp_of
 from ..text import parse_bytes
 
 INDEX: Final = "model.safetensors.index.json"
@@ -197,7 +198,7 @@ class Plan:
     shards: tuple[Shard, ...]
     documents: Mapping[str, bytes]
     """Small files to be written beside the shards."""
-    copies: Mapping[str, Path]
+    copies: Mapping[str, AnyPath]
     """Files to be copied beside them, by their names in the folder."""
     options: Mapping[str, Any]
     """What the plan was made with, for the record."""
@@ -236,13 +237,13 @@ class Plan:
         return text
 
     @cached_property
-    def copied_stamps(self) -> dict[str, tuple[int, ...]]:
+    def copied_stamps(self) -> dict[str, Stamp]:
         """The state of the files to be copied, when it was first asked for; see `stamp_of`."""
         return self.stamps_of_copies()
 
-    def stamps_of_copies(self) -> dict[str, tuple[int, ...]]:
+    def stamps_of_copies(self) -> dict[str, Stamp]:
         """Return the state of the files to be copied, by their names in the folder."""
-        stamps: dict[str, tuple[int, ...]] = {}
+        stamps: dict[str, Stamp] = {}
         for name, path in sorted(self.copies.items()):
             with named(path, "read"):
                 stamps[name] = stamp_of(path.stat())

@@ -27,6 +27,7 @@ from ..storage.discover import is_hidden
 from ..storage.jsonfile import read_json
 from ..storage.named import named
 from ..storage.regular import LFSPointerError, open_regular, read_up_to
+from ..storage.remote import AnyPath
 from ..storage.safetensors import bytes_of
 from ..text import CELL_WIDTH, count, escape, format_bytes, shorten
 from .plan import INDEX, RECORD, Plan, Shard
@@ -96,7 +97,7 @@ class Task:
             raise CheckpointError(f"{self.folder}: another run has started over here: choose another folder")
 
 
-def _changed(path: Path) -> CheckpointError:
+def _changed(path: AnyPath) -> CheckpointError:
     return CheckpointError(f"{path}: was replaced or changed while it was read: start over with --force")
 
 
@@ -164,8 +165,8 @@ def prepare(plan: Plan, tasks: Sequence[Task], *, resume: bool, force: bool, sha
         remove(chain(*unfinished.values()))
     for name, text in plan.documents.items():
         _put(folder / name, text)
-    for name, path in plan.copies.items():
-        _copy(path, folder / name)
+    for name, original in plan.copies.items():
+        _copy(original, folder / name)
     return [replace(task, record=record, leftovers=tuple(unfinished.get(task.path, ()))) for task in left]
 
 
@@ -276,7 +277,7 @@ def _put(path: Path, data: bytes) -> None:
     _create(path, lambda file: file.write(data))
 
 
-def _copy(source: Path, target: Path) -> None:
+def _copy(source: AnyPath, target: Path) -> None:
     if not target.is_file():
         make_folder(target.parent)
         with open_regular(source, pointers=True) as original:
@@ -401,7 +402,7 @@ def _refuse_source(plan: Plan) -> None:
     source = plan.source
     config = source.folder / "config.json"
     for path in (source.folder, source.index or config, config, *source.files, *plan.copies.values()):
-        if path.resolve().is_relative_to(plan.folder.resolve()):
+        if plan.folder.resolve() in ((resolved := path.resolve()), *resolved.parents):
             raise ValueError(f"{plan.folder}: the source is in it: choose another folder")
 
 

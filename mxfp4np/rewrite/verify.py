@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from ..layouts.packed import TensorInfo
 from ..layouts.table import TRANSPOSE, Transpose, wants_transpose
 from ..scaled import ScaledArray
 from ..shapes import place_in_whole, split, swapped
-from ..storage.discover import PathLike, repository_hint
+from ..storage.discover import Location, PathLike, as_path, is_one, repository_hint
 from ..storage.tensorfile import DTYPES, StoredTensor, element
 from ..text import select
 from .choose import FORMS, Choice, is_transposed
@@ -41,7 +40,7 @@ CHUNK_BYTES: Final = 4 << 20
 
 
 def verify(
-    source: PathLike | Sequence[PathLike],
+    source: Location | Sequence[Location],
     target: PathLike | None = None,
     *,
     rule: Rule | None = None,
@@ -94,7 +93,7 @@ def verify(
     []
     """
     if target is None:
-        if isinstance(source, str | os.PathLike) and not Path(source).exists():
+        if is_one(source) and not as_path(source).exists():
             raise FileNotFoundError(f"{source}: no such file or folder{repository_hint(source)}")
         try:
             checkpoint = _open(source, layout)
@@ -157,7 +156,7 @@ def _unfinished(target: Checkpoint, options: Mapping[str, Any]) -> list[str]:
     return []
 
 
-def _open(path: PathLike | Sequence[PathLike], layout: str | None = None) -> Checkpoint:
+def _open(path: Location | Sequence[Location], layout: str | None = None) -> Checkpoint:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CheckpointWarning)  # these are findings
         return Checkpoint(path, layout=layout)

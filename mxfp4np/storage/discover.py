@@ -13,17 +13,21 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, TypeGuard
 
 from ..errors import CheckpointError
 from .gguf import GGUF_MAGIC, GGUFFile
 from .index import Index, read_index
 from .named import named
 from .regular import open_regular, read_regular, read_up_to
+from .remote import AnyPath, RemotePath, is_remote
 from .safetensors import SafetensorsFile
+from .stores import Store, map_requests
 from .tensorfile import TensorFile
 
 PathLike = str | os.PathLike[str]
+Location = PathLike | RemotePath | Store
+"""A path, a URL as text, or a store of obstore."""
 
 IO = Literal["mmap", "pread"]
 """How the bytes of files are had: mapped, or read when they are needed."""
@@ -48,10 +52,10 @@ _REPOSITORY: Final = re.compile(r"[\w.-]+/[\w.-]+")
 class FileSet:
     """The files of one checkpoint, and what a user should know of the choice."""
 
-    files: list[Path]
+    files: list[AnyPath]
     index: Index | None = None
     """What names the files."""
-    beside: list[Path] = field(default_factory=list)
+    beside: list[AnyPath] = field(default_factory=list)
     """Files of weights in the same folder that are not part of it."""
     missing: list[str] = field(default_factory=list)
     """Numbered sets that lack parts, a sentence each."""
@@ -69,16 +73,16 @@ class FileSet:
 
 
 @named(None, "read")
-def find_files(path: PathLike | Sequence[PathLike]) -> FileSet:
+def find_files(path: Location | Sequence[Location]) -> FileSet:
     """Return the files of a checkpoint; raise if a file is missing, or if there are several checkpoints."""
-    if not isinstance(path, str | os.PathLike):
+    if not is_one(path):
         if not isinstance(path, Iterable) or isinstance(path, bytes):
             raise TypeError(f"expected the path of a folder or file, or a list of paths, found {path!r}")
-        files = [Path(file).absolute() for file in path]
+        files = [as_path(file) for file in path]
         if not files:
             raise FileNotFoundError("an empty list of files is no checkpoint")
         return FileSet(files, missing=list(_missing_parts(files)), named=True)
-    hint, path = repository_hint(path), Path(path).absolute()
+    hint, path = repository_hint(path), as_path(path)
     if hint:
         raise FileNotFoundError(errno.ENOENT, f"{os.strerror(errno.ENOENT)}{hint}", str(path))
     if path.is_dir():
@@ -94,21 +98,40 @@ def find_files(path: PathLike | Sequence[PathLike]) -> FileSet:
     return FileSet([path], missing=list(_missing_parts([path])), named=True)
 
 
-def repository_hint(path: PathLike) -> str:
+def is_one(path: object) -> TypeGuard[Location]:
+    """Tell whether this is one path, URL or store, not several."""
+    return isinstance(path, str | os.PathLike) or is_remote(path)
+
+
+def as_path(path: Location) -> AnyPath:
+    """Return the path that a caller means: on disk, or a remote one."""
+    if isinstance(path, str | os.PathLike) and not is_remote(path):
+        return Path(path).absolute()
+    return RemotePath.of(path)
+
+
+def repository_hint(path: Location) -> str:
     """Return how to download what is no folder but named like a repository of the Hub, to be added to a message."""
-    name = os.fspath(path)
+    name = os.fspath(path) if isinstance(path, str | os.PathLike) else ""
     owner, _, repository = name.partition("/")
     if not _REPOSITORY.fullmatch(name) or Path(owner).exists() or name.lower().endswith((*ENDINGS, ".json")):
         return ""
     return f"; to download a repository of this name: hf download {name} --local-dir {repository}"
 
 
-def is_hidden(path: Path) -> bool:
+def is_hidden(path: AnyPath) -> bool:
     """Tell whether the name begins with a dot, as macOS's sidecars ``._NAME`` do: such files are never weights."""
     return path.name.startswith(".")
 
 
-def open_file(path: Path, io: str) -> TensorFile:
+def open_files(paths: Sequence[AnyPath], io: str) -> list[TensorFile]:
+    """Open the files of a checkpoint, remote ones in parallel."""
+    if all(isinstance(path, RemotePath) for path in paths):
+        return map_requests(lambda path: open_file(path, io), paths)
+    return [open_file(path, io) for path in paths]
+
+
+def open_file(path: AnyPath, io: str) -> TensorFile:
     """Open a file by the reader of its format: its ending decides or, if that is none of `ENDINGS`, its first bytes."""
     is_gguf = path.suffix.lower() == ".gguf"
     if path.suffix.lower() not in ENDINGS:
@@ -120,7 +143,7 @@ def open_file(path: Path, io: str) -> TensorFile:
 # Folders
 
 
-def _find_in_folder(folder: Path) -> FileSet:
+def _find_in_folder(folder: AnyPath) -> FileSet:
     weights = _weights_in(folder)
     if not weights and (folder / "snapshots").is_dir():
         return _find_in_folder(_snapshot_of(folder))
@@ -132,13 +155,17 @@ def _find_in_folder(folder: Path) -> FileSet:
     return replace(found, beside=beside, doubts=[*doubts, *found.doubts])
 
 
-def _weights_in(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS and not is_hidden(path))
+def _weights_in(folder: AnyPath) -> list[AnyPath]:
+    return [path for path in _inside(folder) if path.suffix.lower() in ENDINGS and not is_hidden(path)]
 
 
-def _snapshot_of(folder: Path) -> Path:
+def _inside(folder: AnyPath) -> list[AnyPath]:
+    return sorted([*folder.iterdir()], key=str)
+
+
+def _snapshot_of(folder: AnyPath) -> AnyPath:
     """Return the snapshot that ``refs/main`` names in a repository's folder of the Hub's cache, or the only one."""
-    there = sorted(path for path in (folder / "snapshots").iterdir() if path.is_dir() and not is_hidden(path))
+    there = [path for path in _inside(folder / "snapshots") if path.is_dir() and not is_hidden(path)]
     ref = folder / "refs" / "main"
     wanted = read_regular(ref, 4096).decode(errors="replace").strip() if ref.is_file() else None
     for path in there:
@@ -148,11 +175,11 @@ def _snapshot_of(folder: Path) -> Path:
     raise FileNotFoundError(f"{folder}: expected refs/main to name a snapshot, found {wanted!r}: open one of {listed}")
 
 
-def _find_index(folder: Path, weights: Sequence[Path]) -> tuple[FileSet | None, list[str]]:
+def _find_index(folder: AnyPath, weights: Sequence[AnyPath]) -> tuple[FileSet | None, list[str]]:
     """Return the files of the index that decides in a folder, if one does, and what is doubtful about it."""
     indexes = {
         path.name.lower(): path
-        for path in sorted(folder.iterdir())
+        for path in _inside(folder)
         if path.name.lower().endswith(_INDEX) and not is_hidden(path)
     }
     single = next((file for file in weights if file.name.lower() == SINGLE and file.exists()), None)
@@ -180,10 +207,10 @@ def _find_index(folder: Path, weights: Sequence[Path]) -> tuple[FileSet | None, 
     return _of_index(index), [doubt]
 
 
-def _choose(folder: Path, weights: Sequence[Path]) -> list[Path]:
+def _choose(folder: AnyPath, weights: Sequence[AnyPath]) -> list[AnyPath]:
     """Return the files of a folder without an index that are one model, as transformers chooses."""
     if not weights:
-        below = [path for path in sorted(folder.iterdir()) if path.is_dir() and not is_hidden(path)]
+        below = [path for path in _inside(folder) if path.is_dir() and not is_hidden(path)]
         listed = ", ".join(path.name for path in below if _weights_in(path))
         hint = f"; there are some in {listed}" if listed else ""
         raise FileNotFoundError(f"{folder}: no {ENDINGS[0]} files in this folder, nor .uqff or .gguf ones{hint}")
@@ -206,20 +233,20 @@ def _choose(folder: Path, weights: Sequence[Path]) -> list[Path]:
     return models
 
 
-def _set_of(file: Path) -> tuple[str, ...]:
+def _set_of(file: AnyPath) -> tuple[str, ...]:
     match = _NUMBERED.fullmatch(file.name)
     return (match[1], str(int(match[3])), match[4].lower()) if match else (file.name,)
 
 
-def _sets(files: Iterable[Path]) -> dict[tuple[str, ...], list[Path]]:
+def _sets(files: Iterable[AnyPath]) -> dict[tuple[str, ...], list[AnyPath]]:
     """Group files by the numbered set that their names belong to; others are sets of one."""
-    sets: dict[tuple[str, ...], list[Path]] = {}
+    sets: dict[tuple[str, ...], list[AnyPath]] = {}
     for file in files:
         sets.setdefault(_set_of(file), []).append(file)
     return sets
 
 
-def _missing_parts(files: Sequence[Path]) -> Iterator[str]:
+def _missing_parts(files: Sequence[AnyPath]) -> Iterator[str]:
     """Yield a sentence for each numbered set that lacks parts."""
     for parts in _sets(files).values():
         match = _NUMBERED.fullmatch(parts[0].name)
@@ -240,7 +267,7 @@ def _missing_parts(files: Sequence[Path]) -> Iterator[str]:
 
 def _of_index(index: Index) -> FileSet:
     files, folder = index.files, index.path.parent
-    missing = [file.relative_to(folder).as_posix() for file in files if not file.exists()]
+    missing = [name for name, file in index.named_files.items() if not file.exists()]
     if missing:
         listed = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
         hint = f"; {SINGLE} is there, open it by its own name" if (folder / SINGLE).exists() else ""

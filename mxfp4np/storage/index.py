@@ -11,23 +11,29 @@ from typing import NamedTuple
 
 from ..errors import CheckpointError
 from .jsonfile import read_json
+from .remote import AnyPath
 from .tensorfile import StoredTensor, TensorFile
 
 
 class Index(NamedTuple):
     """An index that was read."""
 
-    path: Path
+    path: AnyPath
     weight_map: Mapping[str, str]
     """The file of each tensor, below the folder of the index, ``./x`` as ``x``."""
 
     @property
-    def files(self) -> list[Path]:
+    def named_files(self) -> dict[str, AnyPath]:
+        """The files that it names, by these names."""
+        return {name: self.path.parent / name for name in sorted(set(self.weight_map.values()))}
+
+    @property
+    def files(self) -> list[AnyPath]:
         """The files that it names."""
-        return [self.path.parent / name for name in sorted(set(self.weight_map.values()))]
+        return [*self.named_files.values()]
 
 
-def read_index(path: Path) -> Index:
+def read_index(path: AnyPath) -> Index:
     """Return an index; refuse one that names files outside its folder."""
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -45,7 +51,7 @@ def read_index(path: Path) -> Index:
     return Index(path, weight_map)
 
 
-def _not_below(index: Path, name: str, found: str) -> CheckpointError:
+def _not_below(index: AnyPath, name: str, found: str) -> CheckpointError:
     return CheckpointError(f"{index}: tensor {name!r}: expected a file below this folder, found {found}")
 
 
@@ -53,9 +59,10 @@ def merge_tensors(files: Iterable[TensorFile], index: Index | None) -> dict[str,
     """Return the tensors of all files; one that several files hold is that of the file which the index names."""
     files = list(files)
     weight_map = {} if index is None else index.weight_map
+    names = {} if index is None else {file: name for name, file in index.named_files.items()}
     stored: dict[str, StoredTensor] = {}
     for file in files:
-        own = "" if index is None else file.path.relative_to(index.path.parent).as_posix()
+        own = names.get(file.path, "")
         for name, tensor in file.tensors.items():
             if weight_map.get(name, own) != own:
                 continue

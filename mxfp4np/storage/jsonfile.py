@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any, Final
 
 from ..errors import CheckpointError
 from .regular import read_regular
+from .remote import AnyPath
 
 MAX_BYTES: Final = 100_000_000
 """Largest file."""
@@ -49,7 +49,7 @@ def parse_json(text: bytes | str) -> Any:
     return value
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: AnyPath) -> dict[str, Any]:
     """Return the JSON object in a file; refuse anything else."""
     data = read_regular(path, MAX_BYTES)
     try:

@@ -16,7 +16,7 @@ _PREFIX: Final = "cannot be "
 
 
 @contextlib.contextmanager
-def named(path: Path | None, what: str) -> Iterator[None]:
+def named(path: object, what: str) -> Iterator[None]:
     """Make errors of the operating system in the block say that ``path`` cannot be ``what``: "read" or "written".
 
     Without a path, those that already name a file say it of that one, unless it is missing: whoever looks at many files

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -22,7 +23,8 @@ from safetensors import SafetensorError, safe_open
 from ..errors import CheckpointError
 from .atomic import atomic_file
 from .jsonfile import parse_json
-from .regular import read_up_to
+from .regular import read_up_to, size_of
+from .remote import AnyPath
 from .tensorfile import StoredTensor, TensorFile, is_possible, nbytes_of, wrong_beginning
 
 HEADER_LIMIT: Final = 100_000_000
@@ -71,26 +73,32 @@ class SafetensorsFile(TensorFile):
             # A tensor without bytes has the same offset as the next one: sort, so that all processes agree.
             ordered = sorted(self.tensors.values(), key=lambda tensor: (tensor.offset, tensor.nbytes, tensor.name))
             self.tensors = {tensor.name: tensor for tensor in ordered}
-        if offset != os.fstat(file.fileno()).st_size:
+        if offset != size_of(file):
             raise CheckpointError(f"{self.path}: changed while it was being opened: open it again")
 
     @contextlib.contextmanager
-    def _to_parse(self, file: BinaryIO) -> Iterator[Path | str]:
+    def _to_parse(self, file: BinaryIO) -> Iterator[AnyPath]:
         """Yield what the parser is to open, which maps it: the file or, if it is not to be mapped, a stand-in.
 
-        That is in memory, has the same header, and says that it has the same size. Only Linux has such files.
+        That has the same header, and says that it has the same size. It is in memory on Linux, which has such files.
         """
-        if self.io != "pread" or not hasattr(os, "memfd_create"):
+        is_local, has_memory_files = isinstance(self.path, Path), hasattr(os, "memfd_create")
+        if is_local and (self.io != "pread" or not has_memory_files):
             yield self.path
             return
-        with os.fdopen(os.memfd_create("header"), "wb", buffering=0) as copy:
+        with contextlib.ExitStack() as stack:
+            if has_memory_files:
+                copy = stack.enter_context(os.fdopen(os.memfd_create("header"), "wb", buffering=0))
+                path = Path(f"/proc/self/fd/{copy.fileno()}")
+            else:
+                path = Path(stack.enter_context(tempfile.TemporaryDirectory()), "header")
+                copy = stack.enter_context(path.open("wb", buffering=0))
             beginning = read_up_to(file, 8)
             copy.write(beginning)
             length = int.from_bytes(beginning, "little")
-            for at in range(0, length if length <= HEADER_LIMIT else 0, 1 << 20):
-                copy.write(read_up_to(file, min(1 << 20, length - at)))
-            copy.truncate(os.fstat(file.fileno()).st_size)
-            yield f"/proc/self/fd/{copy.fileno()}"
+            copy.write(read_up_to(file, length if length <= HEADER_LIMIT else 0))  # at once: one request of a server
+            copy.truncate(size_of(file))
+            yield path
 
     def _refuse_duplicates(self, header: bytes, tensors: int) -> None:
         # The parser lets a later entry replace an earlier one of the same name. An entry has at least two lists, its
@@ -110,7 +118,7 @@ class SafetensorsFile(TensorFile):
 
 def _what_is_wrong(file: BinaryIO) -> str | None:
     """Return why a file that cannot be parsed has the wrong size, or what else it is; None if neither is known."""
-    size = os.fstat(file.fileno()).st_size
+    size = size_of(file)
     file.seek(0)
     beginning = read_up_to(file, 8)
     expected = 8 + int.from_bytes(beginning, "little")

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 import mmap
+import operator
 import os
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Final, NamedTuple
+from typing import Any, BinaryIO, Final, NamedTuple, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,9 @@ from ..errors import CheckpointError
 from ..format import dtype_named
 from ..shapes import basic_indices, full_index, is_advanced
 from .named import named
-from .regular import open_regular
+from .regular import open_regular, stat_of
+from .remote import AnyPath, RemotePath
+from .stores import RemoteStat
 
 DTYPES: Final = {
     "BOOL": (8, "bool"),
@@ -52,6 +55,11 @@ DTYPES: Final = {
 
 NumPy has no type for elements below a byte: their packed bytes are viewed as uint8.
 """
+
+Stamp = tuple[int, int, int] | RemoteStat
+
+AHEAD: Final = 4
+"""Chunks of a remote tensor that are read ahead."""
 
 MAX_AXES: Final = 64
 MAX_ELEMENTS: Final = 1 << 56
@@ -104,22 +112,26 @@ class StoredTensor(NamedTuple):
         """Shape as an array; elements below a byte, and blocks of them, stay packed in bytes."""
         return self.shape if self.dtype in DTYPES and element(self.dtype)[0] >= 8 else self.byte_shape
 
-    def array(self, index: Any = None) -> Any:
+    def view(self) -> tuple[NDArray[np.uint8], NDArray[Any]]:
+        """Return the memory that `TensorFile.view` returns, and a view of it in the stored dtype and shape."""
+        memory = self.file.view(self)
+        return memory, memory.view(dtype_named(element(self.dtype)[1])).reshape(self.array_shape)
+
+    def array(self, index: Any = None, out: Any = None) -> Any:
         """Return the tensor in its stored dtype, or the part of it that a NumPy index selects.
 
         A mapped file gives a read-only view, or a copy if the index has lists or masks. Of a file that is read, only
-        what the index selects is read.
+        what the index selects is read: into ``out``, which is returned, if that is an array that it fits.
         """
-        memory = self.file.view(self)
-        whole = memory.view(dtype_named(element(self.dtype)[1])).reshape(self.array_shape)
+        memory, whole = self.view()
         if index is None:
-            return self.file.read(self, memory, whole)
+            return self.file.read(self, memory, whole, out)
         if self.file.io != "pread":
             return whole[index]
         if not is_advanced(index):
             part = whole[index]
             if isinstance(part, np.ndarray) and np.may_share_memory(part, memory):
-                return self.file.read(self, memory, part)
+                return self.file.read(self, memory, part, out)
         try:
             shape, pairs = basic_indices(full_index(index, whole.ndim), whole.shape)
         except IndexError:  # NumPy raises its own, or knows more kinds of items
@@ -154,8 +166,8 @@ class StoredArrays(Mapping[str, Any]):
 class TensorFile:
     """One file of tensors, header read and validated, data untouched; a subclass for each format.
 
-    With ``io="mmap"`` the file is mapped; with ``io="pread"`` each tensor is read when it is asked for. If a mapped
-    file is truncated, the process that reads it is killed; ``"pread"`` raises an error.
+    With ``io="mmap"`` the file is mapped; with ``io="pread"``, and always if it is remote, each tensor is read when it
+    is asked for. If a mapped file is truncated, the process that reads it is killed; ``"pread"`` raises an error.
 
     Attributes
     ----------
@@ -164,12 +176,12 @@ class TensorFile:
     metadata : dict of str to str
     parts : int
         Number of files that the checkpoint is split into, if the header says so.
-    stamp : tuple of int
+    stamp : tuple of int, or RemoteStat
         See `stamp_of`.
     """
 
-    def __init__(self, path: Path, io: str = "mmap") -> None:
-        self.path, self.io = path, io
+    def __init__(self, path: AnyPath, io: str = "mmap") -> None:
+        self.path, self.io = path, "pread" if isinstance(path, RemotePath) else io
         self.tensors: dict[str, StoredTensor] = {}
         self.metadata: dict[str, str] = {}
         self.parts = 1
@@ -178,12 +190,17 @@ class TensorFile:
         self._closed = False
         self._lock = threading.Lock()
         with named(path, "read"), open_regular(path) as file:
-            self.stamp = stamp_of(os.fstat(file.fileno()))
+            self.stamp = stamp_of(stat_of(file))
             self._read_header(file)
 
     def _read_header(self, file: BinaryIO) -> None:
         """Set `tensors` and `metadata`."""
         raise NotImplementedError
+
+    @property
+    def ahead(self) -> int:
+        """How many chunks of a tensor are best read ahead of the one that is used: answers of servers take a while."""
+        return AHEAD if isinstance(self.path, RemotePath) else 0
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.path)!r}, io={self.io!r})"
@@ -214,7 +231,7 @@ class TensorFile:
             if self._closed:
                 raise CheckpointError(f"{self.path}: this checkpoint is closed")
             if self.io == "pread":
-                if self._descriptor is None:
+                if self._descriptor is None and isinstance(self.path, Path):
                     with self._reopen() as file:
                         self._descriptor = _Descriptor(os.dup(file.fileno()))
                 return _reserved(tensor.nbytes)
@@ -235,36 +252,45 @@ class TensorFile:
         # A checkpoint may have more files than a process may keep open, so each is opened again when first needed.
         file = open_regular(self.path)
         with named(self.path, "read"):
-            stamp = stamp_of(os.fstat(file.fileno()))
+            stamp = stamp_of(stat_of(file))
         if stamp != self.stamp:
             file.close()
             raise CheckpointError(f"{self.path}: was replaced or changed after it was opened: open it again")
         return file
 
-    def read(self, tensor: StoredTensor, memory: NDArray[np.uint8], part: NDArray[Any]) -> NDArray[Any]:
+    def read(
+        self, tensor: StoredTensor, memory: NDArray[np.uint8], part: NDArray[Any], out: Any = None
+    ) -> NDArray[Any]:
         """Return ``part``, any view of the ``memory`` that `view` returned, with the bytes of the file in it.
 
-        It is ``part`` itself if the file is mapped, otherwise a new array, into which only the bytes of ``part`` are
-        read.
+        It is ``part`` itself if the file is mapped, otherwise ``out``, if that is an array that it fits, or a new one,
+        into which only the bytes of ``part`` are read.
         """
         if self.io != "pread":
             return part
-        out = aligned_empty(part.shape, part.dtype)
-        if not out.size:
-            return out
+        target: NDArray[Any] = out if _fits(part, out) else aligned_empty(part.shape, part.dtype)
+        if not target.size:
+            return target
         axis, nbytes = part.ndim, part.itemsize  # the axes from `axis` on are contiguous: nbytes to one read
         while axis and (part.shape[axis - 1] == 1 or part.strides[axis - 1] == nbytes):
             axis -= 1
             nbytes *= part.shape[axis]
         begin = tensor.offset + address_of(part) - address_of(memory)
-        target = out.reshape(-1).view(np.uint8).data
+        flat = target.reshape(-1).view(np.uint8)
+        steps = part.strides[:axis]
+        spans = (
+            (begin + sum(map(operator.mul, index, steps)), flat[i * nbytes : (i + 1) * nbytes])
+            for i, index in enumerate(np.ndindex(part.shape[:axis]))
+        )
         descriptor = self._descriptor
-        if descriptor is None:
+        if isinstance(self.path, RemotePath) and isinstance(self.stamp, RemoteStat) and not self._closed:
+            self.path.read_spans(self.stamp, spans)
+        elif descriptor is not None:
+            for offset, place in spans:
+                self._read_into(place.data, offset, tensor, descriptor)
+        else:
             raise CheckpointError(f"{self.path}: this checkpoint is closed")
-        for i, index in enumerate(np.ndindex(part.shape[:axis])):
-            offset = begin + sum(k * stride for k, stride in zip(index, part.strides[:axis], strict=True))
-            self._read_into(target[i * nbytes : (i + 1) * nbytes], offset, tensor, descriptor)
-        return out
+        return target
 
     def _read_into(self, target: memoryview, offset: int, tensor: StoredTensor, descriptor: _Descriptor) -> None:
         while target:
@@ -283,6 +309,12 @@ class TensorFile:
                     f"{tensor.offset + tensor.nbytes:,}, the file at {offset:,}"
                 )
             target, offset = target[count:], offset + count
+
+
+def _fits(part: NDArray[Any], out: Any) -> TypeGuard[NDArray[Any]]:
+    """Tell whether an array can be read into ``out`` as it is."""
+    is_alike = isinstance(out, np.ndarray) and (out.shape, out.dtype) == (part.shape, part.dtype)
+    return is_alike and out.flags.c_contiguous and out.flags.writeable
 
 
 class _Descriptor:
@@ -315,10 +347,12 @@ def wrong_beginning(beginning: bytes, expected: str) -> str:
     return f"it begins with {beginning!r}, which is not {expected}: it is a file of another kind"
 
 
-def stamp_of(found: os.stat_result) -> tuple[int, int, int]:
+def stamp_of(found: os.stat_result | RemoteStat) -> Stamp:
     """Return by what a file that has changed is known: its size, and the times of changes of its bytes and its inode.
 
     The last one cannot be set, unlike that of the bytes. Numbers of inodes are left out: some network file systems give
-    a file another one after a while.
+    a file another one after a while. A remote file has a size, the time of its last change, and an ETag.
     """
+    if isinstance(found, RemoteStat):
+        return found
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns
