@@ -305,6 +305,8 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--include", action="append", default=[], metavar="PATTERN", help="only names like this")
         sub.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="leave these as they are")
         threads(sub)
+        what = "ray: on the cluster that RAY_ADDRESS names, or one on this machine (default: threads)"
+        sub.add_argument("--engine", choices=("threads", "ray"), default="threads", help=what)
 
     def shards(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--max-shard-size", type=parse_size, default="5GB", metavar="SIZE", help="default: 5GB")
@@ -312,7 +314,8 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--resume", action="store_true", help="keep the finished shards of an earlier run")
         sub.add_argument("--force", action="store_true", help="start over in a folder that is not empty")
         sub.add_argument("--dry-run", action="store_true", help="show what would be written")
-        sub.add_argument("--task", type=parse_task, metavar="I/N", help="write part I of N, for job arrays")
+        what = "write part I of N: one job of an array, of machines that share DST and no Ray cluster"
+        sub.add_argument("--task", type=parse_task, metavar="I/N", help=what)
 
     convert = command("convert", _convert, "Write a checkpoint with its packed tensors decoded.")
     checkpoint(convert, "SRC")
