@@ -1,10 +1,8 @@
-"""Runs on Ray: on two nodes in this machine, the same bytes as in threads, and killed processes cost their shards only."""
+"""Runs on Ray, two nodes in this machine: the same bytes as in threads; killed processes cost their shards only."""
 
-import contextlib
 import os
 import signal
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -15,8 +13,9 @@ from helpers import pair, save_raw
 
 import mxfp4np
 from mxfp4np import BackendUnavailableError, CheckpointError, MXFP4Error
-from mxfp4np.rewrite import cluster
+from mxfp4np.rewrite import cluster, run
 from mxfp4np.rewrite.cluster import RayWorkers
+from mxfp4np.storage.atomic import is_temporary
 
 SHARDS = 8
 
@@ -75,7 +74,7 @@ def test_small_tasks_go_together(sizes, groups, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def ray(tmp_path_factory):
+def ray():
     """Ray, connected to two nodes of one CPU each, whose processes find this very package and the tests."""
     ray = pytest.importorskip("ray", reason="needs Ray: python -m pip install 'mxfp4np[ray]'")
     from ray.cluster_utils import Cluster
@@ -110,15 +109,15 @@ def pool(number=None, progress=lambda _: None):
 def test_the_same_bytes_as_in_threads(source, tmp_path):
     seen = []
     mxfp4np.convert(source, tmp_path / "threads", **OPTIONS)
-    run = mxfp4np.convert(source, tmp_path / "ray", engine="ray", verify=True, progress=seen.append, **OPTIONS)
-    assert run.complete
-    assert len(run.shards) == SHARDS
-    assert run.verification.findings == []
-    assert run.verification.tensors == SHARDS + 1
+    result = mxfp4np.convert(source, tmp_path / "ray", engine="ray", verify=True, progress=seen.append, **OPTIONS)
+    assert result.complete
+    assert len(result.shards) == SHARDS
+    assert result.verification.findings == []
+    assert result.verification.tensors == SHARDS + 1
     assert contents(tmp_path / "ray") == contents(tmp_path / "threads")
     written = seen[: len({progress.shard for progress in seen})]
     assert [x.done for x in written] == sorted({x.done for x in written})
-    assert written[-1].done == written[-1].total == run.nbytes
+    assert written[-1].done == written[-1].total == result.nbytes
 
     mxfp4np.encode_checkpoint(tmp_path / "threads", tmp_path / "packed", max_shard_size=100_000)
     engine = {"engine": "ray", "verify": True, "max_shard_size": 100_000}
@@ -183,51 +182,44 @@ def test_a_killed_task_is_repeated_and_no_other(tmp_path):
 def test_a_task_that_is_killed_every_time(monkeypatch):
     monkeypatch.setattr(cluster, "RETRIES", 1)
 
-    def work(task):
+    def work(_):
         os.kill(os.getpid(), signal.SIGKILL)
 
     with pytest.raises(MXFP4Error, match=r"Ray lost a task 2 times \(\w+: .*\): continue with --resume"):
         pool().map(work, [1])
 
 
-def workers_that_run():
-    """Return the processes of Ray that run a task of this package now."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            if path.read_bytes().startswith(b"ray::_run"):
-                found.append(int(path.parent.name))
-    return found
-
-
 @marked
-@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="needs /proc")
-def test_processes_killed_in_the_middle_cost_their_shards_only(source, tmp_path):
+def test_processes_killed_in_the_middle_cost_their_shards_only(source, tmp_path, monkeypatch):
     mxfp4np.convert(source, tmp_path / "threads", **OPTIONS)
-    killed, kept, stop = [], {}, threading.Event()
+    folder, notes = tmp_path / "ray", tmp_path / "notes"
+    notes.mkdir()
 
-    def kill():
-        while not stop.is_set() and len(killed) < 4:
-            half = [path for path in (tmp_path / "ray").glob(".*") if ".safetensors" in path.name]
-            for number in workers_that_run() if half else ():
-                finished = {x: x.stat().st_ino for x in (tmp_path / "ray").glob("model-*.safetensors")}
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(number, signal.SIGKILL)
-                    killed.append(number)
-                    kept.update(finished)
-            time.sleep(0.001)
+    def killed(tasks, number, progress, engine):
+        assert engine == "ray"
 
-    thread = threading.Thread(target=kill)
-    thread.start()
-    try:
-        run = mxfp4np.convert(source, tmp_path / "ray", engine="ray", **OPTIONS)
-    finally:
-        stop.set()
-        thread.join()
-    assert run.complete
-    assert killed
-    assert contents(tmp_path / "ray") == contents(tmp_path / "threads")  # and nothing half written
-    assert {path: path.stat().st_ino for path in kept} == kept
+        def work(task):
+            note = notes / task.shard.file
+            with note.open("a") as file:
+                file.write("begun ")
+
+            def advance(tensor, nbytes):
+                pool.advance(task.shard.file, tensor, nbytes)
+                if "00002" in note.name or "00007" in note.name:
+                    half = [path for path in folder.iterdir() if is_temporary(path.name)]
+                    if note.read_text() == "begun " and half:
+                        os.kill(os.getpid(), signal.SIGKILL)
+
+            return task.run(advance)
+
+        pool = RayWorkers(number, sum(task.shard.nbytes for task in tasks), progress)
+        return {name: report for reports in pool.map(work, tasks) for name, report in reports.items()}
+
+    monkeypatch.setattr(run, "run_tasks", killed)
+    assert mxfp4np.convert(source, folder, engine="ray", **OPTIONS).complete
+    twice = [note.name[6:11] for note in sorted(notes.iterdir()) if note.read_text() == "begun begun "]
+    assert twice == ["00002", "00007"]
+    assert contents(folder) == contents(tmp_path / "threads")  # and nothing half written
 
 
 @marked
@@ -246,12 +238,12 @@ def test_errors_are_those_of_threads(source, tmp_path):
             run_tasks(tasks, engine="ray")
     assert str(broken) in str(info.value)
     assert "Traceback" not in str(info.value)
-    assert not list((tmp_path / "out").glob(".*"))
+    assert not [path for path in (tmp_path / "out").iterdir() if is_temporary(path.name)]
 
 
 @marked
 def test_what_progress_raises_ends_the_run(source, tmp_path):
-    def raising(progress):
+    def raising(_):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -275,9 +267,8 @@ def test_commands_join_a_cluster(source, tmp_path, ray):
 @pytest.mark.ray
 def test_commands_start_ray(source, tmp_path):
     pytest.importorskip("ray", reason="needs Ray: python -m pip install 'mxfp4np[ray]'")
-    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": str(tmp_path), "RAY_ADDRESS": "local"}
+    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_ADDRESS": "local"}
     environment["PYTHONPATH"] = str(Path(mxfp4np.__file__).parents[1])
-    running = process("convert", source, tmp_path / "out", "--engine", "ray", env=environment)
-    status, out, err = finish(running)
+    status, out, err = finish(process("convert", source, tmp_path / "out", "--engine", "ray", env=environment))
     assert (status, err) == (0, "")
     assert "all there" in out

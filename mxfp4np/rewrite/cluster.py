@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import pickle
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -120,7 +121,7 @@ class RayWorkers:
             What the first task that failed raised. The others are cancelled then, and by an interrupt.
         """
         ray = working_ray()
-        shared = ray.put((work, list(tasks), self))
+        shared = ray.put(ray.cloudpickle.dumps((work, list(tasks), self)))
         run = ray.remote(_run).options(num_cpus=1, max_retries=RETRIES, scheduling_strategy="SPREAD")
         left = iter(_groups(tasks, nbytes))
         pending: dict[Any, range] = {}
@@ -183,5 +184,6 @@ def _run(shared: list[Any], numbers: range) -> tuple[list[Any], int, tuple[str, 
 
 @functools.lru_cache(maxsize=1)
 def _unpacked(reference: Any) -> tuple[Callable[[Any], Any], list[Any], _Counter]:
-    found: tuple[Callable[[Any], Any], list[Any], _Counter] = working_ray().get(reference)
+    # Not by Ray, which makes errors of its own of those that opening a checkpoint raises.
+    found: tuple[Callable[[Any], Any], list[Any], _Counter] = pickle.loads(working_ray().get(reference))  # noqa: S301
     return found
