@@ -395,7 +395,7 @@ def run_plan(
             plan.warm_up()
         reports = run_tasks(tasks, num_threads, progress, engine)
         _check_source(plan)
-        (missing,) = pool_of(engine, 1, 0, progress).map(finish, [plan])
+        missing = finish(plan)
     shards = {shard.file: shard.nbytes for shard in plan.shards}
     notes, left_out = [*plan.source.findings, *plan.source.notes, *plan.notes], list(plan.left_out)
     return Run(plan.folder, shards, written, time.perf_counter() - begin, missing, reports, notes, left_out)
