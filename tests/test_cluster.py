@@ -1,5 +1,8 @@
 """Runs on Ray, two nodes in this machine: the same bytes as in threads; killed processes cost their shards only."""
 
+import contextlib
+import importlib
+import json
 import os
 import signal
 import sys
@@ -58,6 +61,17 @@ def test_wrong_engines(source, tmp_path, refused):
     with pytest.raises(ValueError, match="engine 'ray' decodes on CPUs, found device 'cuda'"):
         mxfp4np.convert(source, tmp_path / "out", engine="ray", device="cuda")
     assert "invalid choice: 'dask'" in refused("verify", source, "--engine", "dask")
+
+
+def test_what_ray_prints_is_no_result(source, command, monkeypatch):
+    def noisy(_):
+        print("a worker died")
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(importlib.import_module("mxfp4np.rewrite.verify"), "running", noisy)
+    status, out, err = command("verify", source, "--json")
+    assert (status, err) == (0, "a worker died\n")
+    assert json.loads(out)["findings"] == []
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import re
 import shutil
 import sys
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
@@ -164,7 +164,7 @@ def _decode(args: argparse.Namespace) -> int:
 def _call(function: Callable[..., Any], args: argparse.Namespace, what: str) -> Any:
     """Call a function of the library whose parameters are the arguments of the command, with a progress bar."""
     options = {name: value for name, value in vars(args).items() if name not in ("run", "quiet", "json")}
-    with shard_bar(what, quiet=args.quiet) as progress:
+    with redirect_stdout(sys.stderr), shard_bar(what, quiet=args.quiet) as progress:  # Ray prints of killed processes
         return function(**options, progress=progress)
 
 
