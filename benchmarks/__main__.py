@@ -6,7 +6,7 @@
     python -m benchmarks --only limits latency encode startup --threads 16 --out DIR
 
 Sections that are not measured keep what the JSON has: ``--only`` alone writes the reports again. `cuda` needs CuPy, the
-plot matplotlib; without them they are left out.
+plot matplotlib, `ray` Ray; without them they are left out.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ SECTIONS = {
     "conversion": "conversion.measure",
     "converters": "converters.measure",
     "layer": "converters.whole_layer",
+    "ray": "cluster.measure",
     "sizes": "scaling.sizes",
     "threads": "scaling.threads",
     "scaled": "scaled.measure",
@@ -44,6 +45,9 @@ SECTIONS = {
     "cuda": "cuda.measure",
 }
 """The module and the function that measure each section: called with the options, they return rows."""
+
+NEEDS = {"cuda": "cupy", "ray": "ray"}
+"""Sections that are left out without a package."""
 
 
 def parse() -> argparse.Namespace:
@@ -68,8 +72,8 @@ def main() -> None:
     path = options.out / "results.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     for name in options.only:
-        if name == "cuda" and not find_spec("cupy"):
-            print("cuda is not measured: CuPy is not installed", file=sys.stderr)
+        if name in NEEDS and not find_spec(NEEDS[name]):
+            print(f"{name} is not measured: {NEEDS[name]} is not installed", file=sys.stderr)
             continue
         print(f"measuring {name}", file=sys.stderr)
         module, function = SECTIONS[name].split(".")

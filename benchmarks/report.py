@@ -104,6 +104,7 @@ SECTIONS: dict[str, tuple[str, dict[str, Cell]]] = {
     ),
     "converters": ("Converting a part of a layer of DeepSeek-V4-Flash", CONVERTERS),
     "layer": ("Converting a whole layer of DeepSeek-V4-Flash", CONVERTERS),
+    "ray": ("On a Ray cluster of this machine", RATIOS | {"ratio": lambda row, _: f"{row['ratio']:.3f}"}),
     "sizes": ("By size of output, bfloat16", {"output": lambda row, _: _size(row["bytes"]), **RATES}),
     "threads": ("By threads, bfloat16", {"threads": lambda row, _: str(row["threads"]), **RATES}),
     "scaled": ("FP8, MXFP8 and NVFP4", RATIOS | {"ratio": lambda row, _: f"{row['ratio']:.3f}"}),

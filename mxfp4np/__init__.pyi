@@ -22,5 +22,6 @@ from .rewrite.findings import Verification as Verification
 from .rewrite.verify import verify as verify
 from .rewrite.workers import Progress as Progress
 from .scaled import ScaledArray as ScaledArray
+from .shard import CheckpointShard as CheckpointShard
 
 __version__: str

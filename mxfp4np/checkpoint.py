@@ -29,6 +29,7 @@ from .layouts.scaled import ScaledCandidate
 from .layouts.table import LAYOUTS
 from .scaled import ScaledArray
 from .shapes import split_both
+from .shard import CheckpointShard
 from .storage.discover import IO, Location, find_files, open_files
 from .storage.index import merge_tensors
 from .storage.jsonfile import read_json
@@ -264,7 +265,14 @@ class Checkpoint(Mapping[str, NDArray[Any]]):
             shape[axis] = len(range(shape[axis])[rows])
         if not isinstance(tensor, StoredTensor):
             return TensorInfo(
-                name, tuple(shape), tensor.format, tensor.layout.name, tensor.stored, tensor.reason, tensor.format
+                name,
+                tuple(shape),
+                tensor.format,
+                tensor.layout.name,
+                tensor.stored,
+                tensor.reason,
+                tensor.format,
+                tensor.unit,
             )
         return TensorInfo(name, tuple(shape), tensor.dtype, None, (tensor,), format=self._others.format_of(tensor))
 
@@ -502,6 +510,32 @@ class Checkpoint(Mapping[str, NDArray[Any]]):
         itemsize = decoded_dtype("bfloat16" if dtype is None else dtype).itemsize
         pairs = split_both(shape, itemsize, max_bytes, transpose=transpose, multiple=multiple)
         yield from reader.load_each((place, reader.array[index]) for place, index in pairs)
+
+    def shard(self, rank: int, size: int, plan: Mapping[str, int | str], *, pad: bool = False) -> CheckpointShard:
+        """Return what one rank of a parallel job needs of each tensor, as a mapping of the same names.
+
+        Parameters
+        ----------
+        rank, size, plan, pad
+            See `CheckpointShard`: which rank of how many, and for patterns of names how their tensors are divided.
+
+        Raises
+        ------
+        ValueError
+            If there is no such rank, a pattern fits no name, or the plan says something else.
+
+        Examples
+        --------
+        >>> import tempfile, numpy as np, mxfp4np
+        >>> path = tempfile.mkdtemp() + "/model.safetensors"
+        >>> up = mxfp4np.MXFP4Array(np.full((64, 2, 16), 0x21, np.uint8), np.full((64, 2), 127, np.uint8))
+        >>> mxfp4np.save_file({"up.weight": up, "down.weight": up, "norm": np.ones(64, np.float32)}, path)
+        >>> with mxfp4np.Checkpoint(path) as ckpt:
+        ...     part = ckpt.shard(rank=1, size=2, plan={"up.*": "colwise", "down.*": "rowwise"})
+        ...     part["up.weight"].shape, part["down.weight"].shape, part["norm"].shape
+        ((32, 64), (64, 32), (64,))
+        """
+        return CheckpointShard(self, rank, size, plan, pad=pad)
 
     def _where(self, backend: str | None, num_threads: int | None) -> dict[str, Any]:
         """Return the arguments of `MXFP4Array.decode` that choose where it runs."""

@@ -14,7 +14,7 @@ import re
 import shutil
 import sys
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
@@ -169,7 +169,7 @@ def _decode(args: argparse.Namespace) -> int:
 def _call(function: Callable[..., Any], args: argparse.Namespace, what: str) -> Any:
     """Call a function of the library whose parameters are the arguments of the command, with a progress bar."""
     options = {name: value for name, value in vars(args).items() if name not in ("run", "quiet", "json")}
-    with shard_bar(what, quiet=args.quiet) as progress:
+    with redirect_stdout(sys.stderr), shard_bar(what, quiet=args.quiet) as progress:  # Ray prints of killed processes
         return function(**options, progress=progress)
 
 
@@ -312,6 +312,8 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--include", action="append", default=[], metavar="PATTERN", help="only names like this")
         sub.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="leave these as they are")
         threads(sub)
+        what = "ray: on the cluster that RAY_ADDRESS names, or one on this machine (default: threads)"
+        sub.add_argument("--engine", choices=("threads", "ray"), default="threads", help=what)
 
     def shards(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--max-shard-size", type=parse_size, default="5GB", metavar="SIZE", help="default: 5GB")
@@ -319,7 +321,8 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--resume", action="store_true", help="keep the finished shards of an earlier run")
         sub.add_argument("--force", action="store_true", help="start over in a folder that is not empty")
         sub.add_argument("--dry-run", action="store_true", help="show what would be written")
-        sub.add_argument("--task", type=parse_task, metavar="I/N", help="write part I of N, for job arrays")
+        what = "write part I of N: one job of an array, of machines that share DST and no Ray cluster"
+        sub.add_argument("--task", type=parse_task, metavar="I/N", help=what)
 
     convert = command("convert", _convert, "Write a checkpoint with its packed tensors decoded.")
     checkpoint(convert, "SRC")

@@ -43,6 +43,9 @@ class TensorInfo(NamedTuple):
     format: str | None = None
     """How values are quantised: ``"MXFP4"``, or another name, such as ``"FP8"``. None for plain numbers, and for what
     belongs to codes of another format, such as their scales."""
+    unit: tuple[int, int] | None = None
+    """Rows and columns of a packed tensor that are best not divided: those that share a scale. Where all columns do, a
+    multiple of 32 columns; where all rows do, one."""
 
     @property
     def nbytes(self) -> int:
@@ -94,6 +97,11 @@ class PackedTensor(NamedTuple):
         """Of the values."""
         *lead, groups, _ = self.blocks
         return self.codes.shape if self.format != "MXFP4" else (*lead, groups * BLOCK_SIZE)
+
+    @property
+    def unit(self) -> tuple[int, int]:
+        """Rows and columns of a block."""
+        return 1, self.shape[-1] // max(1, self.blocks[-2])
 
     @property
     def stored(self) -> tuple[StoredTensor, ...]:

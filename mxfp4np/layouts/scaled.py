@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import LayoutError
-from ..format import FLOAT8, dtype_named
+from ..format import BLOCK_SIZE, FLOAT8, dtype_named
 from ..scaled import ScaledArray
 from ..storage.tensorfile import DTYPES, StoredTensor
 from .find import Documents
@@ -62,6 +62,13 @@ class ScaledTensor(NamedTuple):
     def reader(self, rows: slice | None = None) -> Reader:
         """Return a reader of the tensor, or of some of its rows."""
         return ScaledReader(self, rows)
+
+    @property
+    def unit(self) -> tuple[int, int]:
+        """Rows and columns of a tile; see `TensorInfo`."""
+        (rows, columns), shape = self.tile, self.shape
+        wide = self.format not in GROUPS and columns >= shape[-1]
+        return 1 if rows >= shape[-2] else rows, BLOCK_SIZE if wide else columns
 
     @property
     def element(self) -> str:

@@ -19,6 +19,7 @@ from ..shapes import swapped
 from ..storage.discover import IO, Location, PathLike
 from ..storage.tensorfile import DTYPES, SAFETENSORS_DTYPES
 from ..text import count, escape, patterns
+from .cluster import Engine, running
 from .config import QUANTIZERS_FILES, Change, Source, config_of, decoded_config, kept_metadata, small_files
 from .contents import Contents, contents_of
 from .findings import Verification
@@ -222,6 +223,7 @@ def convert(
     io: IO = "mmap",
     device: str = "cpu",
     num_threads: int | None = None,
+    engine: Engine = "threads",
     task: tuple[int, int] | None = None,
     resume: bool = False,
     force: bool = False,
@@ -258,7 +260,12 @@ def convert(
     device : str
         Where to decode. Decoded values come back over the bus to be written, so that ``"cpu"`` is rarely slower.
     num_threads : int, optional
-        At most this many threads, each of which writes a shard at a time. By default as many as decoding uses.
+        At most this many threads, each of which writes a shard at a time. By default as many as decoding uses; on Ray
+        one for each CPU of the cluster.
+    engine : {"threads", "ray"}
+        ``"ray"``, with the extra ray, writes shards in the processes of a Ray cluster, whose machines share the source
+        and the target: that which a caller is connected to, or ``RAY_ADDRESS`` names, or one on this machine, which is
+        started if none runs. A shard whose process or machine is lost is written again, elsewhere.
     task : (int, int), optional
         ``(i, n)`` writes the i-th of n parts, counted from 1: for several processes or machines that share the target,
         in any order and any number of times. The last one to finish writes the index.
@@ -305,11 +312,13 @@ def convert(
     >>> mxfp4np.Checkpoint(folder + "/bf16").info("w").dtype
     'BF16'
     """
-    with Checkpoint(source, device, io=io, layout=layout) as checkpoint:
+    if engine == "ray" and device != "cpu":
+        raise ValueError(f"engine 'ray' decodes on CPUs, found device {device!r}: leave one of the two out")
+    with Checkpoint(source, device, io=io, layout=layout) as checkpoint, running(engine):
         refuse_incomplete(checkpoint)
         target = Path(target).absolute()
         plan = plan_conversion(checkpoint, target, source, dtype, transpose, max_shard_size, include, exclude, drop)
-        run = run_plan(plan, task, num_threads, progress, resume=resume, force=force, dry_run=dry_run)
+        run = run_plan(plan, task, num_threads, progress, engine, resume=resume, force=force, dry_run=dry_run)
         verification = Verification() if verify and not dry_run else None
         tasks = tasks_of(plan, task)
         if verification is not None and tasks:
@@ -318,7 +327,7 @@ def convert(
             copied = only({name: info.stored for name, info in plan.contents.copied.items()}, here)
             names = [item.name for item in items]
             with Checkpoint([task.path for task in tasks]) as written:
-                verification = compare(checkpoint, written, names, copied, transpose, num_threads, progress)
+                verification = compare(checkpoint, written, names, copied, transpose, num_threads, progress, engine)
         problem = _problem(plan, config_of(checkpoint, source))
     return Conversion(
         **vars(run),

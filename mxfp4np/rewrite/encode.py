@@ -24,6 +24,7 @@ from ..storage.discover import IO, Location, PathLike
 from ..storage.tensorfile import DTYPES, element
 from ..text import count, escape, format_bytes, patterns
 from .choose import FORMS, LAYOUT_NAMED, Choice, Left
+from .cluster import Engine, running
 from .config import Change, Source, encoded_config, kept_metadata, small_files
 from .findings import Verification
 from .plan import MAX_SHARD_SIZE, Chunks, Copied, Item, Output, Plan, make_shards
@@ -259,6 +260,7 @@ def encode_checkpoint(
     exclude: str | Iterable[str] = (),
     io: IO = "mmap",
     num_threads: int | None = None,
+    engine: Engine = "threads",
     task: tuple[int, int] | None = None,
     resume: bool = False,
     force: bool = False,
@@ -290,7 +292,7 @@ def encode_checkpoint(
         routers and gates, norms, positions, convolutions and low-rank adapters, by their names.
     verify : bool
         Encode again by the reference backend, and compare every byte, as `verify` does later.
-    max_shard_size, io, num_threads, task, resume, force, dry_run, progress
+    max_shard_size, io, num_threads, engine, task, resume, force, dry_run, progress
         As for `convert`.
 
     Returns
@@ -325,11 +327,11 @@ def encode_checkpoint(
     >>> mxfp4np.Checkpoint(folder + "/mxfp4").info("m.experts.down_proj").shape
     (2, 3, 64)
     """
-    with Checkpoint(source, io=io) as checkpoint:
+    with Checkpoint(source, io=io) as checkpoint, running(engine):
         refuse_incomplete(checkpoint)
         target = Path(target).absolute()
         plan = plan_encoding(checkpoint, target, source, rule, layout, transpose, max_shard_size, include, exclude)
-        run = run_plan(plan, task, num_threads, progress, resume=resume, force=force, dry_run=dry_run)
+        run = run_plan(plan, task, num_threads, progress, engine, resume=resume, force=force, dry_run=dry_run)
         tasks = tasks_of(plan, task)
         verification = Verification() if verify and not dry_run else None
         if verification is not None and tasks:
@@ -337,9 +339,9 @@ def encode_checkpoint(
             with Checkpoint([task.path for task in tasks]) as written:
                 names = [item.name for item in items if not isinstance(item, Encoded)]
                 copied = {name: checkpoint.stored_tensors(name) for name in names}
-                verification = compare(checkpoint, written, names, copied, transpose, num_threads, progress)
+                verification = compare(checkpoint, written, names, copied, transpose, num_threads, progress, engine)
                 names = [item.name for item in items if isinstance(item, Encoded)]
-                encoded = compare_encoded(checkpoint, written, names, rule, transpose, num_threads, progress)
+                encoded = compare_encoded(checkpoint, written, names, rule, transpose, num_threads, progress, engine)
                 verification.add(encoded)
         packed = [item.name for item in plan.items if isinstance(item, Encoded)]
         left = [] if patterns(include) else Choice(checkpoint, layout, transpose, (), patterns(exclude)).left

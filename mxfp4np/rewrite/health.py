@@ -6,6 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import attrgetter
 from typing import Any, Final
 
 import numpy as np
@@ -19,10 +20,11 @@ from ..layouts.packed import TensorInfo
 from ..scaled import ScaledArray
 from ..summary import Row, collapse, label
 from .choose import kind_of
+from .cluster import Engine, pool_of
 from .contents import may_be_quantized
 from .findings import Verification
 from .quantization import KEYS
-from .workers import Progress, Workers
+from .workers import Progress
 
 CHUNK_BYTES: Final = 32 << 20
 """Decoded bytes of packed tensors whose scales a thread counts at a time."""
@@ -46,6 +48,7 @@ def health(
     names: Iterable[str],
     num_threads: int | None,
     progress: Callable[[Progress], object],
+    engine: Engine,
     *,
     with_config: bool,
 ) -> Verification:
@@ -66,7 +69,7 @@ def health(
     if with_config and len(plain) + len(packed) == len(checkpoint) and not checkpoint.incomplete:
         result.findings += _config_mismatch(checkpoint, plain, packed)
     scaled = [info for info in packed if info.layout != "gguf" or info.format == "MXFP4"]
-    pool = Workers(num_threads, sum(info.nbytes for info in scaled), progress)
+    pool = pool_of(engine, num_threads, sum(info.nbytes for info in scaled), progress)
 
     def count_scales(info: TensorInfo) -> NDArray[np.int64]:
         """Count scales by their exponents; there are none if all values are zero."""
@@ -92,13 +95,14 @@ def health(
         return not any(np.any(chunk) for _, chunk in checkpoint.pieces(info.name, ZERO_BYTES))
 
     decoded_dtype("bfloat16")  # imported before threads start: see `Workers`
+    nbytes_of = attrgetter("nbytes")
     zeros = []
-    for info, counts in zip(scaled, pool.map(count_scales, scaled), strict=True):
+    for info, counts in zip(scaled, pool.map(count_scales, scaled, nbytes_of), strict=True):
         result.nan_blocks += 0 if info.format == "FP8" else int(counts[SCALE_NAN])  # whose tiles are no blocks
         result.findings += [f"tensor {info.name!r}: {problem}" for problem in _implausible(counts, info.format)]
         zeros += [] if counts.any() or not _must_have_values(info) else [info]
     matrices = [info for info in plain if info.dtype in _FLOATS and _must_have_values(info)]
-    zeros += [info for info, zero in zip(matrices, pool.map(is_zero, matrices), strict=True) if zero]
+    zeros += [info for info, zero in zip(matrices, pool.map(is_zero, matrices, nbytes_of), strict=True) if zero]
     for group in collapse(Row(info.name, info, None) for info in zeros).values():
         several = f"{len(group)} tensors {label(group)!r} are" if len(group) > 1 else f"tensor {group[0].name!r} is"
         result.findings.append(f"{several} all zeros")

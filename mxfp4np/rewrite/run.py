@@ -30,8 +30,9 @@ from ..storage.regular import LFSPointerError, open_regular, read_up_to
 from ..storage.remote import AnyPath
 from ..storage.safetensors import bytes_of
 from ..text import CELL_WIDTH, count, escape, format_bytes, shorten
+from .cluster import Engine, pool_of
 from .plan import INDEX, RECORD, Plan, Shard
-from .workers import Progress, Workers
+from .workers import Progress
 
 
 @dataclass(frozen=True)
@@ -354,10 +355,13 @@ class Run:
 
 
 def run_tasks(
-    tasks: Sequence[Task], num_threads: int | None = None, progress: Callable[[Progress], object] = lambda _: None
+    tasks: Sequence[Task],
+    num_threads: int | None = None,
+    progress: Callable[[Progress], object] = lambda _: None,
+    engine: Engine = "threads",
 ) -> dict[str, Any]:
-    """Run tasks in several threads, each of which writes a shard at a time; return what all `Task.run` return."""
-    pool = Workers(num_threads, sum(task.shard.nbytes for task in tasks), progress)
+    """Run tasks in threads or on Ray, each of which writes a shard at a time; return what all `Task.run` return."""
+    pool = pool_of(engine, num_threads, sum(task.shard.nbytes for task in tasks), progress)
     reports = pool.map(lambda task: task.run(partial(pool.advance, task.shard.file)), tasks)
     return {name: report for of_task in reports for name, report in of_task.items()}
 
@@ -367,6 +371,7 @@ def run_plan(
     part: tuple[int, int] | None = None,
     num_threads: int | None = None,
     progress: Callable[[Progress], object] = lambda _: None,
+    engine: Engine = "threads",
     *,
     resume: bool = False,
     force: bool = False,
@@ -387,9 +392,9 @@ def run_plan(
     if not dry_run:
         tasks = prepare(plan, tasks, resume=resume or shared, force=force, shared=shared)
         written = sum(task.shard.nbytes for task in tasks)
-        if tasks and plan.warm_up is not None:
+        if tasks and plan.warm_up is not None and engine == "threads":
             plan.warm_up()
-        reports = run_tasks(tasks, num_threads, progress)
+        reports = run_tasks(tasks, num_threads, progress, engine)
         _check_source(plan)
         missing = finish(plan)
     shards = {shard.file: shard.nbytes for shard in plan.shards}

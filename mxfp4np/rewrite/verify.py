@@ -26,6 +26,7 @@ from ..storage.discover import Location, PathLike, as_path, is_one, repository_h
 from ..storage.tensorfile import DTYPES, StoredTensor, element
 from ..text import select
 from .choose import FORMS, Choice, is_transposed
+from .cluster import Engine, RayWorkers, pool_of, running
 from .config import is_folder
 from .contents import contents_of
 from .findings import Verification
@@ -49,6 +50,7 @@ def verify(
     exclude: str | Iterable[str] = (),
     layout: str | None = None,
     num_threads: int | None = None,
+    engine: Engine = "threads",
     progress: Callable[[Progress], object] = lambda _: None,
 ) -> Verification:
     """Check a checkpoint by itself or, given what it was converted or encoded to, every byte of that.
@@ -70,6 +72,8 @@ def verify(
         Of the source; see `Checkpoint`.
     num_threads : int, optional
         At most this many threads. By default as many as decoding uses.
+    engine : {"threads", "ray"}
+        As for `convert`.
     progress : callable
         Called by one thread at a time.
 
@@ -101,9 +105,9 @@ def verify(
             if layout is not None and isinstance(error, LayoutError):
                 raise
             return Verification(findings=[str(error)])
-        with checkpoint:
+        with checkpoint, running(engine):
             names = select(checkpoint, include, exclude)
-            return health(checkpoint, names, num_threads, progress, with_config=is_folder(checkpoint, source))
+            return health(checkpoint, names, num_threads, progress, engine, with_config=is_folder(checkpoint, source))
     options = read_record(Path(target))
     transpose = transpose or options.get("transpose", TRANSPOSE[0])
     rule = rule or options.get("rule", RULES[0])
@@ -113,7 +117,7 @@ def verify(
         if not options:
             raise
         return Verification(findings=[f"{target}: files are missing, finish with --resume: {error}"])
-    with opened as theirs, _open(source, layout) as ours:
+    with opened as theirs, _open(source, layout) as ours, running(engine):
         names = select(ours, include, exclude)
         patterns = options.get("include", ()), options.get("exclude", ())
         if (written := options.get("layout")) in FORMS:
@@ -129,9 +133,9 @@ def verify(
             names = [name for name in names if name in theirs]
             copied = only(copied, theirs.stored)
         rest = [name for name in names if name not in encoded]
-        result = compare(ours, theirs, rest, copied, transpose, num_threads, progress)
+        result = compare(ours, theirs, rest, copied, transpose, num_threads, progress, engine)
         names = [name for name in names if name in encoded]
-        result.add(compare_encoded(ours, theirs, names, rule, transpose, num_threads, progress))
+        result.add(compare_encoded(ours, theirs, names, rule, transpose, num_threads, progress, engine))
         extra = sorted(set(theirs) - set(ours))
         result.findings += [f"tensor {name!r}: in {theirs.folder}, but not in {ours.folder}" for name in extra]
         result.findings[:0] = unfinished
@@ -175,6 +179,7 @@ def compare(
     transpose: str,
     num_threads: int | None = None,
     progress: Callable[[Progress], object] = lambda _: None,
+    engine: Engine = "threads",
 ) -> Verification:
     """Compare tensors of a checkpoint with what the reference backend decodes from its source; see `verify`.
 
@@ -203,8 +208,9 @@ def compare(
                 result.findings.append(f"{theirs[0].file.path}: tensor {name!r}: {problem}")
                 copies.pop(name, None)
                 decoded.pop(name, None)
-    nbytes = sum(x.nbytes for _, theirs in copies.values() for x in theirs)
-    pool = Workers(num_threads, nbytes + sum(found.nbytes for _, found in decoded.values()), progress)
+    sizes = {name: sum(x.nbytes for x in theirs) for name, (_, theirs) in copies.items()}
+    sizes |= {name: found.nbytes for name, (_, found) in decoded.items()}
+    pool = pool_of(engine, num_threads, sum(sizes.values()), progress)
 
     def check(name: str) -> tuple[int, int, str | None]:
         """Return the numbers of NaN blocks and of values that overflow, and the first difference."""
@@ -224,7 +230,7 @@ def compare(
 
     get_backend("numpy")  # imported before threads start: see `Workers`
     decoded_dtype("bfloat16")
-    for nan_blocks, overflow, difference in pool.map(check, [*copies, *decoded]):
+    for nan_blocks, overflow, difference in pool.map(check, list(sizes), sizes.__getitem__):
         result.nan_blocks += nan_blocks
         result.overflow += overflow
         result.findings += [difference] if difference else []
@@ -240,6 +246,7 @@ def compare_encoded(
     transpose: str,
     num_threads: int | None = None,
     progress: Callable[[Progress], object] = lambda _: None,
+    engine: Engine = "threads",
 ) -> Verification:
     """Compare packed tensors with what the reference backend encodes from their source; see `verify`."""
     result = Verification()
@@ -269,7 +276,7 @@ def compare_encoded(
             pairs.append((found, transposed))
         else:
             result.findings.append(f"{found.stored[0].file.path}: tensor {name!r}: {problem}")
-    pool = Workers(num_threads, sum(found.nbytes for found, _ in pairs), progress)
+    pool = pool_of(engine, num_threads, sum(found.nbytes for found, _ in pairs), progress)
 
     def check(pair: tuple[TensorInfo, bool]) -> tuple[int, str | None]:
         """Return the number of NaN blocks, and the first difference."""
@@ -288,7 +295,7 @@ def compare_encoded(
 
     get_backend("numpy")  # imported before threads start: see `Workers`
     decoded_dtype("bfloat16")
-    for nan_blocks, difference in pool.map(check, pairs):
+    for nan_blocks, difference in pool.map(check, pairs, lambda pair: pair[0].nbytes):
         result.nan_blocks += nan_blocks
         result.findings += [difference] if difference else []
     result.nbytes = pool.done
@@ -322,7 +329,7 @@ def _copy_mismatch(ours: Stored, theirs: Stored) -> str | None:
     return f"expected {', '.join(before)} as in the source, found {', '.join(after)}" if before != after else None
 
 
-def _difference_of_copies(ours: Stored, theirs: Stored, pool: Workers) -> str | None:
+def _difference_of_copies(ours: Stored, theirs: Stored, pool: Workers | RayWorkers) -> str | None:
     """Compare stored tensors byte for byte; return the first difference."""
     difference = None
     for original, copy in zip(ours, theirs, strict=True):

@@ -67,8 +67,15 @@ class Workers:
                 self._error = error
                 raise
 
-    def map(self, work: Callable[[Task], Result], tasks: Sequence[Task]) -> list[Result]:
+    def map(
+        self,
+        work: Callable[[Task], Result],
+        tasks: Sequence[Task],
+        nbytes: Callable[[Task], int] | None = None,  # noqa: ARG002
+    ) -> list[Result]:
         """Call ``work`` with each task, and return the results in the order of the tasks.
+
+        ``nbytes``, the sizes of tasks, matters to `RayWorkers` only.
 
         Raises
         ------
