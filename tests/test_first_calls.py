@@ -18,6 +18,7 @@ from helpers import assert_same, both_io, pair, save_raw
 import mxfp4np
 from mxfp4np import LayoutError
 from mxfp4np.backends import as_array, device_name
+from mxfp4np.format import SHORT_NAMES
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -67,7 +68,7 @@ def test_a_table_of_a_notebook_collapses_layers_and_escapes_names(tmp_path):
     arrays = {f"layers.{i}.<b>": np.zeros(2, np.float32) for i in range(30)}
     save_raw(tmp_path / "m.safetensors", arrays | {"x_blocks": np.zeros((2, 16), np.uint8)})
     table = mxfp4np.Checkpoint(tmp_path)._repr_html_()
-    assert "<td>layers.#.&lt;b&gt;</td><td>x30</td>" in table
+    assert "<td>layers.0-29.&lt;b&gt;</td><td>x30</td>" in table
     assert "broken" in table
     assert table.count("<tr>") == 3
 
@@ -339,6 +340,17 @@ def test_tensors_of_torch_are_viewed(tmp_path):
             "b": "F32",
             "s": "F8_E8M0",
         }
+
+
+@pytest.mark.parametrize(("short", "name"), sorted(SHORT_NAMES.items()))
+def test_dtypes_have_short_names(path, short, name):
+    with mxfp4np.Checkpoint(path) as ckpt:
+        for spelled in (short, short.upper()):
+            assert_same(ckpt.get("w", spelled), ckpt.get("w", name))
+            assert_same(ckpt.get("bias", spelled), ckpt.get("bias", name))
+            assert_same(ckpt.packed("w").decode(spelled), ckpt.get("w", name))
+            assert ckpt.info("w").decoded_nbytes(spelled) == ckpt.get("w", name).nbytes
+    assert_same(mxfp4np.load_file(path, dtype=short)["bias"], mxfp4np.load_file(path, dtype=name)["bias"])
 
 
 def test_dtypes_of_torch_are_taken_by_their_names(path):
