@@ -40,6 +40,29 @@ def test_a_second_process_compiles_nothing(tmp_path, monkeypatch):
     assert files_in(tmp_path) == before
 
 
+READ_ONLY = """
+import errno, tempfile
+from numba.core.caching import IndexDataCacheFile
+
+def refuse(*_, **__):
+    raise OSError(errno.EROFS, "Read-only file system")
+
+tempfile.TemporaryFile = IndexDataCacheFile.save = refuse
+"""
+
+
+def test_a_cache_that_cannot_be_written_is_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    one = "import mxfp4np, numpy as np\nmxfp4np.encode(np.ones((2, 32), np.float32))"
+    run_python(one)
+    before = files_in(tmp_path)
+    kernels, compiled = json.loads(run_python(READ_ONLY + SOME))
+    assert kernels == compiled + 1
+    assert files_in(tmp_path) == before
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "nothing"))
+    run_python(READ_ONLY + one)
+
+
 @pytest.mark.slow
 def test_after_a_warm_up_nothing_is_left_to_compile(tmp_path, monkeypatch):
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))

@@ -196,17 +196,35 @@ def compile_function(function: Callable[..., Any], signature: Any, *constants: i
 
 
 def _compile_cached(function: Callable[..., Any], signature: Any) -> Any:
-    """Return what ``numba.cfunc(signature, cache=True)`` does, found in the cache by the function's name alone.
+    """Return what ``numba.cfunc(signature, cache=True)`` does, with a cache that differs in two ways.
 
-    Numba adds a hash of what the function has in its closure, and a compiled function there is another one in each
-    process: it would be compiled each time, and one more file be written.
+    A function is found by its name alone. Numba adds a hash of its closure, and a compiled function there is another
+    one in each process: it would be compiled each time, and one more file be written. And ``NUMBA_CACHE_DIR`` is read
+    where it cannot be written, as in the image of a container.
     """
-    from numba.core.caching import FunctionCache
+    from numba.core.caching import CompileResultCacheImpl, FunctionCache, UserProvidedCacheLocator
     from numba.core.ccallback import CFunc
 
+    class Locator(UserProvidedCacheLocator):  # type: ignore[misc]
+        def ensure_cache_path(self) -> None:
+            try:
+                super().ensure_cache_path()
+            except OSError:
+                if not Path(self.get_cache_path()).is_dir():
+                    raise
+
+    class Files(CompileResultCacheImpl):  # type: ignore[misc]
+        _locator_classes = [Locator, *CompileResultCacheImpl._locator_classes]  # noqa: RUF012, SLF001
+
     class Cache(FunctionCache):  # type: ignore[misc]
+        _impl_class = Files
+
         def _index_key(self, sig: Any, codegen: Any) -> tuple[Any, ...]:
             return sig, codegen.magic_tuple()
+
+        def save_overload(self, sig: Any, data: Any) -> None:
+            with contextlib.suppress(OSError):
+                super().save_overload(sig, data)
 
     compiled: Any = CFunc(function, (signature.args, signature.return_type), {}, {})
     compiled._cache = Cache(function)  # noqa: SLF001
