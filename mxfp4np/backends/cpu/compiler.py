@@ -202,10 +202,12 @@ def _compile_cached(function: Callable[..., Any], signature: Any) -> Any:
     one in each process: it would be compiled each time, and one more file be written. And ``NUMBA_CACHE_DIR`` is read
     where it cannot be written, as in the image of a container.
     """
-    from numba.core.caching import CompileResultCacheImpl, FunctionCache, UserProvidedCacheLocator
+    from numba.core.caching import CompileResultCacheImpl, FunctionCache
     from numba.core.ccallback import CFunc
 
-    class Locator(UserProvidedCacheLocator):  # type: ignore[misc]
+    of_variable, *others = CompileResultCacheImpl._locator_classes  # noqa: SLF001
+
+    class Locator(of_variable):  # type: ignore[misc, valid-type]
         def ensure_cache_path(self) -> None:
             try:
                 super().ensure_cache_path()
@@ -214,7 +216,7 @@ def _compile_cached(function: Callable[..., Any], signature: Any) -> Any:
                     raise
 
     class Files(CompileResultCacheImpl):  # type: ignore[misc]
-        _locator_classes = [Locator, *CompileResultCacheImpl._locator_classes]  # noqa: RUF012, SLF001
+        _locator_classes = [Locator, *others]  # noqa: RUF012
 
     class Cache(FunctionCache):  # type: ignore[misc]
         _impl_class = Files
