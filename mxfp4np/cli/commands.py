@@ -411,6 +411,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             args = parser().parse_args(given or ["--help"])
             with raising_first(), warnings.catch_warnings():
                 warnings.simplefilter("ignore", CheckpointWarning)  # each command shows them in its own way
+                warnings.showwarning = lambda message, *_, **__: _warn([str(message)])
                 status = args.run(args)
         finally:
             if sys.stdout is not None:  # None if the shell closed it
