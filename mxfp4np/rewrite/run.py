@@ -26,7 +26,7 @@ from ..storage.atomic import atomic_file, is_temporary, leftovers, make_folder, 
 from ..storage.discover import is_hidden
 from ..storage.jsonfile import read_json
 from ..storage.named import named
-from ..storage.regular import LFSPointerError, open_regular, read_up_to
+from ..storage.regular import LFSPointerError, is_below, open_regular, read_up_to
 from ..storage.safetensors import bytes_of
 from ..text import CELL_WIDTH, count, escape, format_bytes, shorten
 from .plan import INDEX, RECORD, Plan, Shard
@@ -253,7 +253,7 @@ def _files_of_earlier_run(plan: Plan, found: Sequence[Path], recorded: set[str])
 def _check_place(folder: Path, name: str) -> None:
     """Refuse to write or remove a file outside of the folder, through a link, or where something else is."""
     path = folder / name
-    if Path(name).anchor or ".." in Path(name).parts:
+    if not is_below(name):
         raise CheckpointError(f"{folder / RECORD}: names {name!r}, which is outside of the folder: remove the record")
     for parent in path.parents[: len(Path(name).parts) - 1]:
         if os.path.lexists(parent) and not stat.S_ISDIR(parent.lstat().st_mode):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from ..errors import CheckpointError
 from .jsonfile import read_json
+from .regular import is_below
 from .tensorfile import StoredTensor, TensorFile
 
 
@@ -38,7 +39,7 @@ def read_index(path: Path) -> Index:
         if not isinstance(file, str):
             raise _not_below(path, name, type(file).__name__)
         if file not in plain:
-            if not file or PurePosixPath(file).is_absolute() or ".." in Path(file).parts:
+            if not is_below(file):
                 raise _not_below(path, name, repr(file))
             plain[file] = str(PurePosixPath(file))
         weight_map[name] = plain[file]

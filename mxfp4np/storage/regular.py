@@ -68,5 +68,10 @@ def read_regular(path: Path, limit: int) -> bytes:
         return read_up_to(file, limit)
 
 
+def is_below(name: str) -> bool:
+    """Tell whether a file of this name is below the folder that the name is relative to, by this system's rules."""
+    return bool(name) and not Path(name).anchor and ".." not in Path(name).parts
+
+
 def _size_of(file: BinaryIO) -> int:
     return file.size() if isinstance(file, NamedFile) else os.fstat(file.fileno()).st_size
