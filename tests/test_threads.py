@@ -398,7 +398,7 @@ def test_a_read_only_installation_without_a_home(tmp_path):
     package = Path(mxfp4np.__file__).parent
     target = tmp_path / "site" / "mxfp4np"
     target.mkdir(parents=True)
-    for source in package.rglob("*.py"):
+    for source in (*package.rglob("*.py"), *package.rglob("*.pyi")):
         copy = target / source.relative_to(package)
         copy.parent.mkdir(exist_ok=True)
         copy.write_bytes(source.read_bytes())
