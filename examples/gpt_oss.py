@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -354,13 +353,21 @@ def main() -> None:
             break
     print()
     reading, generating = times[1] - times[0], times[-1] - times[1]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     print(
         f"{len(prompt)} tokens of the prompt: {len(prompt) / reading:.2f} tokens/s; "
-        f"{len(times) - 1} generated: {(len(times) - 2) / (generating or math.inf):.2f} tokens/s; "
-        f"peak memory {peak / 1e9:.2f} GB, pages read of the mapped file among them",
+        f"{len(times) - 1} generated: {(len(times) - 2) / (generating or math.inf):.2f} tokens/s" + peak_memory(),
         file=sys.stderr,
     )
+
+
+def peak_memory() -> str:
+    """Return the peak of memory as text, nothing where the system does not tell, as on Windows."""
+    try:
+        import resource
+    except ImportError:
+        return ""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return f"; peak memory {peak / 1e9:.2f} GB, pages read of the mapped file among them"
 
 
 if __name__ == "__main__":

@@ -62,6 +62,19 @@ DTYPES: Final[tuple[DecodedName, ...]] = get_args(DecodedName)
 """Names of the dtypes that MXFP4 decodes to, and is encoded from."""
 
 
+ShortName = Literal["bf16", "fp16", "f16", "half", "fp32", "f32"]
+
+SHORT_NAMES: Final[dict[str, DecodedName]] = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "f16": "float16",
+    "half": "float16",
+    "fp32": "float32",
+    "f32": "float32",
+}
+"""Other names of `DTYPES`, in any case. NumPy reads ``"f16"`` as 16 bytes: nothing here does."""
+
+
 class TorchDType(Protocol):
     """A ``torch.dtype``, for annotations: torch is never imported."""
 
@@ -71,7 +84,7 @@ class TorchDType(Protocol):
         raise NotImplementedError
 
 
-DecodedDType = DecodedName | type[Any] | np.dtype[Any] | TorchDType
+DecodedDType = DecodedName | ShortName | type[Any] | np.dtype[Any] | TorchDType
 """What names one of `DTYPES` in an annotation."""
 
 ELEMENTS: Final = {
@@ -137,8 +150,14 @@ def name_of(dtype: np.dtype[Any]) -> str:
 
 
 def as_dtype(dtype: DTypeLike | TorchDType) -> np.dtype[Any]:
-    """Return the dtype, which may be given by a name that only ml_dtypes knows, such as bfloat16, or as torch's."""
-    dtype = _name_of_torch(dtype)
+    """Return the dtype, which may be given by a name of ml_dtypes, such as bfloat16, by a short one, or as torch's.
+
+    Examples
+    --------
+    >>> as_dtype("fp16"), as_dtype("int8")
+    (dtype('float16'), dtype('int8'))
+    """
+    dtype = _full_name(dtype)
     return dtype_named(dtype) if isinstance(dtype, str) else np.dtype(dtype)  # type: ignore[arg-type]
 
 
@@ -158,14 +177,16 @@ def decoded_dtype(dtype: DTypeLike | TorchDType) -> np.dtype[Any]:
     return _decoded_dtype(dtype)  # type: ignore[arg-type]
 
 
-def _name_of_torch(dtype: Any) -> Any:
-    """Return the name of a dtype of torch, anything else as it is."""
+def _full_name(dtype: Any) -> Any:
+    """Return the name of a dtype of torch, or of one given by a short name, anything else as it is."""
+    if isinstance(dtype, str):
+        return SHORT_NAMES.get(dtype.lower(), dtype)
     return str(dtype).removeprefix("torch.") if type(dtype).__module__ == "torch" else dtype
 
 
 @functools.cache
 def _decoded_dtype(dtype: Hashable) -> np.dtype[Any]:
-    dtype = _name_of_torch(dtype)
+    dtype = _full_name(dtype)
     name = dtype if isinstance(dtype, str) else getattr(dtype, "name", None) or getattr(dtype, "__name__", None)
     if name not in DTYPES:
         raise ValueError(f"packed values decode to {', '.join(DTYPES)}, not to {dtype!r}")

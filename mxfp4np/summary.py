@@ -12,9 +12,12 @@ from typing import Any, Final, NamedTuple, Protocol
 
 from .errors import CheckpointError, LayoutError
 from .layouts.packed import TensorInfo
-from .text import CELL_WIDTH, escape, format_bytes, select
+from .text import CELL_WIDTH, escape, format_bytes
 
-_NUMBER: Final = re.compile(r"(?<![^.])\d+(?![^.])")
+MAX_RANGES: Final = 4
+"""Most ranges that a label shows of the numbers that stand in one place."""
+
+_NUMBER: Final = re.compile(r"(?<![^.])\d{1,9}(?![^.])", re.ASCII)
 
 
 class Source(Protocol):
@@ -45,10 +48,10 @@ class Row(NamedTuple):
         return (name, self.info.shape, self.info.label, self.info.layout)
 
 
-def rows(checkpoint: Source, pattern: str = "*") -> list[Row]:
-    """Return a row for each logical tensor whose name matches a shell-style pattern."""
+def rows(checkpoint: Source, names: Iterable[str] | None = None) -> list[Row]:
+    """Return a row for each of these logical tensors, by default for all."""
     found = []
-    for name in select(checkpoint, pattern):
+    for name in checkpoint if names is None else names:
         try:
             found.append(Row(name, checkpoint.info(name), None))
         except (CheckpointError, LayoutError) as error:
@@ -65,15 +68,27 @@ def collapse(table: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
 
 
 def label(group: Sequence[Row]) -> str:
-    """Return the name of a group of rows, with ``#`` for the numbers that differ.
+    """Return the name of a group of rows, with ranges for the numbers that differ.
 
     Examples
     --------
-    >>> label([Row("layers.3.experts.0.w", None, ""), Row("layers.3.experts.1.w", None, "")])
-    'layers.3.experts.#.w'
+    >>> label([Row(f"layers.{i}.experts.{j}.w", None, "") for i in (3, 5) for j in range(8)])
+    'layers.3,5.experts.0-7.w'
     """
     parts = zip(*(row.name.split(".") for row in group), strict=True)
-    return ".".join(several[0] if len(set(several)) == 1 else "#" for several in parts)
+    return ".".join(several[0] if len(set(several)) == 1 else _ranges(set(map(int, several))) for several in parts)
+
+
+def _ranges(numbers: set[int]) -> str:
+    """Return numbers as ranges; of more than `MAX_RANGES` the first ones and the last."""
+    ends: list[list[int]] = []
+    for number in sorted(numbers):
+        if ends and number == ends[-1][1] + 1:
+            ends[-1][1] = number
+        else:
+            ends.append([number, number])
+    texts = [str(first) if first == last else f"{first}-{last}" for first, last in ends]
+    return ",".join(texts if len(texts) <= MAX_RANGES else [*texts[: MAX_RANGES - 1], "..", texts[-1]])
 
 
 def html_table(checkpoint: Source) -> str:

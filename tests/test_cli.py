@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -19,6 +20,7 @@ from commands import environment, finish, names_in, process, same_bits, value_of
 from contract import run_python
 
 import mxfp4np
+from mxfp4np.cli import main, progress
 from mxfp4np.format import FP4_VALUES
 from mxfp4np.storage.safetensors import write_safetensors
 
@@ -64,10 +66,10 @@ class TestInspect:
         assert reason == "layout gpt-oss: suffix pair, U8/U8; axes [.., out, in]"
         assert [line.split() for line in table] == [
             ["NAME", "SHAPE", "DTYPE", "LAYOUT", "STORED", "DECODED"],
-            ["block.#.mlp.mlp1_weight", "x2", "3x96x128", "MXFP4", "gpt-oss", "39.2", "kB", "147", "kB"],
-            ["block.#.mlp.mlp2_weight", "x2", "3x128x96", "MXFP4", "gpt-oss", "39.2", "kB", "147", "kB"],
-            ["block.#.mlp.mlp1_bias", "x2", "3x96", "BF16", "-", "1.15", "kB", "1.15", "kB"],
-            ["block.#.mlp.mlp2_bias", "x2", "3x128", "BF16", "-", "1.54", "kB", "1.54", "kB"],
+            ["block.0-1.mlp.mlp1_weight", "x2", "3x96x128", "MXFP4", "gpt-oss", "39.2", "kB", "147", "kB"],
+            ["block.0-1.mlp.mlp2_weight", "x2", "3x128x96", "MXFP4", "gpt-oss", "39.2", "kB", "147", "kB"],
+            ["block.0-1.mlp.mlp1_bias", "x2", "3x96", "BF16", "-", "1.15", "kB", "1.15", "kB"],
+            ["block.0-1.mlp.mlp2_bias", "x2", "3x128", "BF16", "-", "1.54", "kB", "1.54", "kB"],
         ]
         assert totals == "8 tensors, 4 of them MXFP4: 81 kB stored, 298 kB with packed ones decoded to bfloat16"
         assert round(stored_bytes(ORIGINAL.glob("*.safetensors")) / 1000) == 81
@@ -83,7 +85,7 @@ class TestInspect:
         arrays = {f"layer.{i}.w": np.zeros(3 + (i == 2), np.float32) for i in range(4)}
         mxfp4np.save_file(arrays, tmp_path / "m.safetensors")
         lines = [line.split() for line in command("inspect", tmp_path)[1].splitlines()]
-        assert lines[1][:4] == ["layer.#.w", "x3", "3", "F32"]
+        assert lines[1][:4] == ["layer.0-1,3.w", "x3", "3", "F32"]
         assert lines[2][:3] == ["layer.2.w", "4", "F32"]
 
     @pytest.mark.parametrize("path", [HF, HF / "model.safetensors.index.json"])
@@ -105,10 +107,35 @@ class TestInspect:
         assert (status, err) == (0, "")
         assert [tensor["name"] for tensor in json.loads(out)["tensors"]] == [PLAIN]
 
-    def test_pattern_of_nothing(self, command):
-        status, out, err = command("inspect", ORIGINAL, "no such*")
-        assert (status, out) == (2, "")
-        assert err == f"mxfp4np: {ORIGINAL}: no tensor is called like 'no such*'\n"
+    def test_patterns(self, command):
+        lines = command("inspect", ORIGINAL, "*1_bias", "block.1.mlp.mlp2_weight", "block.[1].*bias")[1].splitlines()
+        names = ["block.0-1.mlp.mlp1_bias", "block.1.mlp.mlp2_weight", "block.1.mlp.mlp2_bias"]
+        assert [line.split()[0] for line in lines[1:-2]] == names
+
+    @pytest.mark.parametrize(
+        ("pattern", "hint"),
+        [
+            ("no such*", "it has 8 tensors"),
+            ("*.mlp1_wieght", "did you mean '*.mlp1_weight'?"),
+            ("blok.1.*", "did you mean 'block.1.*'?"),
+            ("mlp2_bias", "did you mean '*mlp2_bias*'?"),
+            ("block.7.*", "it has 8 tensors"),
+        ],
+    )
+    @pytest.mark.parametrize("what", ["inspect", "decode"])
+    def test_pattern_of_nothing(self, refused, tmp_path, pattern, hint, what):
+        output = ("-o", tmp_path / "out.safetensors") if what == "decode" else ()
+        message = f"mxfp4np: no tensor is called like {pattern!r} in {ORIGINAL}: {hint}"
+        assert refused(what, ORIGINAL, "block.0.*", pattern, *output) == message
+
+    def test_quiet_shows_only_what_is_wrong(self, command, tmp_path):
+        assert command("inspect", ORIGINAL, "--stats", "--quiet") == (0, "", "")
+        mxfp4np.save_file({"x.blocks": np.zeros((2, 16), np.uint8), "y": np.zeros(3)}, tmp_path / "m.safetensors")
+        status, out, err = command("inspect", tmp_path, "--quiet")
+        assert (status, err) == (0, "")
+        assert out.count("\n") == 1
+        assert "'x.scales'" in out
+        assert json.loads(command("inspect", tmp_path, "--quiet", "--json")[1])["totals"]["tensors"] == 2
 
     @pytest.mark.parametrize("path", [ORIGINAL, HF])
     def test_json(self, command, path):
@@ -195,7 +222,7 @@ class TestStats:
         _, stats = out.split("\n\n")
         name, summary, *bars = stats.splitlines()
         blocks = expected["blocks"]
-        assert name == "layer.#.w"
+        assert name == "layer.0-1.w"
         assert summary.strip() == (
             f"zero blocks {expected['zero_blocks'] / blocks:.2%}, NaN scales {expected['nan_scales'] / blocks:.2%}, "
             f"-0.0 {expected['negative_zeros'] / (32 * blocks):.2%}"
@@ -444,6 +471,33 @@ class TestDecodeToSafetensors:
     def test_quiet(self, command, tmp_path):
         assert command("decode", ORIGINAL, PACKED, "-o", tmp_path / "out.safetensors", "--quiet") == (0, "", "")
 
+    def test_json(self, command, tmp_path):
+        output = tmp_path / "out.safetensors"
+        status, out, err = command("decode", ORIGINAL, PACKED, PLAIN, "-o", output, "--json")
+        assert (status, err) == (0, "")
+        nbytes = sum(array.nbytes for array in mxfp4np.load_file(output).values())
+        assert json.loads(out) == {"file": str(output), "bytes": nbytes, "tensors": [PACKED, PLAIN]}
+
+    @pytest.mark.parametrize("short", ["bf16", "FP16", "f16", "half", "fp32", "F32"])
+    def test_short_names_of_dtypes(self, command, tmp_path, short):
+        output = tmp_path / "out.safetensors"
+        assert command("decode", ORIGINAL, PACKED, "-o", output, "--dtype", short)[0] == 0
+        name = {"b": "bfloat16", "f": "float32" if "32" in short else "float16", "h": "float16"}[short[0].lower()]
+        same_bits(mxfp4np.load_file(output)[PACKED], value_of(ORIGINAL, PACKED, dtype=name))
+
+    def test_patterns(self, command, tmp_path):
+        output = tmp_path / "out.safetensors"
+        assert command("decode", ORIGINAL, "*.mlp1_*", PACKED, "block.[1].*2_bias", "-o", output)[0] == 0
+        with mxfp4np.Checkpoint(ORIGINAL) as checkpoint:
+            names = {name for name in checkpoint if ".mlp1_" in name} | {"block.1.mlp.mlp2_bias"}
+        assert mxfp4np.load_file(output).keys() == names
+
+    def test_format(self, command, tmp_path):
+        output = tmp_path / "weights.bin"
+        assert command("decode", ORIGINAL, PACKED, "-o", output, "--format", "safetensors")[0] == 0
+        assert command("decode", ORIGINAL, PACKED, "-o", tmp_path / "out.safetensors")[0] == 0
+        assert output.read_bytes() == (tmp_path / "out.safetensors").read_bytes()
+
 
 class TestDecodeToNpy:
     @pytest.mark.parametrize("dtype", ["float16", "float32"])
@@ -472,7 +526,7 @@ class TestDecodeToNpy:
         output.write_bytes(b"old")
         message = refused("decode", ORIGINAL, PACKED, PLAIN, "-o", output, "--dtype", "float32")
         assert "one tensor" in message
-        assert ".safetensors" in message
+        assert ".npz or .safetensors" in message
         assert output.read_bytes() == b"old"
 
     def test_the_same_name_twice_is_one(self, command, tmp_path):
@@ -486,6 +540,75 @@ class TestDecodeToNpy:
         output = tmp_path / "out.npy"
         assert command("decode", tmp_path, "a", "-o", output)[0] == 0
         same_bits(np.load(output), np.asarray(array))
+
+
+class TestDecodeToNpz:
+    @pytest.mark.parametrize("dtype", ["float16", "float32"])
+    def test_equals(self, command, tmp_path, dtype):
+        output = tmp_path / "out.npz"
+        status, _, err = command("decode", ORIGINAL, "block.0.*", "-o", output, "--dtype", dtype, "--index", "1:")
+        assert (status, err) == (0, "")
+        with np.load(output) as loaded:
+            assert len(loaded.files) == 4
+            for name in loaded:
+                same_bits(loaded[name], value_of(ORIGINAL, name, dtype=dtype, index=np.s_[1:]))
+
+    def test_the_same_bytes_every_time(self, command, tmp_path):
+        for name in ("a.npz", "b.npz"):
+            assert command("decode", ORIGINAL, PACKED, "-o", tmp_path / name, "--dtype", "fp32")[0] == 0
+        assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+
+    def test_bfloat16_is_refused(self, refused, tmp_path):
+        message = refused("decode", ORIGINAL, PACKED, "-o", tmp_path / "out.npz")
+        assert message.endswith("the .npz format cannot name bfloat16: use --dtype float32, or .safetensors")
+
+    @pytest.mark.parametrize("name", ["a\0b", "x" * 70_000])
+    def test_names_that_no_archive_can_hold(self, refused, tmp_path, name):
+        mxfp4np.save_file({name: np.zeros(3)}, tmp_path / "m.safetensors")
+        message = refused("decode", tmp_path / "m.safetensors", "*", "-o", tmp_path / "out.npz")
+        assert message.endswith("a .npz file cannot hold this name: use .safetensors")
+        assert names_in(tmp_path) == ["m.safetensors"]
+
+
+class TestDecodeToStandardOutput:
+    @pytest.mark.parametrize("options", [(), ("--format", "npz"), ("--format", "safetensors"), ("--quiet",)])
+    def test_through_a_pipe(self, tmp_path, options):
+        running = process("decode", ORIGINAL, PACKED, "-o", "-", "--dtype", "fp32", *options)
+        out, err = running.communicate(timeout=60)
+        assert (running.returncode, err) == (0, b"")
+        (tmp_path / "out").write_bytes(out)
+        found = mxfp4np.load_file(tmp_path / "out") if "safetensors" in options else np.load(tmp_path / "out")
+        expected = value_of(ORIGINAL, PACKED, dtype="float32")
+        same_bits(found[PACKED] if "--format" in options else found, expected)
+
+    @pytest.mark.parametrize(
+        ("options", "reason"),
+        [
+            (("--json", "--dtype", "fp32"), "--json and a file"),
+            ((), "standard output: tensor 'block.0.mlp.mlp1_weight': the .npy format cannot name bfloat16"),
+            ((PLAIN, "--dtype", "fp32"), "standard output: the .npy format holds one tensor, not 2"),
+        ],
+    )
+    def test_refused(self, refused, options, reason):
+        assert reason in refused("decode", ORIGINAL, PACKED, "-o", "-", *options)
+
+    def test_not_to_a_terminal(self):
+        pty = pytest.importorskip("pty")
+        master, slave = pty.openpty()
+        running = process("decode", ORIGINAL, PACKED, "-o", "-", "--dtype", "fp32", stdout=slave)
+        os.close(slave)
+        _, err = running.communicate(timeout=60)
+        os.close(master)
+        assert running.returncode == 2
+        assert err.decode().startswith("mxfp4np: standard output is a terminal")
+
+    def test_a_reader_that_is_gone(self):
+        reader, writer = os.pipe()
+        os.close(reader)
+        with os.fdopen(writer, "wb") as pipe:
+            running = process("decode", ORIGINAL, PACKED, "-o", "-", "--dtype", "fp32", stdout=pipe)
+            assert running.communicate(timeout=60)[1] == b""
+        assert running.returncode == 0
 
 
 class TestDecodeIndex:
@@ -567,11 +690,11 @@ class TestDecodeRefuses:
         message = refused("decode", ORIGINAL, PACKED + ".blocks", "-o", tmp_path / "out.safetensors")
         assert f"half of {PACKED!r}" in message
 
-    @pytest.mark.parametrize("name", ["out.npz", "out", "out.safetensors.gz", ".npy"])
+    @pytest.mark.parametrize("name", ["out.pt", "out", "out.safetensors.gz", ".npy"])
     def test_unknown_suffix(self, refused, tmp_path, name):
         message = refused("decode", ORIGINAL, PACKED, "-o", tmp_path / name, "--dtype", "float32")
         assert name in message
-        assert ".safetensors or .npy" in message
+        assert ".safetensors, .npy or .npz" in message
         assert names_in(tmp_path) == []
 
     @pytest.mark.parametrize("suffix", ["npy", "safetensors"])
@@ -656,11 +779,13 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("arguments", "reason"),
         [
-            ([], "COMMAND"),
             (["frobnicate"], "frobnicate"),
             (["inspect"], "PATH"),
             (["inspect", "a", "--frobnicate"], "--frobnicate"),
-            (["inspect", "a", "b", "c"], "unrecognized"),
+            (["verify", "a", "b", "c"], "unrecognized"),
+            (["completion"], "shell"),
+            (["completion", "cmd"], "cmd"),
+            (["inspect", "a", "--progress", "loud"], "loud"),
             (["decode", "a", "-o", "x.npy"], "NAME"),
             (["decode", "a", "b"], "--output"),
             (["decode", "a", "b", "-o", "x.npy", "--dtype", "float64"], "float64"),
@@ -703,6 +828,14 @@ class TestErrors:
         status, out, err = command(*name, "--help")
         assert (status, err) == (0, "")
         assert out.startswith("usage: mxfp4np")
+
+    def test_help_without_arguments(self, command, monkeypatch):
+        expected = command("--help")
+        assert expected[0] == 0
+        assert command() == expected
+        monkeypatch.setattr(sys, "argv", ["mxfp4np", "--version"])
+        with pytest.raises(SystemExit):
+            main()
 
 
 # Progress, interruption
@@ -773,6 +906,39 @@ class TestProgress:
         status, out, err = finish(process("decode", large, "w", "-o", tmp_path / "out.safetensors"))
         assert (status, err) == (0, "")
         assert out.count("\n") == 1
+
+    @pytest.mark.parametrize("options", [("--progress", "plain"), ()])
+    def test_lines(self, command, tmp_path, monkeypatch, options):
+        """On a terminal if they are asked for, and without one."""
+        monkeypatch.setattr(progress, "LINE_SECONDS", 0)
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: bool(options), raising=False)
+        path = sparse(tmp_path / "m.safetensors", 64 << 10)
+        status, _, err = command("decode", path, "w", "-o", tmp_path / "out.safetensors", *options)
+        *first, last = err.splitlines()
+        assert status == 0
+        assert first[0] == "decoding 25%, 33.6 MB of 134 MB"
+        assert all(
+            re.fullmatch(r"decoding \d+%, \d+\.?\d* MB of 134 MB, [\d.]+ [kMG]B/s, \d+ s left", x) for x in first[1:]
+        )
+        assert last.startswith("decoding 100%, 134 MB of 134 MB, ")
+        status, _, err = command("convert", HF, tmp_path / "out", "--verify", *options)
+        assert status == 0
+        assert re.search(r"^converting 100%, 347 kB of 347 kB, .*, model\.safetensors model", err, re.MULTILINE)
+        assert re.search(r"^verifying 100%, 347 kB of 347 kB, ", err, re.MULTILINE)
+        assert "\r" not in err
+
+    def test_lines_are_rare_and_quiet_has_none(self, monkeypatch, capsys):
+        for quiet in (False, True):
+            times = iter([0.0, 5.0, 20.0, 31.0, 32.0, 60.0, 65.0])
+            monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda times=times: next(times)))
+            with progress.Reporter(quiet=quiet, plain=True).bytes(60, "reading") as show:
+                for _ in range(6):
+                    show(10)
+            lines = [
+                "reading 50%, 30 B of 60 B, 0.769 B/s, 39 s left",
+                "reading 100%, 60 B of 60 B, 0.833 B/s, 0 s left",
+            ]
+            assert capsys.readouterr().err.splitlines() == ([] if quiet else lines)
 
     def test_error_on_a_terminal_is_one_line(self, large, tmp_path):
         status, out, shown = on_terminal("decode", large, "w", "-o", tmp_path / "missing" / "out.safetensors")[1]()

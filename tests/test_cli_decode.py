@@ -198,7 +198,7 @@ def test_pieces_in_order(data):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decode, "CHUNK_BYTES", limit)
         selection = Selection(Stub(), ["w"], dtype="float32", index=index)
-        pieces = list(selection._chunks(lambda _: None))
+        pieces = list(selection._tensors["w"].chunks(lambda _: None))
     expected = array.decode("float32")[index]
     assert selection._tensors["w"].array.shape == expected.shape
     assert all(0 < piece.nbytes <= limit for piece in pieces)

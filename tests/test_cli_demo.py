@@ -29,7 +29,7 @@ class TestDemo:
         _, out = example
         lines = out.splitlines()
         assert lines[0].split() == ["NAME", "SHAPE", "DTYPE", "LAYOUT", "STORED", "DECODED"]
-        assert re.search(r"^model\.layers\.#\.mlp\.experts\.down_proj +x2 +8x", out, re.MULTILINE)
+        assert re.search(r"^model\.layers\.0-1\.mlp\.experts\.down_proj +x2 +8x", out, re.MULTILINE)
         assert re.search(r"^\d+ tensors, \d+ of them MXFP4: ", out, re.MULTILINE)
         assert re.search(
             r"^decoded to bfloat16 with \d+ threads?: [\d,]+ million elements/s, [\d.]+ [kMG]B/s; "
@@ -115,6 +115,10 @@ class TestDemo:
         (folder,) = tmp_path.iterdir()
         assert status == 0
         assert f"The checkpoint is in {shlex.quote(str(folder))}," in out
+        assert out.endswith(f"\nto remove all of it:\n  rm -r {shlex.quote(str(folder))}\n")
+
+    def test_quiet(self, command, tmp_path):
+        assert command("demo", "--size", "10kB", "--out", tmp_path / "out", "--quiet") == (0, "", "")
 
     @pytest.mark.parametrize("size", ["0", "1", "1kB", "1MB"])
     def test_any_size(self, command, tmp_path, size):
@@ -159,7 +163,7 @@ class TestDemoCanFail:
         assert len(differences) == 1
         assert differences[0].startswith(name)
 
-    @pytest.mark.parametrize("options", [(), ("--json",)])
+    @pytest.mark.parametrize("options", [(), ("--json",), ("--quiet",)])
     def test_exit_status(self, command, tmp_path, monkeypatch, options):
         folder, name = tmp_path / "out", "model.layers.0.mlp.experts.down_proj"
         measure = demo._measure

@@ -1,16 +1,18 @@
 """Rows, groups, histograms and sizes: what inspect shows, without the command."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import mxfp4np
 from mxfp4np.cli import report
+from mxfp4np.cli.names import matching
 from mxfp4np.cli.report import ScaleStats, Stats, stats_of, table_lines, to_json
 from mxfp4np.format import FP4_VALUES
 from mxfp4np.layouts.packed import TensorInfo
-from mxfp4np.summary import Row, collapse, rows
+from mxfp4np.summary import Row, collapse, label, rows
 
 
 def row(name, shape=(2, 3), dtype="BF16", layout=None):
@@ -78,17 +80,55 @@ def test_rows_in_order(path):
         ("*.w", ["layer.0.w", "layer.1.w", "layer.2.w"]),
         ("layer.[01].w", ["layer.0.w", "layer.1.w"]),
         ("layer.?.bias", ["layer.0.bias"]),
-        ("LAYER*", []),
-        ("layer", []),
         ("broken", ["broken"]),
     ],
 )
 def test_rows_of_a_pattern(path, pattern, names):
     with mxfp4np.Checkpoint(path) as checkpoint:
-        assert sorted(row.name for row in rows(checkpoint, pattern)) == names
+        found = rows(checkpoint, matching(checkpoint, [pattern]))
+        assert sorted(row.name for row in found) == names
+
+
+@pytest.mark.parametrize("pattern", ["LAYER*", "layer", "", "*.x.[", "?"])
+def test_a_pattern_of_nothing(path, pattern):
+    with mxfp4np.Checkpoint(path) as checkpoint, pytest.raises(mxfp4np.TensorNotFoundError):
+        matching(checkpoint, [pattern])
+
+
+def test_a_half_of_rows_is_a_name_too():
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    with mxfp4np.Checkpoint(Path(__file__).parent / "data" / "gpt_oss_hf") as checkpoint:
+        assert matching(checkpoint, [f"{name}/gate", "*.0.*_up_proj", name]) == [f"{name}/gate", name]
+        assert rows(checkpoint, [f"{name}/gate"])[0].info.shape[-2] == checkpoint.info(name).shape[-2] // 2
 
 
 # Groups
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"),
+    [
+        ([3], "3"),
+        (range(24), "0-23"),
+        ([3, 4], "3-4"),
+        ([7, 0, 2], "0,2,7"),
+        ([*range(12), *range(13, 24)], "0-11,13-23"),
+        ([0, 2, 4, 6], "0,2,4,6"),
+        (range(1, 36, 2), "1,3,5,..,35"),
+        ([9, 10, 100], "9-10,100"),
+    ],
+)
+def test_label_has_ranges(numbers, text):
+    assert label([row(f"layers.{i}.w") for i in numbers]) == f"layers.{text}.w"
+
+
+def test_label_of_layers_and_experts():
+    assert label([row(f"0.layers.{i}.experts.{j}.w") for i in (3, 4) for j in range(8)]) == "0.layers.3-4.experts.0-7.w"
+
+
+def test_numbers_too_long_for_layers_are_names():
+    names = [f"a.{digit * 5000}.w" for digit in "12"]
+    assert [label(group) for group in collapse(map(row, names)).values()] == names
 
 
 def test_collapse():
@@ -135,7 +175,7 @@ def test_table(path):
         lines = table_lines(collapse(rows(checkpoint)))
     cells = {line.split()[0]: line.split()[1:] for line in lines[1:4]}
     assert lines[0].split() == ["NAME", "SHAPE", "DTYPE", "LAYOUT", "STORED", "DECODED"]
-    assert cells["layer.#.w"] == ["x3", "2x32", "MXFP4", "gpt-oss", "102", "B", "384", "B"]
+    assert cells["layer.0-2.w"] == ["x3", "2x32", "MXFP4", "gpt-oss", "102", "B", "384", "B"]
     assert cells["layer.0.bias"] == ["4", "F32", "-", "16", "B", "16", "B"]
     assert cells["broken"] == ["broken"]
     assert "found none" in lines[4]

@@ -161,6 +161,18 @@ def test_the_page_on_the_command_line_has_every_command():
     assert described == list(commands)
 
 
+def test_the_image_runs_commands_that_there_are():
+    """With the settings of the page, in the folder that is warmed up."""
+    text, page = (
+        path.read_text("utf-8") for path in (ROOT / "examples" / "Dockerfile", DOCS / "howto" / "containers.md")
+    )
+    assert 'ENTRYPOINT ["python", "-m", "mxfp4np"]' in text
+    for command in re.findall(r"^RUN python -m mxfp4np (.*)$", text, re.MULTILINE):
+        parser().parse_args(shlex.split(command))
+    for setting in re.findall(r"NUMBA_\w+=\S+", text):
+        assert setting in page
+
+
 def test_pictures_are_those_that_the_package_draws():
     drawn = runpy.run_path(str(DOCS / "pictures.py"))
     assert {path.stem for path in (DOCS / "images").iterdir()} == set(drawn["PICTURES"])

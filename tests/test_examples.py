@@ -212,6 +212,13 @@ def test_the_program_prints_tokens_speed_and_memory(original, run):
     assert all(float(figure) > 0 for figure in figures.groups())
 
 
+def test_where_the_system_does_not_tell_the_peak_of_memory_it_is_left_out(original, run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "resource", None)
+    status, _, err = run(original, "--tokens", *PROMPT, "--count", 2)
+    assert status == 0
+    assert re.fullmatch(r"70 tokens .*: .+ tokens/s; 2 generated: .+ tokens/s\n", err)
+
+
 def change(**values):
     return lambda config, _: config.update(values)
 

@@ -629,13 +629,28 @@ def test_dry_run_writes_nothing(tmp_path):
         == result.written
         == sum(file.stat().st_size - len(_header(file)) for file in (tmp_path / "out").glob("*.safetensors"))
     )
-    lines = list(plan.plan_lines())
-    assert len(lines) == len(plan.shards) + 1
-    assert str(tmp_path / "out") in lines[-1]
+    *lines, where, left = plan.plan_lines()
+    assert len(lines) == len(plan.shards)
+    assert str(tmp_path / "out") in where
+    assert re.fullmatch(r"347 kB to be written, [\d.]+ [kMGT]B free on the disk", left)
+    assert plan.to_json()["free"] == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.5)
     before = tree(tmp_path / "out")
     convert(HF, tmp_path / "out", dry_run=True)
     convert(HF, tmp_path / "out", dry_run=True, force=True)
     assert tree(tmp_path / "out") == before
+
+
+def test_a_dry_run_says_what_is_done_already(tmp_path):
+    options = {"max_shard_size": 50_000, "dry_run": True}
+    first = next(iter(convert(HF, tmp_path / "out", max_shard_size=50_000).shards))
+    assert convert(HF, tmp_path / "out", **options).missing == []
+    (tmp_path / "out" / first).unlink()
+    plan = convert(HF, tmp_path / "out", **options)
+    assert plan.missing == plan.to_json()["missing"] == [first]
+    left = list(plan.plan_lines())[-1]
+    assert left.startswith(f"{len(plan.shards) - 1} shards there already: --resume keeps them; ")
+    for other in ({"force": True}, {"dtype": "float16"}):  # nothing that is there would be kept
+        assert len(convert(HF, tmp_path / "out", **options, **other).missing) == len(plan.shards)
 
 
 def _header(path):
@@ -1247,7 +1262,9 @@ class TestCommand:
     def test_dry_run(self, command, tmp_path):
         status, out, err = command("convert", HF, tmp_path / "out", "--dry-run")
         assert (status, err) == (0, "")
-        assert out == f"model.safetensors  347 kB\n1 shard, 347 kB of tensor data, to {tmp_path / 'out'}\n"
+        *plan, left = out.splitlines()
+        assert plan == ["model.safetensors  347 kB", f"1 shard, 347 kB of tensor data, to {tmp_path / 'out'}"]
+        assert left.startswith("347 kB to be written, ")
 
     def test_tasks(self, command, tmp_path):
         for i, end in ((2, "2 of them still to be written"), (1, "all there")):
@@ -1274,6 +1291,10 @@ class TestCommand:
         status, out, err = command("convert", HF, tmp_path / "out", "--resume", "--verify")
         assert (status, err) == (1, "")
         assert "1 finding" in out
+        status, quiet, err = command("convert", HF, tmp_path / "out", "--resume", "--verify", "--quiet")
+        assert (status, err) == (1, "")
+        assert quiet
+        assert quiet in out
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -1366,7 +1387,8 @@ class TestCommand:
         os.fsync, sys.stderr = fsync, sys.stdout
         print(cli.main(["convert", *sys.argv[1:3], "--max-shard-size", "50kB", "--threads", "2", "--quiet"]))
         """
-        assert run_python(code, HF, tmp_path / "out", when) == "mxfp4np: interrupted\n130\n"
+        begun = ": continue with --resume" if when > 1 else ""
+        assert run_python(code, HF, tmp_path / "out", when) == f"mxfp4np: interrupted{begun}\n130\n"
         assert not list((tmp_path / "out").glob(".*.tmp"))
 
     @pytest.mark.skipif(sys.platform == "win32", reason="needs limits of resources")

@@ -335,7 +335,7 @@ class TestCommand:
     def test_dry_run(self, tmp_path, capsys):
         source = write(tmp_path / "source", DENSE)
         assert main(["encode", str(source), str(tmp_path / "out"), "--layout", "mlx", "--dry-run"]) == 0
-        *_, shards, left = capsys.readouterr().out.splitlines()
+        *_, shards, _, left = capsys.readouterr().out.splitlines()
         assert shards.startswith("1 shard, ")
         assert left.startswith("left as they are: 4 tensors, 37.9 kB, the largest model.layers.0.mlp.odd_proj.weight")
         assert not (tmp_path / "out").exists()

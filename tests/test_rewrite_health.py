@@ -29,7 +29,7 @@ def test_weights_that_are_all_zeros(tmp_path):
         save(tmp_path / "m.safetensors", tensors | fine | {"tiny.weight": np.zeros((4, 4))})
     ).findings
     assert sorted(findings) == [
-        "3 tensors 'layers.#.up.weight' are all zeros",
+        "3 tensors 'layers.0-2.up.weight' are all zeros",
         "tensor 'negative.weight' is all zeros",
         "tensor 'w' is all zeros",
     ]

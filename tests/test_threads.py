@@ -82,7 +82,9 @@ def test_threads_that_decode_first_at_once_share_one_table():
     assert run_python(code) == "1 [72.0, 72.0, 72.0, 72.0]\n"
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize(
+    "method", [pytest.param("fork", marks=needs_fork), "spawn", pytest.param("forkserver", marks=needs_fork)]
+)
 def test_a_multiprocessing_pool_after_the_parent_decoded(method):
     assert is_right(0)
     with warnings.catch_warnings():

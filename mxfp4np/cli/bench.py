@@ -64,7 +64,7 @@ def run(
     """Measure decoding to several dtypes, and its limits; return the figures as plain objects.
 
     The largest packed tensors of the checkpoint at ``path`` are decoded, from the mapped files, or else random data:
-    ``size`` bytes of bfloat16, or fewer where the checkpoint or free memory is smaller. For ``bar`` see `byte_bar`.
+    ``size`` bytes of bfloat16, or fewer where the checkpoint or free memory is smaller. ``bar`` is `Reporter.bytes`.
     """
     if path is None and layout is not None:
         raise ValueError(f"layout {layout!r} is that of a checkpoint: expected its path, found none")

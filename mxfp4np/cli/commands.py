@@ -14,14 +14,13 @@ import re
 import shutil
 import sys
 import warnings
-from contextlib import contextmanager, redirect_stdout
-from functools import partial
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from .. import __version__
-from ..errors import CheckpointWarning, MXFP4Error
-from ..format import DTYPES, RULES
+from ..errors import BackendUnavailableError, CheckpointWarning, MXFP4Error
+from ..format import DTYPES, RULES, SHORT_NAMES
 from ..layouts.table import ENCODED_LAYOUTS, TRANSPOSE
 from ..text import as_json, escape, format_bytes, parse_bytes
 from .signals import ended_by, raising_first
@@ -29,7 +28,7 @@ from .signals import ended_by, raising_first
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from ..rewrite.workers import Progress
+    from .progress import Reporter
 
 # Arguments
 
@@ -72,48 +71,16 @@ def parse_task(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def parse_dtype(text: str) -> str:
+    """Return the name of a dtype to decode to, which may be given by a short one: ``"bf16"``."""
+    return SHORT_NAMES.get(text.lower(), text)
+
+
 def parse_count(text: str) -> int:
     """Return a positive integer."""
     if not re.fullmatch(r"0*[1-9]\d{0,5}", text.strip(), re.ASCII):
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
     return int(text)
-
-
-# Progress bars
-
-
-def _tqdm(*, quiet: bool, **options: Any) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(unit="B", unit_scale=True, leave=False, disable=quiet or not sys.stderr.isatty(), **options)
-
-
-@contextmanager
-def byte_bar(total: int, what: str, *, quiet: bool) -> Iterator[Callable[[int], object]]:
-    """Show bytes, rate and time left; the result is called with the bytes done since the last call."""
-    with _tqdm(quiet=quiet, total=total, desc=what) as bar:
-        yield bar.update
-
-
-@contextmanager
-def shard_bar(what: str, *, quiet: bool) -> Iterator[Callable[[Progress], object]]:
-    """Show shard, tensor, bytes, rate and time left; the result is what `convert` takes as ``progress``."""
-    # The bar is short, so that a narrow terminal has room for what follows it.
-    form = "{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} [{remaining}, {rate_fmt}{postfix}]"
-    with _tqdm(quiet=quiet, desc=what, bar_format=form) as bar:
-
-        def show(progress: Progress) -> None:
-            if bar.disable:
-                return
-            if progress.done < bar.n:  # everything is written: verification begins
-                bar.reset()
-                bar.set_description_str("verifying", refresh=False)
-            bar.total = progress.total
-            shard = re.sub(r"model-0*(\d+)-of-0*(\d+)\.safetensors", r"shard \1/\2", progress.shard)
-            bar.set_postfix_str(escape(f"{shard} {progress.tensor}"), refresh=False)
-            bar.update(progress.done - bar.n)
-
-        yield show
 
 
 # Commands
@@ -125,86 +92,115 @@ def _names(args: argparse.Namespace) -> Any:
     return None if args.named is None else read_json(args.named)
 
 
+def _progress(args: argparse.Namespace) -> Reporter:
+    from .progress import Reporter
+
+    return Reporter(quiet=args.quiet, plain=args.progress == "plain")
+
+
 def _inspect(args: argparse.Namespace) -> int:
     from ..checkpoint import Checkpoint
     from ..summary import collapse, label, rows
+    from .names import matching
     from .report import file_lines, stats_of, table_lines, to_json
 
     with Checkpoint(args.source, layout=args.layout, names=_names(args)) as checkpoint:
-        table = rows(checkpoint, args.pattern)
-        if not table and args.pattern != "*":
-            raise ValueError(f"{checkpoint.folder}: no tensor is called like {args.pattern!r}")
+        table = rows(checkpoint, matching(checkpoint, args.patterns) if args.patterns else None)
         infos = [row.info for row in table if args.stats and row.info is not None]
         packed = [info for info in infos if info.format == "MXFP4" or info.layout not in (None, "gguf")]
         stats: dict[str, Any] = {}
-        with byte_bar(sum(info.nbytes for info in packed), "reading", quiet=args.quiet) as progress:
+        with _progress(args).bytes(sum(info.nbytes for info in packed), "reading") as progress:
             for info in packed:
                 stats[info.name] = stats_of(checkpoint.reader(info.name), progress)
-        if args.json:
-            print(as_json(to_json(checkpoint, table, stats)))
-            return 0
         groups = collapse(table)
-        _show([*table_lines(groups), *file_lines(checkpoint)])
-        for group in groups.values():
-            members = [stats[row.name] for row in group if row.name in stats]
-            if members:
-                _show(["", label(group), *(f"  {line}" for line in type(members[0]).merged(members).lines())])
+
+        def lines() -> Iterator[str]:
+            yield from (*table_lines(groups), *file_lines(checkpoint))
+            for group in groups.values():
+                members = [stats[row.name] for row in group if row.name in stats]
+                if members:
+                    yield from ("", label(group), *(f"  {line}" for line in type(members[0]).merged(members).lines()))
+
+        problems = [str(row.problem) for row in table if row.info is None]
+        _print(args, to_json(checkpoint, table, stats), lines(), [*problems, *checkpoint.findings])
     return 0
 
 
 def _decode(args: argparse.Namespace) -> int:
     from ..checkpoint import Checkpoint
     from .decode import Selection
+    from .names import matching
 
+    to_stdout = str(args.output) == "-"
+    if to_stdout and args.json:
+        raise ValueError("the tensors go to standard output: give --json and a file, or neither")
+    if to_stdout and sys.stdout.isatty():
+        raise ValueError("standard output is a terminal: pipe it to a program, or give a file with -o")
     with Checkpoint(args.source, layout=args.layout, names=_names(args)) as checkpoint:
-        selection = Selection(checkpoint, args.names, dtype=args.dtype, index=args.index, transpose=args.transpose)
-        with byte_bar(selection.nbytes, "decoding", quiet=args.quiet) as progress:
-            selection.write(args.output, progress)
-        if not args.quiet:
-            _show([f"wrote {args.output}: {format_bytes(selection.nbytes)} of tensor data"])
+        names = matching(checkpoint, args.names)
+        selection = Selection(checkpoint, names, dtype=args.dtype, index=args.index, transpose=args.transpose)
+        with _progress(args).bytes(selection.nbytes, "decoding") as progress:
+            if to_stdout:
+                selection.write_to(sys.stdout.buffer, progress, args.format or "npy")
+            else:
+                selection.write(args.output, progress, args.format)
+        if not to_stdout:
+            line = f"wrote {args.output}: {format_bytes(selection.nbytes)} of tensor data"
+            _print(args, {"file": str(args.output), "bytes": selection.nbytes, "tensors": names}, [line])
         _warn(checkpoint.findings)
     return 0
 
 
 def _call(function: Callable[..., Any], args: argparse.Namespace, what: str) -> Any:
-    """Call a function of the library whose parameters are the arguments of the command, with a progress bar."""
-    options = {name: value for name, value in vars(args).items() if name not in ("run", "quiet", "json")}
-    with redirect_stdout(sys.stderr), shard_bar(what, quiet=args.quiet) as progress:  # Ray prints of killed processes
+    """Call a function of the library whose parameters are the arguments of the command, and show its progress."""
+    own = ("run", "quiet", "json", "progress")
+    options = {name: value for name, value in vars(args).items() if name not in own}
+    with redirect_stdout(sys.stderr), _progress(args).shards(what) as progress:  # Ray prints of killed processes
         return function(**options, progress=progress)
 
 
-def _print(args: argparse.Namespace, found: dict[str, Any], lines: Iterator[str]) -> None:
+def _print(args: argparse.Namespace, found: Any, lines: Iterable[str], wrong: Iterable[str] = ()) -> None:
+    """Print a result: as JSON or for a person; with ``--quiet`` alone, only what is ``wrong``."""
     if args.json:
         print(as_json(found))
     else:
-        _show(lines)
+        _show(wrong if args.quiet else lines)
 
 
 def _show(lines: Iterable[str]) -> None:
     """Print lines for a person: whatever names are in them, safe to print and of bounded length."""
-    print("\n".join(map(escape, lines)))
+    for line in lines:
+        print(escape(line))
 
 
 def _convert(args: argparse.Namespace) -> int:
     from ..rewrite.convert import convert
 
-    result = _call(convert, args, "converting")
-    _print_run(args, result)
-    return 1 if result.verification is not None and result.verification.findings else 0
+    return _rewrite(convert, args, "converting")
 
 
 def _encode(args: argparse.Namespace) -> int:
     from ..rewrite.encode import encode_checkpoint
 
-    result = _call(encode_checkpoint, args, "encoding")
-    _print_run(args, result)
-    return 1 if result.verification is not None and result.verification.findings else 0
+    return _rewrite(encode_checkpoint, args, "encoding")
 
 
-def _print_run(args: argparse.Namespace, result: Any) -> None:
-    if args.json or not args.quiet:
-        _print(args, result.to_json(), result.plan_lines() if args.dry_run else result.lines())
+def _rewrite(function: Callable[..., Any], args: argparse.Namespace, what: str) -> int:
+    result = _call(function, args, what)
+    check = result.verification
+    wrong = check.lines() if check is not None and check.findings else ()
+    _print(args, result.to_json(), result.plan_lines() if args.dry_run else result.lines(), wrong)
     _warn(result.warnings())
+    return 1 if wrong else 0
+
+
+def _how_to_continue(args: argparse.Namespace | None) -> str:
+    """Return what to do after an interrupt, if a command has begun what can be continued."""
+    plan = sys.modules.get("mxfp4np.rewrite.plan")  # not imported here: an import may have been interrupted
+    record = getattr(plan, "RECORD", None)
+    if args is None or "resume" not in args or record is None or not os.path.lexists(args.target / record):
+        return ""
+    return ": give the same command again" if args.task or args.resume else ": continue with --resume"
 
 
 def _warn(messages: Iterable[str]) -> None:
@@ -216,7 +212,7 @@ def _verify(args: argparse.Namespace) -> int:
     from ..rewrite.verify import verify
 
     result = _call(verify, args, "verifying")
-    _print(args, result.to_json(), result.lines())
+    _print(args, result.to_json(), result.lines(), result.lines() if result.findings else ())
     return 1 if result.findings else 0
 
 
@@ -225,21 +221,53 @@ def _demo(args: argparse.Namespace) -> int:
 
     folder = demo.prepare(args.out)
     try:
-        found = demo.run(folder, args.size, partial(byte_bar, quiet=args.quiet))
+        found = demo.run(folder, args.size, _progress(args).bytes)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)  # it was new or empty
         raise
-    _print(args, found, demo.lines(found))
+    _print(args, found, demo.lines(found), demo.wrong(found))
     return 1 if found["differences"] else 0
 
 
 def _bench(args: argparse.Namespace) -> int:
     from . import bench
 
-    dtypes, bar = [args.dtype] if args.dtype else DTYPES, partial(byte_bar, quiet=args.quiet)
+    dtypes, bar = [args.dtype] if args.dtype else DTYPES, _progress(args).bytes
     found = bench.run(args.source, args.layout, args.size, dtypes, args.num_threads, args.device, bar)
     _print(args, found, bench.lines(found, args.size))
     return 0
+
+
+def _warmup(args: argparse.Namespace) -> int:
+    from . import warmup
+
+    found = warmup.run()
+    _print(args, found, warmup.lines(found))
+    return 0
+
+
+def _completion(args: argparse.Namespace) -> int:
+    try:
+        import shtab
+    except ImportError as error:
+        raise BackendUnavailableError(
+            f"completion needs shtab ({error}): python -m pip install 'mxfp4np[completion]'"
+        ) from error
+    complete = parser()
+    for action in _all_actions(complete):
+        if action.type is Path:
+            action.complete = shtab.FILE  # type: ignore[attr-defined]
+    print(shtab.complete(complete, args.shell))
+    return 0
+
+
+def _all_actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    """Yield the arguments of a parser and of its commands."""
+    for action in parser._actions:  # noqa: SLF001
+        yield action
+        if isinstance(action.choices, dict):
+            for sub in action.choices.values():
+                yield from _all_actions(sub)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -266,10 +294,14 @@ def parser() -> argparse.ArgumentParser:
     def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run)
-        sub.add_argument("--quiet", action="store_true", help="print results and errors only")
-        if name != "decode":
-            sub.add_argument("--json", action="store_true", help="print the result as JSON")
+        sub.add_argument("--quiet", action="store_true", help="print only what is wrong, and JSON if asked for")
+        sub.add_argument("--json", action="store_true", help="print the result as JSON")
+        what = "plain: a line every 30 s, as where there is no terminal (default: a bar)"
+        sub.add_argument("--progress", choices=("auto", "plain"), default="auto", help=what)
         return sub
+
+    def dtype(sub: argparse.ArgumentParser, text: str, **options: Any) -> None:
+        sub.add_argument("--dtype", type=parse_dtype, choices=DTYPES, help=f"or bf16, fp16, fp32; {text}", **options)
 
     def checkpoint(sub: argparse.ArgumentParser, metavar: str = "PATH", **options: Any) -> None:
         what = (
@@ -293,17 +325,19 @@ def parser() -> argparse.ArgumentParser:
     inspect = command("inspect", _inspect, "Show what a checkpoint holds.")
     checkpoint(inspect)
     names(inspect)
-    inspect.add_argument("pattern", nargs="?", default="*", metavar="PATTERN", help="names to show: '*.mlp.*'")
+    inspect.add_argument("patterns", nargs="*", metavar="PATTERN", help="names to show: '*.mlp.*'")
     inspect.add_argument("--stats", action="store_true", help="read the packed tensors and show histograms")
 
     decode = command("decode", _decode, "Write tensors, decoded, to a file.")
     checkpoint(decode)
     names(decode)
-    decode.add_argument("names", nargs="+", metavar="NAME", help="as inspect shows them, with real layer numbers")
-    decode.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="FILE", help=".safetensors, or .npy with --dtype"
-    )
-    decode.add_argument("--dtype", choices=DTYPES, help="default: bfloat16, and plain tensors as they are")
+    what = "a name, with one layer's number, or a pattern: 'model.layers.0.*'"
+    decode.add_argument("names", nargs="+", metavar="NAME", help=what)
+    what = ".safetensors; .npy or .npz with --dtype; - is standard output"
+    decode.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help=what)
+    what = "default: what FILE ends in, and npy for standard output"
+    decode.add_argument("--format", choices=("safetensors", "npy", "npz"), help=what)
+    dtype(decode, "default: bfloat16, and plain tensors as they are")
     decode.add_argument("--index", type=parse_index, help="part of each tensor: '7, :128', --index=-1,:")
     what = "of packed tensors, as in convert (default: no, as stored: [.., out, in])"
     decode.add_argument("--transpose", choices=TRANSPOSE, default="no", help=what)
@@ -327,7 +361,7 @@ def parser() -> argparse.ArgumentParser:
     convert = command("convert", _convert, "Write a checkpoint with its packed tensors decoded.")
     checkpoint(convert, "SRC")
     convert.add_argument("target", type=Path, metavar="DST", help="a new or empty folder")
-    convert.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of packed tensors (default: bfloat16)")
+    dtype(convert, "of packed tensors (default: bfloat16)", default="bfloat16")
     convert.add_argument(
         "--transpose", choices=TRANSPOSE, default="auto", help="auto: gpt-oss experts as transformers expects them"
     )
@@ -363,10 +397,17 @@ def parser() -> argparse.ArgumentParser:
 
     bench = command("bench", _bench, "Measure how fast this machine decodes, and the limits of its memory.")
     checkpoint(bench, nargs="?")
-    bench.add_argument("--dtype", choices=DTYPES, help="default: each of them")
+    dtype(bench, "default: each of them")
     bench.add_argument("--device", default="cpu", help="cpu or cuda:0 (default: cpu)")
     threads(bench)
     bench.add_argument("--size", type=parse_size, default=512_000_000, help="decoded to bfloat16 (default: 512MB)")
+
+    command("warmup", _warmup, "Compile all kernels into the cache, as when an image of a container is built.")
+
+    what = "Print a script by which a shell completes commands and options."
+    completion = commands.add_parser("completion", help=what, description=what)
+    completion.set_defaults(run=_completion)
+    completion.add_argument("shell", choices=("bash", "zsh", "fish"))
     return parser
 
 
@@ -375,11 +416,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     status: int = 0
+    args: argparse.Namespace | None = None
     try:
         try:
-            args = parser().parse_args(arguments)
+            given = sys.argv[1:] if arguments is None else arguments
+            args = parser().parse_args(given or ["--help"])
             with raising_first(), warnings.catch_warnings():
                 warnings.simplefilter("ignore", CheckpointWarning)  # each command shows them in its own way
+                warnings.showwarning = lambda message, *_, **__: _warn([str(message)])
                 status = args.run(args)
         finally:
             if sys.stdout is not None:  # None if the shell closed it
@@ -391,6 +435,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BaseException as error:
         if (ended := ended_by(error)) is not None:
             message, status = ended
+            message += _how_to_continue(args)
         elif isinstance(error, MXFP4Error | ValueError | IndexError):
             message, status = str(error), 2
         elif isinstance(error, MemoryError):

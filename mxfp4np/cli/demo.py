@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shlex
 import tempfile
 from collections.abc import Callable, Iterator
@@ -51,7 +52,7 @@ def prepare(folder: Path | None) -> Path:
 def run(folder: Path, size: int, bar: Callable[[int, str], Any]) -> dict[str, Any]:
     """Write, decode and check a checkpoint in an empty folder; return the figures as plain objects.
 
-    Its packed tensors decode to about ``size`` bytes of bfloat16. For ``bar`` see `byte_bar`.
+    Its packed tensors decode to about ``size`` bytes of bfloat16. ``bar`` is `Reporter.bytes`.
     """
     shards = plan(*shape_for(size))
     with bar(sum(map(_nbytes, shards)), "writing") as progress:
@@ -89,9 +90,8 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
         f"{format_bytes(found['decode_bytes_per_second'])}/s; "
         f"a plain memory copy: {format_bytes(found['copy_bytes_per_second'])}/s"
     )
-    if found["differences"]:
-        yield f"DIFFERENT from the reference: {', '.join(found['differences'])}"
-    else:
+    yield from wrong(found)
+    if not found["differences"]:
         yield f"checked {found['checked']:,} values against the reference decoder: all equal"
     folder = shlex.quote(escape(found["folder"]))
     yield ""
@@ -101,6 +101,14 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     yield f"  mxfp4np decode {folder} model.layers.0.mlp.experts.down_proj {options}"
     yield "and on a real checkpoint, a folder of .safetensors files such as gpt-oss-20b:"
     yield "  mxfp4np inspect path/to/gpt-oss-20b"
+    yield "to remove all of it:"
+    yield f"  {'rmdir /s /q' if os.name == 'nt' else 'rm -r'} {folder}"
+
+
+def wrong(found: dict[str, Any]) -> Iterator[str]:
+    """Yield what is wrong in what `run` returned."""
+    if found["differences"]:
+        yield f"DIFFERENT from the reference: {', '.join(found['differences'])}"
 
 
 def shape_for(size: int) -> tuple[int, int]:

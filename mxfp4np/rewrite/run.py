@@ -26,7 +26,7 @@ from ..storage.atomic import atomic_file, is_temporary, leftovers, make_folder, 
 from ..storage.discover import is_hidden
 from ..storage.jsonfile import read_json
 from ..storage.named import named
-from ..storage.regular import LFSPointerError, open_regular, read_up_to
+from ..storage.regular import LFSPointerError, is_below, open_regular, read_up_to
 from ..storage.remote import AnyPath
 from ..storage.safetensors import bytes_of
 from ..text import CELL_WIDTH, count, escape, format_bytes, shorten
@@ -255,7 +255,7 @@ def _files_of_earlier_run(plan: Plan, found: Sequence[Path], recorded: set[str])
 def _check_place(folder: Path, name: str) -> None:
     """Refuse to write or remove a file outside of the folder, through a link, or where something else is."""
     path = folder / name
-    if Path(name).anchor or ".." in Path(name).parts:
+    if not is_below(name):
         raise CheckpointError(f"{folder / RECORD}: names {name!r}, which is outside of the folder: remove the record")
     for parent in path.parents[: len(Path(name).parts) - 1]:
         if os.path.lexists(parent) and not stat.S_ISDIR(parent.lstat().st_mode):
@@ -295,14 +295,17 @@ class Run:
     written: int
     """Bytes of tensor data that this run wrote."""
     seconds: float
+    """Seconds that this run took, without the compilation of kernels."""
     missing: list[str]
-    """Shards that other tasks have yet to write."""
+    """Shards that are still to be written, by other tasks or by the run that is planned."""
     reports: Mapping[str, Any]
     """What the items that this run wrote reported, by tensor."""
     notes: list[str]
     """What is doubtful about the files of the source, or was decided about them."""
     left_out: list[str]
     """Files and folders of weights beside the source that are not part of the result."""
+    free: int
+    """Bytes that the disk of the folder has free."""
 
     @property
     def nbytes(self) -> int:
@@ -323,6 +326,8 @@ class Run:
             "written": self.written,
             "seconds": self.seconds,
             "complete": self.complete,
+            "missing": self.missing,
+            "free": self.free,
             "notes": self.notes,
             "left_out": self.left_out,
         }
@@ -341,6 +346,9 @@ class Run:
             yield f"{file}  {format_bytes(nbytes)}"
         shards = count(len(self.shards), "shard")
         yield f"{shards}, {format_bytes(self.nbytes)} of tensor data, to {escape(str(self.folder))}"
+        left, done = sum(map(self.shards.__getitem__, self.missing)), len(self.shards) - len(self.missing)
+        there = f"{count(done, 'shard')} there already: --resume keeps them; " if done else ""
+        yield f"{there}{format_bytes(left)} to be written, {format_bytes(self.free)} free on the disk"
         yield from self._left_out_lines()
 
     def lines(self) -> Iterator[str]:
@@ -387,19 +395,36 @@ def run_plan(
     if shared and force:
         raise ValueError("tasks share a folder: remove it, or give --force to a run without --task")
     _refuse_source(plan)
-    written, missing, begin = 0, [shard.file for shard in plan.shards], time.perf_counter()
     reports: dict[str, Any] = {}
-    if not dry_run:
+    written, seconds = 0, 0.0
+    if dry_run:
+        missing = [shard.file for shard in plan.shards] if force else _missing(plan)
+    else:
         tasks = prepare(plan, tasks, resume=resume or shared, force=force, shared=shared)
         written = sum(task.shard.nbytes for task in tasks)
         if tasks and plan.warm_up is not None and engine == "threads":
             plan.warm_up()
+        begin = time.perf_counter()
         reports = run_tasks(tasks, num_threads, progress, engine)
+        seconds = time.perf_counter() - begin
         _check_source(plan)
         missing = finish(plan)
     shards = {shard.file: shard.nbytes for shard in plan.shards}
     notes, left_out = [*plan.source.findings, *plan.source.notes, *plan.notes], list(plan.left_out)
-    return Run(plan.folder, shards, written, time.perf_counter() - begin, missing, reports, notes, left_out)
+    return Run(plan.folder, shards, written, seconds, missing, reports, notes, left_out, _free_bytes(plan.folder))
+
+
+@named(None, "read")
+def _missing(plan: Plan) -> list[str]:
+    """Return the shards that a run with ``resume`` would write."""
+    if not (plan.folder / RECORD).is_file() or _read_record(plan.folder) != plan.record:
+        return [shard.file for shard in plan.shards]
+    return [task.shard.file for task in tasks_of(plan) if not task.is_done()]
+
+
+def _free_bytes(folder: Path) -> int:
+    """Return what the disk has free on which a folder is, or would be made."""
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.is_dir())).free
 
 
 def _refuse_source(plan: Plan) -> None:

@@ -6,11 +6,12 @@ It is read here, and each tensor is taken from the file that it names. Which ind
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from ..errors import CheckpointError
 from .jsonfile import read_json
+from .regular import is_below
 from .remote import AnyPath
 from .tensorfile import StoredTensor, TensorFile
 
@@ -44,7 +45,7 @@ def read_index(path: AnyPath) -> Index:
         if not isinstance(file, str):
             raise _not_below(path, name, type(file).__name__)
         if file not in plain:
-            if not file or PurePosixPath(file).is_absolute() or ".." in Path(file).parts:
+            if not is_below(file):
                 raise _not_below(path, name, repr(file))
             plain[file] = str(PurePosixPath(file))
         weight_map[name] = plain[file]

@@ -83,3 +83,8 @@ def size_of(file: BinaryIO) -> int:
 def stat_of(file: BinaryIO) -> os.stat_result | RemoteStat:
     """Return the state of a file from `open_regular`."""
     return file.found if isinstance(file, RemoteFile) else os.fstat(file.fileno())
+
+
+def is_below(name: str) -> bool:
+    """Tell whether a file of this name is below the folder that the name is relative to, by this system's rules."""
+    return bool(name) and not Path(name).anchor and ".." not in Path(name).parts

@@ -54,7 +54,8 @@ assert_type(packed.decode(np.float32, transpose=True), NDArray[Any])
 packed.decode("float8")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 packed.decode(transpose="auto")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 assert_type(mxfp4np.decode(blocks, scales, "bfloat16"), NDArray[Any])
-mxfp4np.decode(blocks, scales, "bf16")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+assert_type(mxfp4np.decode(blocks, scales, "bf16"), NDArray[Any])
+mxfp4np.decode(blocks, scales, "bf8")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 assert_type(mxfp4np.encode(np.ones((2, 32), np.float32), rule="rceil"), MXFP4Array)
 assert_type(mxfp4np.linear(np.ones(32), packed, activations="int16"), NDArray[Any])
 mxfp4np.linear(np.ones(32), packed, activations="int8")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]

@@ -35,6 +35,8 @@ FORK_SECONDS: Final = 30
 
 _built: dict[Hashable, Any] = {}
 _building = threading.RLock()  # held by the thread that builds, and by a thread that forks
+compiled_functions: list[CompiledFunction] = []
+"""What this process has compiled, or read from the cache."""
 _builder: Any = None  # the thread that builds
 _numbas: Any = None  # Numba's lock, if a thread that forks has acquired it
 
@@ -159,28 +161,77 @@ class CompiledFunction:
         Address by which other compiled code calls it.
     call : callable
         Calls it from Python, without the GIL.
+    cache : str or None
+        The folder on disk that keeps it, if there is one.
+    is_new : bool
+        Whether it was compiled by this process, not read from there.
     """
 
     def __init__(self, compiled: Any, signature: Any) -> None:
         self._compiled = compiled  # owns the code
+        self.cache: str | None = compiled._cache.cache_path  # noqa: SLF001
+        self.is_new: bool = not compiled.cache_hits
         self.address: int = compiled.address
         result = None if signature.return_type.name == "none" else ctypes.c_int64
         self.call: Any = ctypes.CFUNCTYPE(result, *[ctypes.c_int64] * len(signature.args))(self.address)
+        compiled_functions.append(self)
 
 
-def compile_function(function: Callable[..., Any], signature: Any) -> CompiledFunction | None:
-    """Compile a function for a signature, or return None where Numba's compiler is switched off."""
+def compile_function(function: Callable[..., Any], signature: Any, *constants: int | str) -> CompiledFunction | None:
+    """Compile a function for a signature, or return None where Numba's compiler is switched off.
+
+    The function is that of these constants. They and the sources are its name in the cache on disk.
+    """
     import numba
 
     if numba.config.DISABLE_JIT:
         return None
     named = FunctionType(function.__code__, function.__globals__, function.__name__, None, function.__closure__)
     named.__module__ = function.__module__
-    named.__qualname__ = f"{function.__qualname__}_{_digest()}"
+    named.__qualname__ = "_".join(map(str, (function.__qualname__, *constants, _digest())))
     try:
-        return CompiledFunction(numba.cfunc(signature, cache=True)(named), signature)
+        return CompiledFunction(_compile_cached(named, signature), signature)
     except Exception:  # noqa: BLE001 - retry without a cache, which may be broken or have no place; other errors recur
         return CompiledFunction(numba.cfunc(signature)(named), signature)
+
+
+def _compile_cached(function: Callable[..., Any], signature: Any) -> Any:
+    """Return what ``numba.cfunc(signature, cache=True)`` does, with a cache that differs in two ways.
+
+    A function is found by its name alone. Numba adds a hash of its closure, and a compiled function there is another
+    one in each process: it would be compiled each time, and one more file be written. And ``NUMBA_CACHE_DIR`` is read
+    where it cannot be written, as in the image of a container.
+    """
+    from numba.core.caching import CompileResultCacheImpl, FunctionCache
+    from numba.core.ccallback import CFunc
+
+    of_variable, *others = CompileResultCacheImpl._locator_classes  # noqa: SLF001
+
+    class Locator(of_variable):  # type: ignore[misc, valid-type]
+        def ensure_cache_path(self) -> None:
+            try:
+                super().ensure_cache_path()
+            except OSError:
+                if not Path(self.get_cache_path()).is_dir():
+                    raise
+
+    class Files(CompileResultCacheImpl):  # type: ignore[misc]
+        _locator_classes = [Locator, *others]  # noqa: RUF012
+
+    class Cache(FunctionCache):  # type: ignore[misc]
+        _impl_class = Files
+
+        def _index_key(self, sig: Any, codegen: Any) -> tuple[Any, ...]:
+            return sig, codegen.magic_tuple()
+
+        def save_overload(self, sig: Any, data: Any) -> None:
+            with contextlib.suppress(OSError):
+                super().save_overload(sig, data)
+
+    compiled: Any = CFunc(function, (signature.args, signature.return_type), {}, {})
+    compiled._cache = Cache(function)  # noqa: SLF001
+    compiled.compile()
+    return compiled
 
 
 @functools.cache
@@ -228,4 +279,5 @@ def _compile_kernel(module: str, name: str, *constants: int | str) -> CompiledFu
 
     kernels = import_module(f".{module}", __package__)
     record, integer = numba.types.CPointer(numba.from_dtype(kernels.RECORD)), numba.types.int64
-    return compile_function(getattr(kernels, name)(*constants), numba.types.void(record, integer, integer))
+    signature = numba.types.void(record, integer, integer)
+    return compile_function(getattr(kernels, name)(*constants), signature, *constants)
