@@ -255,7 +255,7 @@ def _completion(args: argparse.Namespace) -> int:
         ) from error
     complete = parser()
     for action in _all_actions(complete):
-        if action.type is Path:
+        if action.type in (Path, parse_source):
             action.complete = shtab.FILE  # type: ignore[attr-defined]
     print(shtab.complete(complete, args.shell))
     return 0
