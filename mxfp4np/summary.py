@@ -5,14 +5,13 @@ The command line prints it, and notebooks show it. It knows only names and what 
 
 from __future__ import annotations
 
-import html
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, NamedTuple, Protocol
 
 from .errors import CheckpointError, LayoutError
 from .layouts.packed import TensorInfo
-from .text import CELL_WIDTH, escape, format_bytes, select
+from .text import format_bytes, html_table, select, shape_text
 
 _NUMBER: Final = re.compile(r"(?<![^.])\d+(?![^.])")
 
@@ -76,9 +75,9 @@ def label(group: Sequence[Row]) -> str:
     return ".".join(several[0] if len(set(several)) == 1 else "#" for several in parts)
 
 
-def html_table(checkpoint: Source) -> str:
+def table_of(checkpoint: Source, caption: str) -> str:
     """Return a table for notebooks, layers collapsed."""
-    lines = [("name", "", "shape", "dtype", "layout", "stored")]
+    lines = []
     for group in collapse(rows(checkpoint)).values():
         name, times = label(group), f"x{len(group)}" if len(group) > 1 else ""
         info = group[0].info
@@ -86,7 +85,5 @@ def html_table(checkpoint: Source) -> str:
             lines.append((name, times, "", "broken", "", str(group[0].problem)))
         else:
             stored = sum(row.info.nbytes for row in group if row.info is not None)
-            shape = "x".join(map(str, info.shape)) or "scalar"
-            lines.append((name, times, shape, info.label, info.layout or "-", format_bytes(stored)))
-    cells = ("".join(f"<td>{html.escape(escape(cell, CELL_WIDTH))}</td>" for cell in line) for line in lines)
-    return "<table>" + "".join(f"<tr>{line}</tr>" for line in cells) + "</table>"
+            lines.append((name, times, shape_text(info.shape), info.label, info.layout or "-", format_bytes(stored)))
+    return html_table(lines, ("name", "", "shape", "dtype", "layout", "stored"), caption)

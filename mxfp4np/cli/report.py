@@ -18,7 +18,7 @@ from ..layouts.packed import TensorInfo
 from ..layouts.table import wants_transpose
 from ..scaled import ScaledArray
 from ..summary import Row, label
-from ..text import align, count, format_bytes
+from ..text import align, count, format_bytes, shape_text
 
 STATS_BYTES: Final = 4 << 20
 """Packed bytes that are counted at a time; counting takes about eight times as much memory."""
@@ -177,7 +177,7 @@ def table_lines(groups: dict[tuple[Any, ...], list[Row]]) -> list[str]:
         formats.update(info.format for info in infos if info.format)
         if layout:
             reasons |= dict.fromkeys(f"layout {layout}: {info.reason}{_orientation(info)}" for info in infos)
-        cells = "x".join(map(str, shape)) or "scalar", dtype, layout or "-"
+        cells = shape_text(shape), dtype, layout or "-"
         lines.append((name, times, *cells, *map(format_bytes, sizes)))
     kinds = ", ".join(f"{number:,} of them {name}" for name, number in formats.items())
     summary = f"{count(total, 'tensor')}, {kinds}: {format_bytes(stored)} stored, "

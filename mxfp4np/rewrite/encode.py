@@ -36,6 +36,10 @@ CHUNK_BYTES: Final = 8 << 20
 """Bytes of values that a thread has in memory at a time. Computing the errors takes about ten times as much memory."""
 
 
+SHOWN_ERRORS: Final = 8
+"""Tensors whose errors a notebook shows: those with the largest."""
+
+
 class Errors(NamedTuple):
     """How far the encoded values of a tensor are from the original ones."""
 
@@ -173,7 +177,7 @@ def _encoded(info: TensorInfo, layout: str, rule: Rule, *, transposed: bool) -> 
     return Encoded(info.name, outputs, transposed, rule)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Encoding(Run):
     """What `encode_checkpoint` did, or is going to do."""
 
@@ -222,6 +226,18 @@ class Encoding(Run):
                 f"left as they are: {count(len(self.left), 'tensor')}, {nbytes}, the largest {escape(name)}, which "
                 f"{escape(reason)}; --include chooses others"
             )
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Return what a notebook shows: headings and texts; of errors, the largest."""
+        largest = sorted(self.errors.items(), key=lambda item: item[1].relative, reverse=True)[:SHOWN_ERRORS]
+        verified = [] if self.verification is None else [("verification", self.verification.summary)]
+        return [
+            ("packed", count(len(self.packed), "tensor")),
+            *super().facts(),
+            *verified,
+            ("relative error", f"{self.relative_error:.4f}; the largest:"),
+            *((name, f"{errors.relative:.4f}, worst block {errors.worst:.4f}") for name, errors in largest),
+        ]
 
     def warnings(self) -> Iterator[str]:
         """Yield what a person should know even if nothing else is shown."""
