@@ -43,6 +43,11 @@ class Row(NamedTuple):
             return name, str(self.problem).replace(self.name, name)
         return (name, self.info.shape, self.info.label, self.info.layout)
 
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """The numbers within the name: of the layer, and of the expert."""
+        return tuple(_NUMBER.findall(self.name))
+
 
 def rows(checkpoint: Source, pattern: str = "*") -> list[Row]:
     """Return a row for each logical tensor whose name matches a shell-style pattern."""

@@ -29,7 +29,9 @@ from .signals import EndedError, raising_first
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
+    from ..checkpoint import Checkpoint
     from ..rewrite.workers import Progress
+    from ..summary import Row
 
 # Arguments
 
@@ -123,14 +125,17 @@ def _names(args: argparse.Namespace) -> Any:
 def _inspect(args: argparse.Namespace) -> int:
     from ..checkpoint import Checkpoint
     from ..summary import collapse, label, rows
-    from .report import file_lines, stats_of, table_lines, to_json
+    from .report import countable, file_lines, stats_of, table_lines, to_json
 
+    if args.html is not None:
+        _check_page(args.html)
     with Checkpoint(args.source, layout=args.layout, names=_names(args)) as checkpoint:
         table = rows(checkpoint, args.pattern)
         if not table and args.pattern != "*":
             raise ValueError(f"{args.source}: no tensor is called like {args.pattern!r}")
-        infos = [row.info for row in table if args.stats and row.info is not None]
-        packed = [info for info in infos if info.format == "MXFP4" or info.layout not in (None, "gguf")]
+        if args.html is not None:
+            return _write_page(args, _checkpoint_page(args, checkpoint, table))
+        packed = [info for _, info in countable(table)] if args.stats else []
         stats: dict[str, Any] = {}
         with byte_bar(sum(info.nbytes for info in packed), "reading", quiet=args.quiet) as progress:
             for info in packed:
@@ -144,6 +149,39 @@ def _inspect(args: argparse.Namespace) -> int:
             members = [stats[row.name] for row in group if row.name in stats]
             if members:
                 _show(["", label(group), *(f"  {line}" for line in type(members[0]).merged(members).lines())])
+    return 0
+
+
+def _check_page(path: Path) -> None:
+    from .page import check_path
+
+    check_path(path)
+
+
+def _checkpoint_page(args: argparse.Namespace, checkpoint: Checkpoint, table: Sequence[Row]) -> dict[str, Any]:
+    """Read the packed tensors, check all of them, and return what the page shows."""
+    from ..rewrite.config import is_folder
+    from ..rewrite.health import health
+    from .page import Counts, of_checkpoint
+    from .report import countable, stats_of
+
+    counts, packed = Counts(), countable(table)
+    with byte_bar(sum(info.nbytes for _, info in packed), "reading", quiet=args.quiet) as progress:
+        for row, info in packed:
+            counts.add(row, stats_of(checkpoint.blocks(info.name), progress))
+    with shard_bar("verifying", quiet=args.quiet) as progress:
+        names = [row.name for row in table]
+        found = health(checkpoint, names, None, progress, with_config=is_folder(checkpoint, args.source))
+    return of_checkpoint(checkpoint, table, counts, found)
+
+
+def _write_page(args: argparse.Namespace, page: dict[str, Any]) -> int:
+    from .page import write
+
+    nbytes = write(args.html, page)
+    if args.json or not args.quiet:
+        found = {"html": str(args.html), "bytes": nbytes}
+        _print(args, found, iter([f"wrote {args.html}: {format_bytes(nbytes)}; open it in a browser"]))
     return 0
 
 
@@ -163,7 +201,7 @@ def _decode(args: argparse.Namespace) -> int:
 
 def _call(function: Callable[..., Any], args: argparse.Namespace, what: str) -> Any:
     """Call a function of the library whose parameters are the arguments of the command, with a progress bar."""
-    options = {name: value for name, value in vars(args).items() if name not in ("run", "quiet", "json")}
+    options = {name: value for name, value in vars(args).items() if name not in ("run", "quiet", "json", "html")}
     with shard_bar(what, quiet=args.quiet) as progress:
         return function(**options, progress=progress)
 
@@ -190,9 +228,14 @@ def _convert(args: argparse.Namespace) -> int:
 
 def _encode(args: argparse.Namespace) -> int:
     from ..rewrite.encode import encode_checkpoint
+    from .page import of_encoding, write
 
+    if args.html is not None:
+        _check_page(args.html)
     result = _call(encode_checkpoint, args, "encoding")
     _print_run(args, result)
+    if args.html is not None and not args.dry_run:
+        write(args.html, of_encoding(result))
     return 1 if result.verification is not None and result.verification.findings else 0
 
 
@@ -287,6 +330,7 @@ def parser() -> argparse.ArgumentParser:
     checkpoint(inspect)
     names(inspect)
     inspect.add_argument("pattern", nargs="?", default="*", metavar="PATTERN", help="names to show: '*.mlp.*'")
+    inspect.add_argument("--html", type=Path, metavar="FILE.html", help="read it, and write a page with pictures")
     inspect.add_argument("--stats", action="store_true", help="read the packed tensors and show histograms")
 
     decode = command("decode", _decode, "Write tensors, decoded, to a file.")
@@ -339,6 +383,7 @@ def parser() -> argparse.ArgumentParser:
     )
     what = "auto: experts whose inputs are not the last axis"
     encode.add_argument("--transpose", choices=TRANSPOSE, default="auto", help=what)
+    encode.add_argument("--html", type=Path, metavar="FILE.html", help="write a page with the errors by layer")
     encode.add_argument("--verify", action="store_true", help="encode again by the reference, compare every byte")
     shards(encode)
     patterns(encode)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -57,7 +57,7 @@ class Errors(NamedTuple):
     @property
     def relative(self) -> float:
         """The relative Frobenius error."""
-        return math.sqrt(self.error / self.norm) if self.norm else 0.0
+        return relative_error([self])
 
     def to_json(self) -> dict[str, Any]:
         """Return the figures as plain values."""
@@ -67,6 +67,12 @@ class Errors(NamedTuple):
             "worst_block": list(self.worst_block),
             "nan_blocks": self.nan_blocks,
         }
+
+
+def relative_error(several: Collection[Errors]) -> float:
+    """Return the relative Frobenius error of several tensors together."""
+    norm = sum(errors.norm for errors in several)
+    return math.sqrt(sum(errors.error for errors in several) / norm) if norm else 0.0
 
 
 @dataclass(frozen=True)
@@ -197,8 +203,7 @@ class Encoding(Run):
     @property
     def relative_error(self) -> float:
         """The relative Frobenius error of all these tensors together."""
-        norm = sum(errors.norm for errors in self.errors.values())
-        return math.sqrt(sum(errors.error for errors in self.errors.values()) / norm) if norm else 0.0
+        return relative_error(self.errors.values())
 
     def to_json(self) -> dict[str, Any]:
         """Return all of it as plain values."""
