@@ -13,7 +13,7 @@ from .errors import CheckpointError, LayoutError
 from .layouts.packed import TensorInfo
 from .text import format_bytes, html_table, select, shape_text
 
-_NUMBER: Final = re.compile(r"(?<![^.])\d+(?![^.])")
+_NUMBER: Final = re.compile(r"(?<![^.])\d{1,9}(?![^.])", re.ASCII)
 
 
 class Source(Protocol):
