@@ -76,3 +76,18 @@ def test_a_table_of_many_rows_ends():
 def test_names_of_stored_tensors_complete(things):
     checkpoint = next(iter(things.values()))
     assert checkpoint.stored._ipython_key_completions_() == list(checkpoint.stored)
+
+
+def test_a_bar_shows_where_it_is(things, tmp_path, capsys):
+    source = things["<TensorInfo of 'b': 3 F32, 12 B in"].stored[0].file.path
+    with mxfp4np.progress_bar("converting", mininterval=0, miniters=0, ncols=200) as progress:
+        mxfp4np.convert(source, tmp_path / "bar", verify=True, progress=progress)
+    shown = capsys.readouterr().err
+    assert "converting: 100%" in shown
+    assert "verifying: 100%" in shown
+    assert "model.safetensors" in shown
+    assert "\\u202e" in shown
+    assert "\u202e" not in shown
+    with mxfp4np.progress_bar(disable=True) as progress:
+        progress(mxfp4np.Progress("f", "t", 1, 2))
+    assert capsys.readouterr().err == ""

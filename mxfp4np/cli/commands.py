@@ -95,21 +95,11 @@ def byte_bar(total: int, what: str, *, quiet: bool) -> Iterator[Callable[[int], 
 @contextmanager
 def shard_bar(what: str, *, quiet: bool) -> Iterator[Callable[[Progress], object]]:
     """Show shard, tensor, bytes, rate and time left; the result is what `convert` takes as ``progress``."""
+    from ..rewrite.bar import progress_bar
+
     # The bar is short, so that a narrow terminal has room for what follows it.
     form = "{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} [{remaining}, {rate_fmt}{postfix}]"
-    with _tqdm(quiet=quiet, desc=what, bar_format=form) as bar:
-
-        def show(progress: Progress) -> None:
-            if bar.disable:
-                return
-            if progress.done < bar.n:  # everything is written: verification begins
-                bar.reset()
-                bar.set_description_str("verifying", refresh=False)
-            bar.total = progress.total
-            shard = re.sub(r"model-0*(\d+)-of-0*(\d+)\.safetensors", r"shard \1/\2", progress.shard)
-            bar.set_postfix_str(escape(f"{shard} {progress.tensor}"), refresh=False)
-            bar.update(progress.done - bar.n)
-
+    with progress_bar(what, bar_format=form, leave=False, disable=quiet or not sys.stderr.isatty()) as show:
         yield show
 
 
