@@ -14,6 +14,7 @@ from .files import load_file as load_file
 from .files import save_file as save_file
 from .layouts.packed import TensorInfo as TensorInfo
 from .products import linear as linear
+from .rewrite.bar import progress_bar as progress_bar
 from .rewrite.convert import Conversion as Conversion
 from .rewrite.convert import convert as convert
 from .rewrite.encode import Encoding as Encoding

@@ -17,7 +17,7 @@ from .backends import Backend, device_of
 from .format import DTYPES, DecodedDType, TorchDType, as_dtype, decoded_dtype
 from .products import Factor, left_matmul, matmul
 from .shapes import full_index, split, swapped
-from .text import parse_bytes
+from .text import format_bytes, html_table, parse_bytes, shape_text
 from .transposed import TransposedArray
 
 _Array = TypeVar("_Array", bound="BlockArray")
@@ -100,6 +100,16 @@ class BlockArray(Factor):
     def nbytes(self) -> int:
         """Bytes of the packed blocks, scales included."""
         return sum(array.nbytes for array in self.inputs)
+
+    def _repr_html_(self) -> str:
+        facts = {
+            "format": f"{self.format}, blocks of {self.block_size:,}",
+            "shape": shape_text(self.shape),
+            "packed": format_bytes(self.nbytes),
+            "decoded": f"{format_bytes(self.size * self.dtype.itemsize)} of {self.dtype}",
+            "device": device_of(self.blocks),
+        }
+        return html_table(list(facts.items()), caption=type(self).__name__)
 
     def _of_blocks(self, span: tuple[Any, ...]) -> Self:
         """Return what an index of the leading axes and of whole blocks selects."""

@@ -36,8 +36,8 @@ from .storage.jsonfile import read_json
 from .storage.named import named
 from .storage.remote import AnyPath
 from .storage.tensorfile import DTYPES, StoredArrays, StoredTensor, element
-from .summary import html_table
-from .text import parse_bytes
+from .summary import table_of
+from .text import count, parse_bytes
 
 READ_BYTES: Final = 32 << 20
 """Largest chunk, in decoded bytes, that is read at a time from files that are not mapped."""
@@ -219,10 +219,11 @@ class Checkpoint(Mapping[str, NDArray[Any]]):
         return list(self)
 
     def _repr_html_(self) -> str:
-        return html_table(self)
+        return table_of(self, repr(self).strip("<>"))
 
     def __repr__(self) -> str:
-        return f"<Checkpoint of {len(self)} tensors in {len(self._files)} files at {str(self.folder)!r}>"
+        found = f"{count(len(self), 'tensor')} in {count(len(self._files), 'file')}"
+        return f"<Checkpoint of {found} at {str(self.folder)!r}>"
 
     # Headers
 

@@ -5,14 +5,13 @@ The command line prints it, and notebooks show it. It knows only names and what 
 
 from __future__ import annotations
 
-import html
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, NamedTuple, Protocol
 
 from .errors import CheckpointError, LayoutError
 from .layouts.packed import TensorInfo
-from .text import CELL_WIDTH, escape, format_bytes
+from .text import format_bytes, html_table, shape_text
 
 MAX_RANGES: Final = 4
 """Most ranges that a label shows of the numbers that stand in one place."""
@@ -46,6 +45,11 @@ class Row(NamedTuple):
         if self.info is None:
             return name, str(self.problem).replace(self.name, name)
         return (name, self.info.shape, self.info.label, self.info.layout)
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """The numbers within the name: of the layer, and of the expert."""
+        return tuple(_NUMBER.findall(self.name))
 
 
 def rows(checkpoint: Source, names: Iterable[str] | None = None) -> list[Row]:
@@ -91,9 +95,9 @@ def _ranges(numbers: set[int]) -> str:
     return ",".join(texts if len(texts) <= MAX_RANGES else [*texts[: MAX_RANGES - 1], "..", texts[-1]])
 
 
-def html_table(checkpoint: Source) -> str:
+def table_of(checkpoint: Source, caption: str) -> str:
     """Return a table for notebooks, layers collapsed."""
-    lines = [("name", "", "shape", "dtype", "layout", "stored")]
+    lines = []
     for group in collapse(rows(checkpoint)).values():
         name, times = label(group), f"x{len(group)}" if len(group) > 1 else ""
         info = group[0].info
@@ -101,7 +105,5 @@ def html_table(checkpoint: Source) -> str:
             lines.append((name, times, "", "broken", "", str(group[0].problem)))
         else:
             stored = sum(row.info.nbytes for row in group if row.info is not None)
-            shape = "x".join(map(str, info.shape)) or "scalar"
-            lines.append((name, times, shape, info.label, info.layout or "-", format_bytes(stored)))
-    cells = ("".join(f"<td>{html.escape(escape(cell, CELL_WIDTH))}</td>" for cell in line) for line in lines)
-    return "<table>" + "".join(f"<tr>{line}</tr>" for line in cells) + "</table>"
+            lines.append((name, times, shape_text(info.shape), info.label, info.layout or "-", format_bytes(stored)))
+    return html_table(lines, ("name", "", "shape", "dtype", "layout", "stored"), caption)

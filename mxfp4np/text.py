@@ -5,6 +5,7 @@ It knows nothing of tensors or files, so that rewriting and the command line can
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import operator
@@ -19,6 +20,9 @@ LINE_WIDTH: Final = 1000
 
 CELL_WIDTH: Final = 100
 """Most characters of a cell of a table."""
+
+TABLE_ROWS: Final = 200
+"""Most rows of a table that a notebook shows."""
 
 MAX_PATTERNS, MAX_PATTERN_CHARACTERS = 1000, 20_000
 """Most patterns with wildcards that are matched with each name, and most characters that they have together."""
@@ -177,3 +181,37 @@ def align(rows: Sequence[Sequence[str]], left: int | None = None) -> list[str]:
         aligned += [cell.rjust(width) for cell, width in zip(cells[left:], widths[left:], strict=True)]
         lines.append("  ".join(aligned).rstrip())
     return lines
+
+
+def html_table(rows: Sequence[Sequence[str]], head: Sequence[str] = (), caption: str = "") -> str:
+    """Return rows of cells as a table for notebooks; without a head, the first cell of each row is its heading.
+
+    Cells are made safe to print, and of bounded width; of many rows, the first are shown.
+
+    Examples
+    --------
+    >>> html_table([("shape", "2x32"), ("file", "<a>")])
+    '<table><tr><th>shape</th><td>2x32</td></tr><tr><th>file</th><td>&lt;a&gt;</td></tr></table>'
+    """
+
+    def cell(tag: str, text: str) -> str:
+        return f"<{tag}>{html.escape(escape(text, CELL_WIDTH))}</{tag}>"
+
+    lines = ["".join(cell("th", text) for text in head)] if head else []
+    for first, *others in rows[:TABLE_ROWS]:
+        lines.append(cell("td" if head else "th", first) + "".join(cell("td", text) for text in others))
+    if len(rows) > TABLE_ROWS:
+        lines.append(f"<td>and {len(rows) - TABLE_ROWS:,} more</td>")
+    title = f"<caption>{html.escape(escape(caption))}</caption>" if caption else ""
+    return f"<table>{title}" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    """Return a shape for a table.
+
+    Examples
+    --------
+    >>> shape_text((32, 5760)), shape_text(())
+    ('32x5760', 'scalar')
+    """
+    return "x".join(map(str, shape)) or "scalar"

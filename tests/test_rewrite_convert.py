@@ -1360,9 +1360,9 @@ class TestCommand:
         assert "\x1b" not in command("convert", source, tmp_path / "\x1b[4m", "--dry-run")[1]
 
     def test_names_do_not_steer_the_terminal_while_it_works(self, tmp_path, monkeypatch, capsys):
-        import tqdm
+        from tqdm import auto
 
-        monkeypatch.setattr(tqdm, "tqdm", partial(tqdm.tqdm, mininterval=0))
+        monkeypatch.setattr(auto, "tqdm", partial(auto.tqdm, mininterval=0))
         monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
         source = build(tmp_path / "in", {"evil\x1b[2J": packed(2, 64)})
         assert cli.main(["convert", str(source), str(tmp_path / "out"), "--verify"]) == 0

@@ -28,6 +28,8 @@ from .signals import ended_by, raising_first
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
+    from ..checkpoint import Checkpoint
+    from ..summary import Row
     from .progress import Reporter
 
 # Arguments
@@ -102,12 +104,15 @@ def _inspect(args: argparse.Namespace) -> int:
     from ..checkpoint import Checkpoint
     from ..summary import collapse, label, rows
     from .names import matching
-    from .report import file_lines, stats_of, table_lines, to_json
+    from .report import countable, file_lines, stats_of, table_lines, to_json
 
+    if args.html is not None:
+        _check_page(args.html)
     with Checkpoint(args.source, layout=args.layout, names=_names(args)) as checkpoint:
         table = rows(checkpoint, matching(checkpoint, args.patterns) if args.patterns else None)
-        infos = [row.info for row in table if args.stats and row.info is not None]
-        packed = [info for info in infos if info.format == "MXFP4" or info.layout not in (None, "gguf")]
+        if args.html is not None:
+            return _write_page(args, _checkpoint_page(args, checkpoint, table))
+        packed = [info for _, info in countable(table)] if args.stats else []
         stats: dict[str, Any] = {}
         with _progress(args).bytes(sum(info.nbytes for info in packed), "reading") as progress:
             for info in packed:
@@ -123,6 +128,38 @@ def _inspect(args: argparse.Namespace) -> int:
 
         problems = [str(row.problem) for row in table if row.info is None]
         _print(args, to_json(checkpoint, table, stats), lines(), [*problems, *checkpoint.findings])
+    return 0
+
+
+def _check_page(path: Path) -> None:
+    from .page import check_path
+
+    check_path(path)
+
+
+def _checkpoint_page(args: argparse.Namespace, checkpoint: Checkpoint, table: Sequence[Row]) -> dict[str, Any]:
+    """Read the packed tensors, check all of them, and return what the page shows."""
+    from ..rewrite.config import is_folder
+    from ..rewrite.health import health
+    from .page import Counts, of_checkpoint
+    from .report import countable, stats_of
+
+    counts, packed = Counts(), countable(table)
+    with _progress(args).bytes(sum(info.nbytes for _, info in packed), "reading") as progress:
+        for row, info in packed:
+            counts.add(row, stats_of(checkpoint.reader(info.name), progress))
+    with _progress(args).shards("verifying") as progress:
+        names = [row.name for row in table]
+        found = health(checkpoint, names, None, progress, "threads", with_config=is_folder(checkpoint, args.source))
+    return of_checkpoint(checkpoint, table, counts, found)
+
+
+def _write_page(args: argparse.Namespace, page: dict[str, Any]) -> int:
+    from .page import write
+
+    nbytes = write(args.html, page)
+    found = {"html": str(args.html), "bytes": nbytes}
+    _print(args, found, iter([f"wrote {args.html}: {format_bytes(nbytes)}; open it in a browser"]))
     return 0
 
 
@@ -153,7 +190,7 @@ def _decode(args: argparse.Namespace) -> int:
 
 def _call(function: Callable[..., Any], args: argparse.Namespace, what: str) -> Any:
     """Call a function of the library whose parameters are the arguments of the command, and show its progress."""
-    own = ("run", "quiet", "json", "progress")
+    own = ("run", "quiet", "json", "progress", "html")
     options = {name: value for name, value in vars(args).items() if name not in own}
     with redirect_stdout(sys.stderr), _progress(args).shards(what) as progress:  # Ray prints of killed processes
         return function(**options, progress=progress)
@@ -181,12 +218,23 @@ def _convert(args: argparse.Namespace) -> int:
 
 def _encode(args: argparse.Namespace) -> int:
     from ..rewrite.encode import encode_checkpoint
+    from .page import of_encoding, write
 
-    return _rewrite(encode_checkpoint, args, "encoding")
+    if args.html is not None:
+        _check_page(args.html)
+
+    def write_page(result: Any) -> None:
+        if args.html is not None and not args.dry_run:
+            write(args.html, of_encoding(result))
+
+    return _rewrite(encode_checkpoint, args, "encoding", write_page)
 
 
-def _rewrite(function: Callable[..., Any], args: argparse.Namespace, what: str) -> int:
+def _rewrite(
+    function: Callable[..., Any], args: argparse.Namespace, what: str, then: Callable[[Any], None] = lambda _: None
+) -> int:
     result = _call(function, args, what)
+    then(result)
     check = result.verification
     wrong = check.lines() if check is not None and check.findings else ()
     _print(args, result.to_json(), result.plan_lines() if args.dry_run else result.lines(), wrong)
@@ -326,6 +374,7 @@ def parser() -> argparse.ArgumentParser:
     checkpoint(inspect)
     names(inspect)
     inspect.add_argument("patterns", nargs="*", metavar="PATTERN", help="names to show: '*.mlp.*'")
+    inspect.add_argument("--html", type=Path, metavar="FILE.html", help="read it, and write a page with pictures")
     inspect.add_argument("--stats", action="store_true", help="read the packed tensors and show histograms")
 
     decode = command("decode", _decode, "Write tensors, decoded, to a file.")
@@ -384,6 +433,7 @@ def parser() -> argparse.ArgumentParser:
     )
     what = "auto: experts whose inputs are not the last axis"
     encode.add_argument("--transpose", choices=TRANSPOSE, default="auto", help=what)
+    encode.add_argument("--html", type=Path, metavar="FILE.html", help="write a page with the errors by layer")
     encode.add_argument("--verify", action="store_true", help="encode again by the reference, compare every byte")
     shards(encode)
     patterns(encode)

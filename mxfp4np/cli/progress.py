@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Final
 
+from ..rewrite.bar import place_of, progress_bar
 from ..rewrite.workers import Progress
-from ..text import escape, format_bytes
+from ..text import format_bytes
 
 LINE_SECONDS: Final = 30.0
 """Seconds between two lines: what takes less prints none."""
@@ -24,16 +24,13 @@ class Reporter:
         self._bar = shown and not plain and sys.stderr.isatty()
         self._lines = shown and not self._bar
 
-    def _tqdm(self, **options: Any) -> Any:
-        from tqdm import tqdm
-
-        return tqdm(unit="B", unit_scale=True, leave=False, **options)
-
     @contextmanager
     def bytes(self, total: int, what: str) -> Iterator[Callable[[int], object]]:
         """Show bytes, rate and time left; the result is called with the bytes done since the last call."""
         if self._bar:
-            with self._tqdm(total=total, desc=what) as bar:
+            from tqdm import tqdm
+
+            with tqdm(unit="B", unit_scale=True, leave=False, total=total, desc=what) as bar:
                 yield bar.update
             return
         lines = _Lines(what, enabled=self._lines)
@@ -44,20 +41,11 @@ class Reporter:
         """Show shard, tensor, bytes, rate and time left; the result is what `convert` takes as ``progress``."""
         if not self._bar:
             lines = _Lines(what, enabled=self._lines)
-            yield lambda now: lines.show(now.done, now.total, lambda: _place(now))
+            yield lambda now: lines.show(now.done, now.total, lambda: place_of(now))
             return
         # The bar is short, so that a narrow terminal has room for what follows it.
         form = "{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} [{remaining}, {rate_fmt}{postfix}]"
-        with self._tqdm(desc=what, bar_format=form) as bar:
-
-            def show(progress: Progress) -> None:
-                if progress.done < bar.n:  # everything is written: verification begins
-                    bar.reset()
-                    bar.set_description_str("verifying", refresh=False)
-                bar.total = progress.total
-                bar.set_postfix_str(_place(progress), refresh=False)
-                bar.update(progress.done - bar.n)
-
+        with progress_bar(what, bar_format=form, leave=False) as show:
             yield show
 
 
@@ -83,8 +71,3 @@ class _Lines:
             rate = (done - before) / (now - begin)
             parts += [f"{format_bytes(rate)}/s", f"{(total - done) / rate:,.0f} s left"]
         print(", ".join(filter(None, (*parts, place()))), file=sys.stderr, flush=True)
-
-
-def _place(progress: Progress) -> str:
-    shard = re.sub(r"model-0*(\d+)-of-0*(\d+)\.safetensors", r"shard \1/\2", progress.shard)
-    return escape(f"{shard} {progress.tensor}")

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,15 +18,44 @@ from ..layouts.packed import Reader, TensorInfo
 from ..layouts.table import wants_transpose
 from ..scaled import ScaledArray
 from ..summary import Row, label
-from ..text import align, count, format_bytes
+from ..text import align, count, format_bytes, shape_text
 
 STATS_BYTES: Final = 4 << 20
 """Packed bytes that are counted at a time; counting takes about eight times as much memory."""
 
 
+Packed = TypeVar("Packed", MXFP4Array, ScaledArray)
+
+MOST_EXPERTS: Final = 4096
+"""Longest first axis, of three or more, whose indices are counted one by one."""
+
 AXES: Final = "[.., out, in]"
 SWAPPED: Final = "[.., in, out]"
 """The axes of packed matrices as they are stored and decoded, and transposed."""
+
+
+def parts_of(
+    array: MXFP4Array | ScaledArray, index: Sequence[int | slice], chunk: Packed
+) -> Iterator[tuple[int, Packed]]:
+    """Yield the parts of a chunk by their number along the array's first axis, of three or more: that of experts."""
+    first = index[0] if index else slice(0, None)
+    if array.ndim < 3 or len(array) > MOST_EXPERTS:
+        yield 0, chunk
+    elif isinstance(first, int):
+        yield first, chunk
+    else:
+        yield from enumerate(chunk, first.start)
+
+
+def no_cells(array: MXFP4Array | ScaledArray) -> NDArray[np.int64]:
+    """Return the counts by expert of an array of which nothing is counted yet."""
+    return np.zeros((len(array) if array.ndim > 2 and len(array) <= MOST_EXPERTS else 1, 4), np.int64)
+
+
+def cell(used: NDArray[np.int64], zeros: int) -> NDArray[np.int64]:
+    """Return what is kept of an expert: number and sum of ``used`` scales by their bytes, zeros, and NaN scales."""
+    numbers = used[:SCALE_NAN]
+    return np.array([numbers.sum(), numbers @ np.arange(SCALE_NAN), zeros, used[SCALE_NAN]])
 
 
 @dataclass
@@ -36,17 +65,25 @@ class Stats:
     bytes_: NDArray[np.int64] = field(default_factory=lambda: np.zeros(256, np.int64))
     scales: NDArray[np.int64] = field(default_factory=lambda: np.zeros(256, np.int64))
     zero_blocks: int = 0
+    cells: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 4), np.int64))
+    """By expert, of one tensor: blocks that are not zero, the sum of their scales, zero blocks, NaN blocks."""
 
-    def add(self, array: MXFP4Array | Reader, progress: Callable[[int], object] = lambda _: None) -> None:
+    def add(self, source: MXFP4Array | Reader, progress: Callable[[int], object] = lambda _: None) -> None:
         """Count the blocks of a packed array, or of what is read.
 
         ``progress`` is called with the number of packed bytes counted since the last call.
         """
-        for _, chunk in array.iter_chunks(4 * STATS_BYTES):
-            self.bytes_ += np.bincount(chunk.blocks.reshape(-1), minlength=256)
-            self.scales += np.bincount(chunk.scales.reshape(-1), minlength=256)
-            zero = ~(chunk.blocks & 0x77).any(axis=-1) & (chunk.scales != SCALE_NAN)
-            self.zero_blocks += int(np.count_nonzero(zero))
+        array = source.array if isinstance(source, Reader) else source
+        self.cells = no_cells(array)
+        for index, chunk in source.iter_chunks(4 * STATS_BYTES):
+            for expert, part in parts_of(array, index, chunk):
+                self.bytes_ += np.bincount(part.blocks.reshape(-1), minlength=256)
+                scales = np.bincount(part.scales.reshape(-1), minlength=256)
+                zero = ~(part.blocks & 0x77).any(axis=-1) & (part.scales != SCALE_NAN)
+                zeros = np.bincount(part.scales[zero], minlength=256)
+                self.scales += scales
+                self.zero_blocks += int(zeros.sum())
+                self.cells[expert] += cell(scales - zeros, int(zeros.sum()))
             progress(chunk.nbytes)
 
     @classmethod
@@ -95,11 +132,17 @@ class ScaleStats:
 
     scales: NDArray[np.int64] = field(default_factory=lambda: np.zeros(256, np.int64))
     zeros: int = 0
+    cells: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 4), np.int64))
+    """By expert, of one tensor: scales that are not zero, the sum of their exponents, zero scales, NaN scales."""
 
     def add(self, source: ScaledArray | Reader, progress: Callable[[int], object] = lambda _: None) -> None:
         """Count the scales of an array; see `Stats.add`."""
         array = source.array if isinstance(source, Reader) else source
-        for _, chunk in source.iter_chunks(4 * STATS_BYTES) if array.block_size <= BLOCK_SIZE else [((), array)]:
+        self.cells = no_cells(array)
+        for index, chunk in source.iter_chunks(4 * STATS_BYTES) if array.block_size <= BLOCK_SIZE else [((), array)]:
+            for expert, part in parts_of(array, index, chunk):
+                exponents, count = part.exponents(), part.count_scales()
+                self.cells[expert] += cell(np.bincount(exponents, minlength=256), count - exponents.size)
             exponents, count = chunk.exponents(), chunk.count_scales()
             self.scales += np.bincount(exponents, minlength=256)
             self.zeros += count - exponents.size
@@ -140,6 +183,12 @@ def stats_of(source: Any, progress: Callable[[int], object]) -> Stats | ScaleSta
     return stats
 
 
+def countable(table: Iterable[Row]) -> list[tuple[Row, TensorInfo]]:
+    """Return the packed tensors of which something is counted."""
+    infos = ((row, row.info) for row in table if row.info is not None)
+    return [(row, info) for row, info in infos if info.format == "MXFP4" or info.layout not in (None, "gguf")]
+
+
 def _scale_lines(counts: NDArray[np.int64]) -> Iterator[str]:
     """Yield a histogram of scales by their exponents."""
     used, total = np.flatnonzero(counts), int(counts.sum())
@@ -174,7 +223,7 @@ def table_lines(groups: dict[tuple[Any, ...], list[Row]]) -> list[str]:
         formats.update(info.format for info in infos if info.format)
         if layout:
             reasons |= dict.fromkeys(f"layout {layout}: {info.reason}{_orientation(info)}" for info in infos)
-        cells = "x".join(map(str, shape)) or "scalar", dtype, layout or "-"
+        cells = shape_text(shape), dtype, layout or "-"
         lines.append((name, times, *cells, *map(format_bytes, sizes)))
     kinds = ", ".join(f"{number:,} of them {name}" for name, number in formats.items())
     summary = f"{count(total, 'tensor')}, {kinds}: {format_bytes(stored)} stored, "

@@ -22,6 +22,7 @@ from ..errors import LayoutError
 from ..format import BLOCK_SIZE, BYTES_PER_BLOCK, DecodedDType, TorchDType, as_dtype, decoded_dtype, dtype_named
 from ..shapes import basic_indices, full_index, is_advanced
 from ..storage.tensorfile import DTYPES, StoredTensor
+from ..text import format_bytes, html_table, shape_text
 from .gguf import GGUFArray
 from .table import Layout, Shape
 
@@ -60,6 +61,21 @@ class TensorInfo(NamedTuple):
     def label(self) -> str:
         """The dtype, and the format if that is another: ``"U8 (NVFP4)"``."""
         return self.dtype if self.format in (None, self.dtype) else f"{self.dtype} ({self.format})"
+
+    def __repr__(self) -> str:
+        kind = self.label if self.layout is None else f"{self.label} as {self.layout}"
+        files = ", ".join(dict.fromkeys(str(tensor.file.path) for tensor in self.stored))
+        stored = f"{format_bytes(self.nbytes)} in {files}"
+        return f"<TensorInfo of {self.name!r}: {shape_text(self.shape)} {kind}, {stored}>"
+
+    def _repr_html_(self) -> str:
+        facts = {"shape": shape_text(self.shape), "dtype": self.label, "layout": self.layout, "because": self.reason}
+        lines = [(key, text) for key, text in facts.items() if text]
+        lines.append(("stored", f"{format_bytes(self.nbytes)}, decoded {format_bytes(self.decoded_nbytes())}"))
+        for tensor in self.stored:
+            where = f"{shape_text(tensor.shape)} {tensor.dtype} in {tensor.file.path.name}"
+            lines.append((tensor.name, where))
+        return html_table(lines, caption=self.name)
 
     def check_values(self, dtype: DTypeLike | TorchDType | None) -> None:
         """Refuse codes that are not decoded in any dtype but their stored one, in which they are no values.

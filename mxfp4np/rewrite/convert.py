@@ -137,7 +137,7 @@ def plan_conversion(
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Conversion(Run):
     """What `convert` did, or is going to do."""
 
@@ -172,6 +172,12 @@ class Conversion(Run):
             "problem": self.problem,
             "verification": None if self.verification is None else self.verification.to_json(),
         }
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Return what a notebook shows: headings and texts."""
+        decoded = f"{count(self.packed, 'tensor')}; {len(self.contents.copied):,} copied"
+        verified = [] if self.verification is None else [("verification", self.verification.summary)]
+        return [("decoded", decoded), *super().facts(), *verified, ("load it", self.loader)]
 
     def warnings(self) -> Iterator[str]:
         """Yield what a person should know even if nothing else is shown."""

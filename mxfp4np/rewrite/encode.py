@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,10 @@ CHUNK_BYTES: Final = 8 << 20
 """Bytes of values that a thread has in memory at a time. Computing the errors takes about ten times as much memory."""
 
 
+SHOWN_ERRORS: Final = 8
+"""Tensors whose errors a notebook shows: those with the largest."""
+
+
 class Errors(NamedTuple):
     """How far the encoded values of a tensor are from the original ones."""
 
@@ -54,7 +58,7 @@ class Errors(NamedTuple):
     @property
     def relative(self) -> float:
         """The relative Frobenius error."""
-        return math.sqrt(self.error / self.norm) if self.norm else 0.0
+        return relative_error([self])
 
     def to_json(self) -> dict[str, Any]:
         """Return the figures as plain values."""
@@ -64,6 +68,12 @@ class Errors(NamedTuple):
             "worst_block": list(self.worst_block),
             "nan_blocks": self.nan_blocks,
         }
+
+
+def relative_error(several: Collection[Errors]) -> float:
+    """Return the relative Frobenius error of several tensors together."""
+    norm = sum(errors.norm for errors in several)
+    return math.sqrt(sum(errors.error for errors in several) / norm) if norm else 0.0
 
 
 @dataclass(frozen=True)
@@ -174,7 +184,7 @@ def _encoded(info: TensorInfo, layout: str, rule: Rule, *, transposed: bool) -> 
     return Encoded(info.name, outputs, transposed, rule)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Encoding(Run):
     """What `encode_checkpoint` did, or is going to do."""
 
@@ -194,8 +204,7 @@ class Encoding(Run):
     @property
     def relative_error(self) -> float:
         """The relative Frobenius error of all these tensors together."""
-        norm = sum(errors.norm for errors in self.errors.values())
-        return math.sqrt(sum(errors.error for errors in self.errors.values()) / norm) if norm else 0.0
+        return relative_error(self.errors.values())
 
     def to_json(self) -> dict[str, Any]:
         """Return all of it as plain values."""
@@ -223,6 +232,18 @@ class Encoding(Run):
                 f"left as they are: {count(len(self.left), 'tensor')}, {nbytes}, the largest {escape(name)}, which "
                 f"{escape(reason)}; --include chooses others"
             )
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Return what a notebook shows: headings and texts; of errors, the largest."""
+        largest = sorted(self.errors.items(), key=lambda item: item[1].relative, reverse=True)[:SHOWN_ERRORS]
+        verified = [] if self.verification is None else [("verification", self.verification.summary)]
+        return [
+            ("packed", count(len(self.packed), "tensor")),
+            *super().facts(),
+            *verified,
+            ("relative error", f"{self.relative_error:.4f}; the largest:"),
+            *((name, f"{errors.relative:.4f}, worst block {errors.worst:.4f}") for name, errors in largest),
+        ]
 
     def warnings(self) -> Iterator[str]:
         """Yield what a person should know even if nothing else is shown."""

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..text import count, escape, format_bytes
+from ..text import count, escape, format_bytes, html_table
 
 
-@dataclass
+@dataclass(repr=False)
 class Verification:
     """What was checked, and what was found."""
 
@@ -22,6 +22,12 @@ class Verification:
     """Values that were too large for their dtype, and are infinite."""
     findings: list[str] = field(default_factory=list)
     """What is wrong, a sentence each."""
+
+    def __repr__(self) -> str:
+        return f"<Verification: {self.summary}>"
+
+    def _repr_html_(self) -> str:
+        return html_table([(finding,) for finding in self.findings], ("findings",), self.summary)
 
     def add(self, other: Verification) -> None:
         """Add what another check found."""
@@ -44,7 +50,12 @@ class Verification:
     def lines(self) -> Iterator[str]:
         """Yield a report for a person."""
         yield from map(escape, self.findings)
+        yield self.summary
+
+    @property
+    def summary(self) -> str:
+        """All of it in a line, without what the findings say."""
         found = count(len(self.findings), "finding") if self.findings else "nothing wrong"
         nan = f"; {count(self.nan_blocks, 'NaN block')}" if self.nan_blocks else ""
         overflow = f"; {count(self.overflow, 'value')} too large for the dtype, and infinite" if self.overflow else ""
-        yield f"verified {count(self.tensors, 'tensor')}, {format_bytes(self.nbytes)} read: {found}{nan}{overflow}"
+        return f"verified {count(self.tensors, 'tensor')}, {format_bytes(self.nbytes)} read: {found}{nan}{overflow}"

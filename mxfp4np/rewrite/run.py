@@ -29,7 +29,7 @@ from ..storage.named import named
 from ..storage.regular import LFSPointerError, is_below, open_regular, read_up_to
 from ..storage.remote import AnyPath
 from ..storage.safetensors import bytes_of
-from ..text import CELL_WIDTH, count, escape, format_bytes, shorten
+from ..text import CELL_WIDTH, count, escape, format_bytes, html_table, shorten
 from .cluster import Engine, pool_of
 from .plan import INDEX, RECORD, Plan, Shard
 from .workers import Progress
@@ -285,7 +285,7 @@ def _copy(source: AnyPath, target: Path) -> None:
             _create(target, lambda file: shutil.copyfileobj(original, file))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """What the run of a plan did, or is going to do."""
 
@@ -331,6 +331,19 @@ class Run:
             "notes": self.notes,
             "left_out": self.left_out,
         }
+
+    def __repr__(self) -> str:
+        size = f"{count(len(self.shards), 'shard')}, {format_bytes(self.nbytes)}"
+        done = "complete" if self.complete else f"{len(self.missing):,} still to be written"
+        return f"<{type(self).__name__} to {str(self.folder)!r}: {size}, {done}>"
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Return what a notebook shows: headings and texts."""
+        written = f"{format_bytes(self.written)} in {self.seconds:.1f} s"
+        return [("written", written), *(("note", warning) for warning in self.warnings())]
+
+    def _repr_html_(self) -> str:
+        return html_table(self.facts(), caption=repr(self).strip("<>"))
 
     def warnings(self) -> Iterator[str]:
         """Yield what a person should know even if nothing else is shown."""

@@ -162,6 +162,9 @@ class StoredArrays(Mapping[str, Any]):
     def __repr__(self) -> str:
         return f"<{len(self)} stored tensors>"
 
+    def _ipython_key_completions_(self) -> list[str]:
+        return list(self)
+
 
 class TensorFile:
     """One file of tensors, header read and validated, data untouched; a subclass for each format.
