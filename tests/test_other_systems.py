@@ -149,7 +149,7 @@ def test_cpus_where_there_is_no_affinity(monkeypatch, cpus, expected):
     ],
 )
 def test_names_with_a_drive_lead_out_of_a_folder(tmp_path, monkeypatch, name, expected):
-    monkeypatch.setattr(regular, "Path", PureWindowsPath)
+    monkeypatch.setattr(regular, "PurePath", PureWindowsPath)
     assert regular.is_below(name) == expected
     if not expected:
         (tmp_path / "i.index.json").write_text(json.dumps({"weight_map": {"w": name}}))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import stat
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import BinaryIO, Final, cast
 
 from ..errors import CheckpointError
@@ -87,4 +87,4 @@ def stat_of(file: BinaryIO) -> os.stat_result | RemoteStat:
 
 def is_below(name: str) -> bool:
     """Tell whether a file of this name is below the folder that the name is relative to, by this system's rules."""
-    return bool(name) and not Path(name).anchor and ".." not in Path(name).parts
+    return bool(name) and not PurePath(name).anchor and ".." not in PurePath(name).parts
