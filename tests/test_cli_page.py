@@ -85,6 +85,20 @@ def test_tensors_are_grouped_by_what_layers_repeat(model, shown):
     assert ["tensors", "7"] in found["facts"]
 
 
+@pytest.mark.parametrize(
+    ("label", "parts"),
+    [
+        ("layers.#.w", ["layers", "#", "w"]),
+        ("layers.0,2,4,..,60.experts.0-7.w", ["layers", "0,2,4,..,60", "experts", "0-7", "w"]),
+        ("a..b", ["a..b"]),
+        ("", [""]),
+    ],
+)
+def test_parts_of_a_name_with_ranges(label, parts, monkeypatch):
+    monkeypatch.setattr(page, "label", lambda _: label)
+    assert page._path([]) == parts
+
+
 def test_heat_maps_have_layers_down_and_experts_across(model, shown):
     found = shown("inspect", model)["pictures"]
     experts, rest = found["list"]

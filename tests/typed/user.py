@@ -73,6 +73,8 @@ def show(progress: Progress) -> None:
 
 
 converted = mxfp4np.convert("model", "bf16", dtype="float16", transpose="no", progress=show)
+with mxfp4np.progress_bar("converting", leave=False) as bar:
+    assert_type(mxfp4np.convert("model", "bf16", progress=bar), Conversion)
 assert_type(converted, Conversion)
 assert_type(converted.verification, Verification | None)
 assert_type(dict(converted.overflow), dict[str, int])
