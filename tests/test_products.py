@@ -226,6 +226,11 @@ def test_other_functions_of_numpy_decode():
         (lambda w: linear(np.ones(64), w, out=w.blocks), ValueError, "overlap"),
         (lambda w: w @ np.ones(63), ValueError, r"fit each other: \(3, 64\) @ \(63,\)"),
         (lambda w: w @ 2, ValueError, "at least one axis"),
+        (
+            lambda w: np.matmul(w, np.ones(64), out=np.ones((2, 3))),
+            ValueError,
+            r"out must have shape \(3,\), found \(2, 3\)",
+        ),
         (lambda w: np.ones((2, 4)) @ w, ValueError, r"\(2, 4\) @ \(3, 64\)"),
         (lambda w: np.ones((2, 4)) @ w.T, ValueError, r"\(2, 4\) @ \(64, 3\)"),
         (lambda w: w.T @ np.ones((2, 4)), ValueError, r"\(64, 3\) @ \(2, 4\)"),

@@ -104,7 +104,7 @@ def _inspect(args: argparse.Namespace) -> int:
     from ..checkpoint import Checkpoint
     from ..summary import collapse, label, rows
     from .names import matching
-    from .report import countable, file_lines, stats_of, table_lines, to_json
+    from .report import file_lines, table_lines, to_json
 
     if args.html is not None:
         _check_page(args.html)
@@ -112,11 +112,7 @@ def _inspect(args: argparse.Namespace) -> int:
         table = rows(checkpoint, matching(checkpoint, args.patterns) if args.patterns else None)
         if args.html is not None:
             return _write_page(args, _checkpoint_page(args, checkpoint, table))
-        packed = [info for _, info in countable(table)] if args.stats else []
-        stats: dict[str, Any] = {}
-        with _progress(args).bytes(sum(info.nbytes for info in packed), "reading") as progress:
-            for info in packed:
-                stats[info.name] = stats_of(checkpoint.reader(info.name), progress)
+        stats = {row.name: found for row, found in _counted(args, checkpoint, table)} if args.stats else {}
         groups = collapse(table)
 
         def lines() -> Iterator[str]:
@@ -131,6 +127,16 @@ def _inspect(args: argparse.Namespace) -> int:
     return 0
 
 
+def _counted(args: argparse.Namespace, checkpoint: Checkpoint, table: Sequence[Row]) -> Iterator[tuple[Row, Any]]:
+    """Read the packed tensors, and yield what is counted of each."""
+    from .report import countable, stats_of
+
+    packed = countable(table)
+    with _progress(args).bytes(sum(info.nbytes for _, info in packed), "reading") as progress:
+        for row, info in packed:
+            yield row, stats_of(checkpoint.reader(info.name), progress)
+
+
 def _check_page(path: Path) -> None:
     from .page import check_path
 
@@ -142,12 +148,10 @@ def _checkpoint_page(args: argparse.Namespace, checkpoint: Checkpoint, table: Se
     from ..rewrite.config import is_folder
     from ..rewrite.health import health
     from .page import Counts, of_checkpoint
-    from .report import countable, stats_of
 
-    counts, packed = Counts(), countable(table)
-    with _progress(args).bytes(sum(info.nbytes for _, info in packed), "reading") as progress:
-        for row, info in packed:
-            counts.add(row, stats_of(checkpoint.reader(info.name), progress))
+    counts = Counts()
+    for row, counted in _counted(args, checkpoint, table):
+        counts.add(row, counted)
     with _progress(args).shards("verifying") as progress:
         names = [row.name for row in table]
         found = health(checkpoint, names, None, progress, "threads", with_config=is_folder(checkpoint, args.source))

@@ -31,6 +31,9 @@ GROUP_ROWS: Final = 128
 COLUMN_ROWS: Final = 32
 """Rows in a group, if their elements have scales: 64 bytes or more of each column."""
 
+READ_BYTES: Final = 128
+"""Bytes of a unit where bytes are read and nothing is done with them."""
+
 JOB: Final = np.dtype(
     [
         (name, np.int64)

@@ -21,7 +21,7 @@ from numba.extending import intrinsic
 from .activations import WORD_ORDER
 from .decode import HIGH_BYTES, LOW_BYTES, TABLE_LINE, codes_of_block
 from .floats import FLOAT, add_sums, load_floats, multiply_add, store_sums, zero_sums
-from .geometry import PRODUCT_JOB
+from .geometry import PRODUCT_JOB, READ_BYTES
 from .simd import (
     I8,
     I16,
@@ -258,8 +258,6 @@ def multiply_integers(adjacent):
 
 
 # The limit of a product of one vector: reading the same bytes, and multiplying nothing
-
-READ_BYTES = 128
 
 
 @intrinsic

@@ -12,7 +12,7 @@ from ...format import BYTES_PER_BLOCK
 from ..memory import address_of
 from . import activations as prepared
 from .compiler import BuilderBusyError, build_once
-from .geometry import PRODUCT_JOB
+from .geometry import PRODUCT_JOB, READ_BYTES
 from .launch import instruction_set, run_units
 from .tables import decode_table, value_table
 
@@ -101,7 +101,7 @@ def read(*arrays: NDArray[np.uint8], num_threads: int | None = None) -> None:
     Parameters
     ----------
     *arrays : uint8
-        C-contiguous. What is left of their last 128 bytes is not read.
+        C-contiguous. What is left after whole units of `READ_BYTES` is not read.
     num_threads : int, optional
         As for products.
 
@@ -114,5 +114,6 @@ def read(*arrays: NDArray[np.uint8], num_threads: int | None = None) -> None:
     for array in arrays:
         job = dict.fromkeys(PRODUCT_JOB.names or (), 0)
         job |= {"codes": address_of(array), "values": address_of(anything), "prefetch_distance": READ_AHEAD}
-        if not run_units(("matmul", "read"), job, PRODUCT_JOB, array.nbytes // 128, 8, num_threads):
+        units = array.nbytes // READ_BYTES
+        if not run_units(("matmul", "read"), job, PRODUCT_JOB, units, READ_BYTES // BYTES_PER_BLOCK, num_threads):
             raise BackendUnavailableError("reading is measured by compiled code: unset NUMBA_DISABLE_JIT")
