@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from commands import finish, names_in, process
 from helpers import pair, save_raw
+from servers import nginx
 
 import mxfp4np
 from mxfp4np import BackendUnavailableError, CheckpointError, MXFP4Error
@@ -286,3 +287,16 @@ def test_commands_start_ray(source, tmp_path):
     status, out, err = finish(process("convert", source, tmp_path / "out", "--engine", "ray", env=environment))
     assert (status, err) == (0, "")
     assert "all there" in out
+
+
+@marked
+def test_a_remote_source(source, tmp_path):
+    (tmp_path / "server").mkdir()
+    mxfp4np.convert(source, tmp_path / "expected", **OPTIONS)
+    with nginx(tmp_path / "server", source) as (url, _):
+        result = mxfp4np.convert(url, tmp_path / "out", engine="ray", verify=True, **OPTIONS)
+        assert result.verification.findings == []
+        assert mxfp4np.verify(url, tmp_path / "out", engine="ray").findings == []
+    expected, found = (contents(tmp_path / name) for name in ("expected", "out"))
+    assert {name for name in found if found[name] != expected[name]} == {".mxfp4np.json"}  # which names the source
+    assert found.keys() == expected.keys()
